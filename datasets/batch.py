@@ -1,0 +1,215 @@
+"""What flows through the data pipeline: a `Sample` per image, a `Batch` per step, and `collate` between them.
+
+    dataset[i]  -> Sample   NumPy, boxes as x0 y0 x1 y1 in pixels    (read and augmented by the loader's workers)
+    collate     -> Batch    torch, padded to common sizes, boxes as cx cy w h in 0–1 of the unpadded image
+
+Shape letters: B images, T targets (padded), H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+UInt8Array = NDArray[np.uint8]
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+CocoDict = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class: the dataset's own id (any integer, as in the annotation file) and its name."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image with its targets. Treat the arrays as read-only: they may be views of a dataset's cache."""
+
+    image: UInt8Array
+    """[H, W, 3] RGB."""
+    boxes_xyxy: FloatArray
+    """[T, 4] x0, y0, x1, y1 in pixels of `image`; x grows to the right, y downwards; (0, 0) is the corner of the
+    first pixel, not its centre, so a box around one pixel has width 1."""
+    labels: IntArray
+    """[T] index into the dataset's `categories`, 0 to K−1."""
+    image_id: int
+    """The annotation file's id of this image."""
+    original_size: tuple[int, int]
+    """(height, width) of the stored image in pixels, unchanged by augmentation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Ground truth of a batch, padded to the largest number of boxes in it (at least 1)."""
+
+    labels: torch.Tensor
+    """[B, T] int64; 0 where padded."""
+    boxes: torch.Tensor
+    """[B, T, 4] float32, cx cy w h in 0–1 of the unpadded image; 0 where padded."""
+    valid: torch.Tensor
+    """[B, T] bool; False where padded."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        return Targets(
+            *(t.to(device, non_blocking=non_blocking) for t in (self.labels, self.boxes, self.valid)),
+        )
+
+    def pin_memory(self) -> Targets:
+        return Targets(self.labels.pin_memory(), self.boxes.pin_memory(), self.valid.pin_memory())
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images of one step, zero-padded at the right and at the bottom to a common size, with their targets."""
+
+    images: torch.Tensor
+    """[B, 3, H, W] uint8 RGB, channels-last in memory; the model scales and normalises."""
+    padding_mask: torch.Tensor
+    """[B, H, W] bool; True where padded."""
+    targets: Targets
+    image_ids: torch.Tensor
+    """[B] int64."""
+    valid_sizes: torch.Tensor
+    """[B, 2] int64 (height, width) of the unpadded image in pixels of `images`."""
+    original_sizes: torch.Tensor
+    """[B, 2] int64 (height, width) of the stored image."""
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return Batch(
+            self.images.to(device, non_blocking=non_blocking),
+            self.padding_mask.to(device, non_blocking=non_blocking),
+            self.targets.to(device, non_blocking=non_blocking),
+            self.image_ids.to(device, non_blocking=non_blocking),
+            self.valid_sizes.to(device, non_blocking=non_blocking),
+            self.original_sizes.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by `torch.utils.data.DataLoader(pin_memory=True)`."""
+        return Batch(
+            self.images.pin_memory(),
+            self.padding_mask.pin_memory(),
+            self.targets.pin_memory(),
+            self.image_ids.pin_memory(),
+            self.valid_sizes.pin_memory(),
+            self.original_sizes.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a dataset found while it was opened; `str(report)` is one line for the log."""
+
+    images: int
+    """Images in the dataset."""
+    boxes: int
+    """Boxes used for training."""
+    classes: int
+    """Classes, used or not."""
+    empty_images: int = 0
+    """Images without a box to train on (kept: they teach the model what is background)."""
+    crowds: int = 0
+    """Crowd regions: ignored in training, honoured by the evaluation."""
+    degenerate: int = 0
+    """Boxes without area or with a coordinate that is not a finite number: dropped."""
+    outside: int = 0
+    """Boxes wholly outside their image: dropped."""
+    clipped: int = 0
+    """Boxes that reached out of their image by more than rounding: cut at the border and kept."""
+    unused_classes: tuple[str, ...] = ()
+    """Names of classes without a single box."""
+    dropped_examples: tuple[str, ...] = ()
+    """The first few dropped annotations, in words."""
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.images:,} images ({self.empty_images:,} empty)",
+            f"{self.boxes:,} boxes of {self.classes} classes",
+        ]
+        if self.crowds:
+            parts.append(f"{self.crowds:,} crowd regions")
+        if self.degenerate:
+            parts.append(f"dropped {self.degenerate:,} degenerate")
+        if self.outside:
+            parts.append(f"dropped {self.outside:,} outside the image")
+        if self.clipped:
+            parts.append(f"clipped {self.clipped:,} at the border")
+        if self.dropped_examples:
+            parts.append("dropped: " + "; ".join(self.dropped_examples))
+        if self.unused_classes:
+            parts.append("no box of " + ", ".join(self.unused_classes))
+        return " · ".join(parts)
+
+
+class DetectionDataset(Protocol):
+    """What a trainer and an evaluation ask of a dataset: `CocoDetection`, `SyntheticShapes` and `Augmented` have it."""
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """Sorted by id; a label is an index into this tuple."""
+
+    @property
+    def report(self) -> Report: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def ground_truth(self) -> CocoDict:
+        """A COCO dictionary (info, images, annotations, categories) that pycocotools takes as it is."""
+
+
+def collate(samples: Sequence[Sample], size_divisor: int = 1) -> Batch:
+    """Pad images and targets of `samples` to common sizes.
+
+    Height and width become the largest in the batch, rounded up to a multiple of `size_divisor` (the stride of a model
+    that wants whole cells); the number of targets becomes the largest in the batch, at least 1.
+
+    Raises ValueError for an empty list and for a `size_divisor` below 1.
+    """
+    if not samples:
+        raise ValueError("collate: expected at least one sample, got an empty list; check the sampler's batches")
+    if size_divisor < 1:
+        raise ValueError(f"collate: expected size_divisor ≥ 1, got {size_divisor}; pass the model's stride, or 1")
+    count = len(samples)
+    valid_sizes_B2 = np.array([sample.image.shape[:2] for sample in samples], dtype=np.int64)
+    height, width = (-(-int(side) // size_divisor) * size_divisor for side in valid_sizes_B2.max(axis=0))
+    max_targets = max(1, *(len(sample.labels) for sample in samples))
+
+    # Written as [B, H, W, 3] and handed on as a permuted view: the rows are copied once, and the result is
+    # channels-last, which convolutions on CPUs and tensor cores prefer.
+    images_BHWC = np.zeros((count, height, width, 3), dtype=np.uint8)
+    padding_mask_BHW = np.ones((count, height, width), dtype=np.bool_)
+    labels_BT = np.zeros((count, max_targets), dtype=np.int64)
+    boxes_BT4 = np.zeros((count, max_targets, 4), dtype=np.float32)
+    valid_BT = np.zeros((count, max_targets), dtype=np.bool_)
+    for b, sample in enumerate(samples):
+        h, w = sample.image.shape[:2]
+        images_BHWC[b, :h, :w] = sample.image
+        padding_mask_BHW[b, :h, :w] = False
+        t = len(sample.labels)
+        labels_BT[b, :t] = sample.labels
+        x0, y0, x1, y1 = sample.boxes_xyxy.reshape(-1, 4).T
+        boxes_BT4[b, :t] = np.stack([(x0 + x1) / 2 / w, (y0 + y1) / 2 / h, (x1 - x0) / w, (y1 - y0) / h], axis=-1)
+        valid_BT[b, :t] = True
+
+    return Batch(
+        images=torch.from_numpy(images_BHWC).permute(0, 3, 1, 2),
+        padding_mask=torch.from_numpy(padding_mask_BHW),
+        targets=Targets(torch.from_numpy(labels_BT), torch.from_numpy(boxes_BT4), torch.from_numpy(valid_BT)),
+        image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
+        valid_sizes=torch.from_numpy(valid_sizes_B2),
+        original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
+    )

@@ -1,0 +1,72 @@
+"""Finding images and annotations of a split in the folder layouts that people have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "val"]
+_ROBOFLOW_FILE = "_annotations.coco.json"
+
+
+def find_split(root: str | os.PathLike[str], split: Split) -> tuple[Path, Path]:
+    """Return (images_dir, annotations_file) of `split` ("train" or "val") under `root`.
+
+    Looked for in this order ("val" is also found under the name "valid"; YEAR is any four digits):
+
+        annotations/train.json                 with  train/ or images/train/            (or images/ for both splits)
+        annotations/instances_trainYEAR.json   with  trainYEAR/ or images/trainYEAR/    (COCO's own)
+        train/_annotations.coco.json           with  the images beside it                (Roboflow's export)
+
+    Raises FileNotFoundError listing what was looked for and what is there; ValueError for another split, or if more
+    than one year is found.
+    """
+    root = Path(root)
+    if split not in ("train", "val"):
+        raise ValueError(f"find_split: split must be 'train' or 'val', got {split!r}")
+    if not root.is_dir():
+        raise FileNotFoundError(f"the data folder {root} does not exist")
+    names = ("val", "valid") if split == "val" else (split,)
+
+    candidates: list[tuple[Path, list[Path]]] = []
+    for name in names:
+        folders = [root / name, root / "images" / name, root / "images"]
+        candidates.append((root / "annotations" / f"{name}.json", folders))
+    by_year = sorted((root / "annotations").glob(f"instances_{split}[0-9][0-9][0-9][0-9].json"))
+    for file in by_year:
+        name = file.stem.removeprefix("instances_")
+        candidates.append((file, [root / name, root / "images" / name]))
+    for name in names:
+        candidates.append((root / name / _ROBOFLOW_FILE, [root / name]))
+
+    found = [(folders, file) for file, folders in candidates if file.is_file()]
+    if not found:
+        wanted = [str(file.relative_to(root)) for file, _ in candidates]
+        wanted.append(f"annotations/instances_{split}YEAR.json")
+        raise FileNotFoundError(
+            f"no annotation file of the split {split!r} in {root}; looked for {', '.join(wanted)}; "
+            f"found {_contents(root)}. Arrange the folder so, or name the image folder and the file directly"
+        )
+    if len(by_year) > 1 and found[0][1] in by_year:
+        raise ValueError(
+            f"{root / 'annotations'} holds several years of the split {split!r}: {', '.join(f.name for f in by_year)}; "
+            "name the image folder and the file directly"
+        )
+    folders, file = found[0]
+    for folder in folders:
+        if folder.is_dir():
+            return folder, file
+    raise FileNotFoundError(
+        f"{file} is there, but no folder with its images; looked for "
+        f"{', '.join(str(folder.relative_to(root)) + '/' for folder in folders)} in {root}; found {_contents(root)}"
+    )
+
+
+def _contents(root: Path, limit: int = 20) -> str:
+    """What lies in `root` and in its 'annotations', for an error message."""
+    entries = [
+        entry for folder in (root, root / "annotations") if folder.is_dir() for entry in sorted(folder.iterdir())
+    ]
+    names = [str(entry.relative_to(root)) + ("/" if entry.is_dir() else "") for entry in entries]
+    return (", ".join(names[:limit]) + (", …" if len(names) > limit else "")) or "an empty folder"

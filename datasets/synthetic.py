@@ -1,0 +1,186 @@
+"""`SyntheticShapes`: pictures drawn by a program, to try, test and compare detectors without downloading anything.
+
+An image has a textured background with distractors that belong to no class (streaks, specks, soft spots), up to six
+objects of five classes in any rotation and with strong variation of scale and aspect, occlusion, and sensor noise.
+Colour says nothing about the class. Everything follows from (seed, index).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from smca.datasets.batch import Category, CocoDict, FloatArray, IntArray, Report, Sample, UInt8Array
+from smca.datasets.cache import ImageCache
+from smca.datasets.layout import Split
+from smca.datasets.shapes import CLASSES, Shape, paint, place_shapes
+
+
+class SyntheticShapes:
+    """`count` images of `image_size` × `image_size` pixels; image i depends on (seed, i) and the size alone.
+
+    Objects are drawn from front to back. One of which less than `min_visible` would be seen, behind others or beyond
+    the border, is not drawn at all: there is no object without a label. A box is the tight extent of the
+    whole object's pixels inside the image, hidden ones included, in whole pixels.
+
+    count: number of images.  seed: at least 0; different seeds give different images.
+    image_size: side in pixels, at least 32; object sizes grow with it.
+    max_objects: an image has 1 to `max_objects` (as many as there is room for), or none.
+    empty_fraction: fraction of images without an object.
+    min_side, max_side: geometric mean of an object's sides as a fraction of the image's side, drawn evenly on a
+        logarithmic scale.
+    min_visible: see above.
+    noise: standard deviation of the sensor noise, of 255.
+    cache: keep rendered images in memory (`cache_bytes` when full).
+
+    Raises ValueError for values outside their range.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        seed: int = 0,
+        *,
+        image_size: int = 128,
+        max_objects: int = 6,
+        empty_fraction: float = 0.04,
+        min_side: float = 12 / 128,
+        max_side: float = 64 / 128,
+        min_visible: float = 0.3,
+        noise: float = 10.0,
+        cache: bool = False,
+    ) -> None:
+        _require(count >= 1, "count", "at least 1", count)
+        _require(seed >= 0, "seed", "at least 0", seed)
+        _require(image_size >= 32, "image_size", "at least 32 px", image_size)
+        _require(max_objects >= 1, "max_objects", "at least 1", max_objects)
+        _require(0 <= empty_fraction <= 1, "empty_fraction", "from 0 to 1", empty_fraction)
+        _require(
+            0 < min_side <= max_side <= 1, "min_side, max_side", "0 < min_side ≤ max_side ≤ 1", (min_side, max_side)
+        )
+        _require(0 < min_visible <= 1, "min_visible", "above 0, at most 1", min_visible)
+        _require(noise >= 0, "noise", "at least 0", noise)
+        self.count = count
+        self.seed = seed
+        self.image_size = image_size
+        self.max_objects = max_objects
+        self.empty_fraction = empty_fraction
+        self.min_side = min_side
+        self.max_side = max_side
+        self.min_visible = min_visible
+        self.noise = noise
+        self._cache = ImageCache([(image_size, image_size)] * count) if cache else None
+        self._known_targets: dict[int, tuple[FloatArray, IntArray]] = {}
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """disc, rectangle, triangle, ring, cross with the ids 1 to 5."""
+        return tuple(Category(label + 1, name) for label, name in enumerate(CLASSES))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the cache takes once every image was rendered; 0 without a cache."""
+        return self._cache.nbytes if self._cache is not None else 0
+
+    @property
+    def report(self) -> Report:
+        """Counts over all images; lays out every image (about 0.5 ms each), but renders none."""
+        counts = [len(self._targets(index)[1]) for index in range(self.count)]
+        return Report(images=self.count, boxes=sum(counts), classes=len(CLASSES), empty_images=counts.count(0))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        """The image [S, S, 3] uint8 with its boxes in pixels; raises IndexError beyond the end."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"image {index} of {self.count} asked for")
+        image = self._cache.get(index) if self._cache is not None else None
+        if image is None:
+            image = self._render(index)
+            if self._cache is not None:
+                image = self._cache.put(index, image)
+        boxes_xyxy, labels = self._targets(index)
+        size = (self.image_size, self.image_size)
+        return Sample(image, boxes_xyxy, labels, image_id=index + 1, original_size=size)
+
+    def ground_truth(self) -> CocoDict:
+        """The boxes as a COCO dictionary for pycocotools; file names are those of `export_coco`."""
+        annotations: list[dict[str, Any]] = []
+        for index in range(self.count):
+            boxes_xyxy, labels = self._targets(index)
+            for (x0, y0, x1, y1), label in zip(boxes_xyxy.tolist(), labels.tolist(), strict=True):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index + 1,
+                        "category_id": label + 1,
+                        "bbox": [x0, y0, x1 - x0, y1 - y0],
+                        "area": (x1 - x0) * (y1 - y0),
+                        "iscrowd": 0,
+                    }
+                )
+        return {
+            "info": {"description": f"synthetic shapes, seed {self.seed}"},
+            "licenses": [],
+            "images": [
+                {"id": index + 1, "file_name": _file_name(index), "width": self.image_size, "height": self.image_size}
+                for index in range(self.count)
+            ],
+            "annotations": annotations,
+            "categories": [{"id": category.id, "name": category.name} for category in self.categories],
+        }
+
+    def export_coco(self, root: str | os.PathLike[str], split: Split) -> tuple[Path, Path]:
+        """Write the images as PNG to root/`split`/ and the boxes to root/annotations/`split`.json.
+
+        `CocoDetection` on the two returned paths (images_dir, annotations_file) gives the same samples. The
+        annotation file is written last: an export that was cut short is not taken for a complete one.
+        """
+        images_dir = Path(root) / split
+        annotations_file = Path(root) / "annotations" / f"{split}.json"
+        images_dir.mkdir(parents=True, exist_ok=True)
+        annotations_file.parent.mkdir(parents=True, exist_ok=True)
+        annotations_file.unlink(missing_ok=True)
+        for index in range(self.count):
+            Image.fromarray(self[index].image).save(images_dir / _file_name(index))
+        annotations_file.write_text(json.dumps(self.ground_truth()))
+        return images_dir, annotations_file
+
+    def _shapes(self, index: int) -> list[Shape]:
+        rng = np.random.default_rng((self.seed, index, 0))
+        count = 0 if rng.random() < self.empty_fraction else int(rng.integers(1, self.max_objects + 1))
+        sides = self.min_side * self.image_size, self.max_side * self.image_size
+        return place_shapes(rng, self.image_size, count, sides, self.min_visible)
+
+    def _targets(self, index: int) -> tuple[FloatArray, IntArray]:
+        """Boxes [T, 4] and labels [T]; kept, because the evaluation asks for them again and again."""
+        if index not in self._known_targets:
+            self._remember(index, self._shapes(index))
+        return self._known_targets[index]
+
+    def _remember(self, index: int, shapes: list[Shape]) -> None:
+        boxes_xyxy = np.array([shape.box_xyxy for shape in shapes], dtype=np.float64).reshape(-1, 4)
+        labels = np.array([shape.label for shape in shapes], dtype=np.int64)
+        boxes_xyxy.flags.writeable = labels.flags.writeable = False  # every sample of this image shares them
+        self._known_targets[index] = boxes_xyxy, labels
+
+    def _render(self, index: int) -> UInt8Array:
+        shapes = self._shapes(index)
+        self._remember(index, shapes)
+        # A stream of its own: what is painted cannot change where objects lie.
+        return paint(np.random.default_rng((self.seed, index, 1)), self.image_size, shapes, self.noise)
+
+
+def _file_name(index: int) -> str:
+    return f"{index + 1:06d}.png"
+
+
+def _require(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"SyntheticShapes: {name} must be {expected}, got {got!r}")

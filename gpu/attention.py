@@ -1,0 +1,182 @@
+"""Spatially modulated co-attention, plain and fast side by side (docs/method.md §2 and §6).
+
+    A = softmax_over_keys( q·kᵀ/√d + log G )        log G = −½·λ_x·(x − c_x)² − ½·λ_y·(y − c_y)²
+
+``eager``   writes log G out as a tensor of shape [B, h, N, H·W] and adds it to the logits: the definition, in any dtype.
+``lifted``  uses that log G is a quadratic form in the key's position and that softmax ignores what is constant over the
+            keys. With positions taken relative to the middle of the map,
+
+                q̃ = [ q/√d ;  −½λ_x ;  −½λ_y ;  λ_x·c_x ;  λ_y·c_y ]        k̃ = [ k ;  x² ;  y² ;  x ;  y ]
+
+            q̃·k̃ is the modulated logit up to a constant per query, so any fused attention kernel computes SMCA and
+            nothing of size N × H·W is ever stored. Key padding is one more channel. (A bias of low rank carried by the
+            kernel's own channels: FlashBias, arXiv 2505.12044; a squared distance is exactly of low rank.)
+
+Shape letters: B images, N queries, h heads, d channels a head, size = (H, W) of the map, L = H·W keys, row-major.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BACKENDS = ("auto", "eager", "lifted")
+
+_PADDED_LOGIT = -1e30
+"""Logit that the lifted form gives padded keys: exp underflows to exactly 0 beside any real logit, while 0·(−1e30) stays 0
+(−inf would turn it into NaN). Representable in bfloat16, float32 and float64."""
+
+_LIFTED_LOGIT_LIMIT = 512.0
+"""Largest λ·(extent/2)² at which ``auto`` still takes the lifted form in float32. There x²·λ cancels against x·λ·c, which
+costs about unit roundoff × that product: 512 × 6e-8 = 3e-5 in a logit, no more than the rounding of q·k in common use."""
+
+
+def smca_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    center_xy: Tensor,
+    precision_xy: Tensor,
+    size: tuple[int, int],
+    key_padding_mask: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention whose logits carry the log of a Gaussian around each query's centre (docs/method.md §2; paper eq. 3 and 5).
+
+    Args:
+        q: [B, h, N, d] queries, not yet divided by √d.
+        k: [B, h, H·W, d] keys of the map, row-major (index = y·W + x).
+        v: [B, h, H·W, d] values.
+        center_xy: [B, h, N, 2] centre (x, y) of each Gaussian in cells; the centre of the top left cell is (½, ½).
+        precision_xy: [B, h, N, 2] inverse variance λ of each Gaussian per axis, in cells⁻²; 0 is plain attention.
+        size: (H, W) of the map.
+        key_padding_mask: [B, H·W] bool, True = padded. At least one key of each image must be unpadded.
+        backend: "eager", "lifted", or "auto" (the fastest that is as exact as "eager" for these inputs).
+
+    Returns:
+        [B, h, N, d]; differentiable in q, k, v, center_xy and precision_xy.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or an unknown backend.
+    """
+    _check(q, k, v, center_xy, precision_xy, size, key_padding_mask)
+    if backend == "auto":
+        backend = _choose_backend(q, precision_xy, size)
+    if backend == "eager":
+        return _eager(q, k, v, center_xy, precision_xy, size, key_padding_mask)
+    if backend == "lifted":
+        return _lifted(q, k, v, center_xy, precision_xy, size, key_padding_mask)
+    raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+
+
+def _choose_backend(q: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> str:
+    """The lifted form needs float32 (docs/method.md §6): in half precision x²·λ − 2x·λ·c cancels to nothing useful."""
+    if q.dtype == torch.float64:
+        return "lifted"
+    if q.dtype != torch.float32 or torch.is_autocast_enabled(q.device.type):
+        return "eager"
+    if q.device.type == "cpu":  # reading one number is free here; on a GPU it would wait for the device
+        reach = precision_xy.detach().amax().item() * (max(size) / 2) ** 2 if precision_xy.numel() else 0.0
+        return "lifted" if reach <= _LIFTED_LOGIT_LIMIT else "eager"
+    return "lifted"
+
+
+def cell_centers(size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres (x, y), each [H·W], of the cells of a map in cells: cell (column i, row j) is at (i + ½, j + ½)."""
+    height, width = size
+    y = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
+    x = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
+    return x.repeat(height), y.repeat_interleave(width)
+
+
+def _eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    center_xy: Tensor,
+    precision_xy: Tensor,
+    size: tuple[int, int],
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    # Logits in at least float32 whatever the inputs are: log G reaches hundreds, where bfloat16 resolves whole units.
+    logit_dtype = torch.promote_types(q.dtype, torch.float32)
+    center_xy, precision_xy = center_xy.to(logit_dtype), precision_xy.to(logit_dtype)
+    x, y = cell_centers(size, center_xy)
+    dx = x - center_xy[..., 0, None]  # [B, h, N, L]
+    dy = y - center_xy[..., 1, None]
+    log_g = -0.5 * (precision_xy[..., 0, None] * dx.square() + precision_xy[..., 1, None] * dy.square())
+    if key_padding_mask is not None:
+        padded = key_padding_mask[:, None, :, None]
+        k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)  # 0 · NaN would leak through A·V
+    logits = (q @ k.transpose(-1, -2)).to(logit_dtype) / q.shape[-1] ** 0.5 + log_g
+    if key_padding_mask is not None:
+        logits = logits.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
+    return logits.softmax(dim=-1).to(v.dtype) @ v
+
+
+def _lifted(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    center_xy: Tensor,
+    precision_xy: Tensor,
+    size: tuple[int, int],
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    batch, heads, queries, channels = q.shape
+    x, y = cell_centers(size, k)
+    x, y = x - size[1] / 2, y - size[0] / 2  # relative to the middle of the map: the smallest x² there can be
+    center = torch.stack([center_xy[..., 0] - size[1] / 2, center_xy[..., 1] - size[0] / 2], dim=-1).to(q.dtype)
+    precision = precision_xy.to(q.dtype)
+
+    q_channels = [q * channels**-0.5, -0.5 * precision, precision * center]
+    key_terms = torch.stack([x.square(), y.square(), x, y], dim=-1)  # [L, 4]
+    if key_padding_mask is not None:
+        padded = key_padding_mask[:, None, :, None]
+        k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)
+        mask_term = key_padding_mask[..., None].to(k.dtype) * _PADDED_LOGIT
+        key_terms = torch.cat([key_terms.expand(batch, -1, -1), mask_term], dim=-1)[:, None]  # [B, 1, L, 5]
+        q_channels.append(q.new_ones(()).expand(batch, heads, queries, 1))
+    # A width that is a multiple of 8 keeps the fused CUDA kernels' alignment; the CPU kernel takes any.
+    terms = key_terms.shape[-1]
+    align = -(channels + terms) % 8 if q.is_cuda else 0
+    k_lifted = torch.cat([k, key_terms.expand(batch, heads, -1, -1)], dim=-1)
+    # Fused kernels want q, k and v equally wide; the extra value channels are zeros and are cut off again.
+    q_lifted = functional.pad(torch.cat(q_channels, dim=-1), (0, align))
+    k_lifted = functional.pad(k_lifted, (0, align))
+    v_lifted = functional.pad(v, (0, terms + align))
+    out = functional.scaled_dot_product_attention(q_lifted, k_lifted, v_lifted, scale=1.0)
+    return out[..., :channels]
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    center_xy: Tensor,
+    precision_xy: Tensor,
+    size: tuple[int, int],
+    key_padding_mask: Tensor | None,
+) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B, h, N, d], got shape {tuple(q.shape)}")
+    batch, heads, queries, channels = q.shape
+    keys = size[0] * size[1]
+    expected = {
+        "k": (k, (batch, heads, keys, channels)),
+        "v": (v, (batch, heads, keys, channels)),
+        "center_xy": (center_xy, (batch, heads, queries, 2)),
+        "precision_xy": (precision_xy, (batch, heads, queries, 2)),
+    }
+    if key_padding_mask is not None:
+        expected["key_padding_mask"] = (key_padding_mask, (batch, keys))
+        if key_padding_mask.dtype != torch.bool:
+            raise ValueError(f"key_padding_mask must be bool (True = padded), got {key_padding_mask.dtype}")
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} to go with q {tuple(q.shape)} and size (H, W) = {tuple(size)}, "
+                f"got {tuple(tensor.shape)}"
+            )

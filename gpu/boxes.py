@@ -1,0 +1,30 @@
+"""Box arithmetic on torch tensors, elementwise: the pairs of a loss, or by broadcasting every pair of a cost matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
+    """[..., 4] (centre x, centre y, width, height) → [..., 4] (left, top, right, bottom)."""
+    center, extent = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    return torch.cat([center - extent / 2, center + extent / 2], dim=-1)
+
+
+def generalized_box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of boxes a and b, broadcast against each other: [..., 4], [..., 4] → [...].
+
+    Empty unions and empty hulls count as overlap 0 and gap 0, so degenerate boxes give finite values and gradients.
+    """
+    low, high = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2]), torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    overlap = (high - low).clamp(min=0).prod(-1)
+    union = _area(a_xyxy) + _area(b_xyxy) - overlap
+    hull_low, hull_high = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2]), torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    hull = (hull_high - hull_low).clamp(min=0).prod(-1)
+    tiny = torch.finfo(overlap.dtype).tiny
+    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def _area(xyxy: Tensor) -> Tensor:
+    return (xyxy[..., 2] - xyxy[..., 0]) * (xyxy[..., 3] - xyxy[..., 1])

@@ -1,0 +1,44 @@
+"""The ``smca`` command: train, evaluate, predict."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+COMMANDS = {
+    "train": "train a detector on COCO-format or built-in data",
+    "evaluate": "the COCO metrics of a trained model",
+    "predict": "detect objects in images: annotated pictures and COCO results JSON",
+    "benchmark": "measure speed and memory on this machine",
+}
+
+
+def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
+    """Run a command; expected errors become one readable message and exit status 1."""
+    try:
+        command(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        if os.environ.get("SMCA_TRACEBACK"):
+            raise
+        print(f"error: {error}\n(SMCA_TRACEBACK=1 shows where)", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\nstopped; `smca train … --resume` goes on from the last finished epoch", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """Entry point of ``smca``."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: smca COMMAND [options]\n")
+        print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
+        print("\nsmca COMMAND --help tells more.")
+        return
+    if argv[0] not in COMMANDS:
+        print(f"error: no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    module = importlib.import_module(f"smca.gpu.{argv[0]}")
+    run(module.main, argv[1:])

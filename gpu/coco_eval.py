@@ -1,0 +1,196 @@
+"""COCO's detection metrics: pycocotools' COCOeval on data in memory, silenced, with named numbers.
+
+    AP      mean over classes and IoU thresholds 0.50, 0.55 … 0.95 of the area under the precision-recall curve
+    AP50    the same at IoU 0.50 only, AP75 at 0.75 only
+    AR      recall reached with at most 1, 10 or 100 detections an image, mean over the same thresholds and classes
+    small, medium, large    objects of area below 32², between, and above 96² square pixels of the original image
+
+A number that has nothing to average over (a class or a size without ground truth) is NaN here, "–" in the table and null
+in JSON; COCOeval itself writes −1. Detections that fall on a crowd region count neither for nor against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pycocotools.coco import COCO  # type: ignore[import-untyped]
+from pycocotools.cocoeval import COCOeval  # type: ignore[import-untyped]
+
+_MEANING = {
+    "ap": "AP      IoU 0.50:0.95",
+    "ap50": "AP50    IoU 0.50",
+    "ap75": "AP75    IoU 0.75",
+    "ap_small": "AP      small, below 32² px",
+    "ap_medium": "AP      medium",
+    "ap_large": "AP      large, above 96² px",
+    "ar1": "AR      1 detection an image",
+    "ar10": "AR      10 detections",
+    "ar100": "AR      100 detections",
+    "ar_small": "AR      small, 100 detections",
+    "ar_medium": "AR      medium, 100 detections",
+    "ar_large": "AR      large, 100 detections",
+}
+"""COCOeval's twelve numbers in its own order, with the words that the table uses."""
+
+
+@dataclass(frozen=True)
+class CocoMetrics:
+    """COCO's twelve numbers, each in [0, 1] or NaN where no ground truth defines it, and AP by class."""
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    ar1: float
+    ar10: float
+    ar100: float
+    ar_small: float
+    ar_medium: float
+    ar_large: float
+    per_class: dict[str, tuple[float, float]]
+    """Class name → (AP, AP50), in the order of category ids; NaN for a class without ground truth."""
+
+    def table(self) -> str:
+        """The twelve numbers and AP by class as text, one a line."""
+        width = max(len(text) for text in (*_MEANING.values(), *self.per_class))
+        lines = [f"{text:<{width}}  {_number(getattr(self, name))}" for name, text in _MEANING.items()]
+        if self.per_class:
+            lines += ["", f"{'class':<{width}}     AP   AP50"]
+            lines += [f"{name:<{width}}  {_number(ap)}  {_number(ap50)}" for name, (ap, ap50) in self.per_class.items()]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values that ``json.dumps`` takes as strict JSON: NaN becomes None."""
+        numbers: dict[str, Any] = {
+            f.name: _or_none(getattr(self, f.name)) for f in fields(self) if f.name != "per_class"
+        }
+        numbers["per_class"] = {
+            name: {"ap": _or_none(ap), "ap50": _or_none(ap50)} for name, (ap, ap50) in self.per_class.items()
+        }
+        return numbers
+
+
+def evaluate_detections(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> CocoMetrics:
+    """Compare detections with ground truth as COCO's benchmark does (boxes only).
+
+    Args:
+        ground_truth: COCO's structure: ``images`` (each with ``id``), ``categories`` (``id``, ``name``) and
+            ``annotations`` (``image_id``, ``category_id``, ``bbox`` = x, y, width, height in pixels of the original
+            image, ``iscrowd`` (0 if missing), ``area`` (width × height if missing)). It is not changed.
+        detections: COCO's results: ``image_id``, ``category_id``, ``bbox`` as above, ``score``. May be empty. They are
+            not changed. Of each image and class the 100 highest scores count.
+
+    Returns:
+        The metrics. Without detections, AP and AR are 0; without ground truth objects they are NaN.
+
+    Raises:
+        ValueError: a key of the ground truth or of a detection is missing, a detection names an image or a category
+            that the ground truth does not have, or its box or score is not finite.
+    """
+    for key in ("images", "categories", "annotations"):
+        if key not in ground_truth:
+            raise ValueError(f'ground truth needs COCO\'s "images", "categories" and "annotations"; {key!r} is missing')
+    _check_detections(ground_truth, detections)
+    # A silenced stdout: COCOeval prints its progress and its summary, and offers no way to ask for neither.
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(
+            _index(ground_truth, _truth_entries(ground_truth)),
+            _index(ground_truth, _result_entries(detections)),
+            "bbox",
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    numbers = {name: _defined(value) for name, value in zip(_MEANING, evaluation.stats, strict=True)}
+    return CocoMetrics(**numbers, per_class=_per_class(ground_truth, evaluation))
+
+
+def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> COCO:
+    coco = COCO()
+    coco.dataset = {
+        "images": list(ground_truth["images"]),
+        "categories": list(ground_truth["categories"]),
+        "annotations": annotations,
+    }
+    coco.createIndex()
+    return coco
+
+
+def _truth_entries(ground_truth: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Copies, for COCOeval writes into them; numbered from 1, for it takes a match with annotation id 0 for none."""
+    entries = []
+    for number, annotation in enumerate(ground_truth["annotations"], start=1):
+        missing = {"image_id", "category_id", "bbox"} - set(annotation)
+        if missing:
+            raise ValueError(
+                f"annotation {number - 1} of the ground truth has no {', '.join(sorted(missing))}: {annotation}"
+            )
+        _, _, width, height = annotation["bbox"]
+        entries.append({"iscrowd": 0, "area": width * height, **annotation, "id": number})
+    return entries
+
+
+def _result_entries(detections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What ``COCO.loadRes`` would make of them; it fails on an empty list and writes into the caller's entries."""
+    entries = []
+    for number, detection in enumerate(detections, start=1):
+        _, _, width, height = detection["bbox"]
+        entries.append({**detection, "id": number, "area": width * height, "iscrowd": 0})
+    return entries
+
+
+def _check_detections(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> None:
+    image_ids = {image["id"] for image in ground_truth["images"]}
+    category_ids = {category["id"] for category in ground_truth["categories"]}
+    for number, detection in enumerate(detections):
+        missing = {"image_id", "category_id", "bbox", "score"} - set(detection)
+        if missing:
+            raise ValueError(f"detection {number} has no {', '.join(sorted(missing))}: {dict(detection)}")
+        # COCOeval would drop both kinds without a word, and the AP would be that of another task.
+        for key, known in (("image_id", image_ids), ("category_id", category_ids)):
+            if detection[key] not in known:
+                some = f"{sorted(known)[:5]}{' …' if len(known) > 5 else ''}"
+                raise ValueError(
+                    f"detection {number} has {key} {detection[key]!r}, which the ground truth does not have "
+                    f"(it has {len(known)}: {some}); were the detections made on other data?"
+                )
+        box = detection["bbox"]
+        if len(box) != 4 or not all(map(math.isfinite, (*box, detection["score"]))):
+            raise ValueError(
+                f"detection {number}: bbox must be four finite numbers (x, y, width, height) and score one, "
+                f"got {list(box)} and {detection['score']!r}"
+            )
+
+
+def _per_class(ground_truth: Mapping[str, Any], evaluation: COCOeval) -> dict[str, tuple[float, float]]:
+    names = {category["id"]: str(category["name"]) for category in ground_truth["categories"]}
+    uses = Counter(names.values())
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, K]: all sizes, 100 detections
+    per_class = {}
+    for k, category_id in enumerate(evaluation.params.catIds):
+        name = names[category_id]
+        # Two categories of one name would overwrite each other in the dict.
+        key = name if uses[name] == 1 else f"{name} (id {category_id})"
+        per_class[key] = (_defined(precision[:, :, k].mean()), _defined(precision[0, :, k].mean()))
+    return per_class
+
+
+def _defined(value: float) -> float:
+    """COCOeval's −1 as NaN. (A class has a precision at every recall or at none, so that its mean is never mixed.)"""
+    return math.nan if value < 0 else float(value)
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _number(value: float) -> str:
+    return "    –" if math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,270 @@
+"""Every knob of a run, in one place. A preset (``presets.py``) is a function that returns a full ``RunConfig``; the command
+line overrides single fields; impossible combinations fail in ``__post_init__``, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from smca.datasets import Augmentation
+
+CrossAttention = Literal["smca", "dense"]
+PriorScale = Literal["fixed", "single", "independent"]
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {got!r}")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The feature extractor: any model that ``transformers.AutoBackbone`` offers."""
+
+    name: str = "resnet"
+    """transformers' model type (resnet, convnext, swin, dinov2 …), built from `options`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of that model type's transformers configuration, e.g. {"depths": [3, 4, 6, 3]}."""
+    weights: str | None = None
+    """Hub name or local folder of published weights, e.g. "microsoft/resnet-50"; None trains from random weights."""
+    frozen_norm: bool = True
+    """Turn every batch norm into a fixed affine map (as DETR does: batches are too small to re-estimate statistics)."""
+    frozen_stages: int = 0
+    """How many leading parts of a ResNet stay untrained: 1 = the stem, 2 = the stem and the first stage (as DETR does)."""
+
+    def __post_init__(self) -> None:
+        _require(self.frozen_stages >= 0, "backbone.frozen_stages", "0 or more", self.frozen_stages)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the network is. Saved beside the weights; enough to rebuild the model and to decode its output."""
+
+    num_classes: int = 80
+    """K, number of object classes. The trainer sets it from the data."""
+    class_names: tuple[str, ...] = ()
+    """Name of each class, in label order; empty = unnamed. The trainer sets it from the data."""
+    category_ids: tuple[int, ...] = ()
+    """COCO category id of each class, in label order; empty = the labels themselves. The trainer sets it from the data."""
+    backbone: BackboneConfig = BackboneConfig()
+    """The feature extractor."""
+    stride: int = 32
+    """Pixels of the input per cell of the feature map; the backbone must have a stage of that stride."""
+    hidden_dim: int = 256
+    """C, channels of the transformer; a multiple of num_heads and of 4."""
+    num_heads: int = 8
+    """h, attention heads; each is hidden_dim / num_heads channels wide."""
+    num_queries: int = 300
+    """N, object queries: the most objects that can be found in one image."""
+    encoder_layers: int = 6
+    """Transformer encoder layers; 0 hands the projected features straight to the decoder."""
+    decoder_layers: int = 6
+    """M, transformer decoder layers; each is supervised."""
+    feedforward_dim: int = 2048
+    """Hidden width of the feed-forward blocks."""
+    dropout: float = 0.1
+    """Dropout on every residual branch and inside the feed-forward blocks; attention weights have none."""
+    cross_attention: CrossAttention = "smca"
+    """"smca" modulates the decoder's cross-attention with each query's Gaussian; "dense" is DETR, the baseline."""
+    prior_scale: PriorScale = "independent"
+    """Width of the Gaussian: predicted per axis ("independent"), one for both axes ("single"), or not predicted ("fixed")."""
+    prior_sigma_px: float = 64.0
+    """Standard deviation of the Gaussian before training, in pixels of the network's input: about half the side of a
+    typical object. The paper's β in cells² follows from it, β = 2·(prior_sigma_px / stride)² (64 px at stride 32: β = 8)."""
+    center_init: Literal["learned", "grid"] = "learned"
+    """Where the reference centres start: wherever the random queries point ("learned"), or spread over the image ("grid")."""
+    box_refinement: bool = False
+    """Let each decoder layer correct the (detached) box of the layer before it, and re-centre the Gaussian there."""
+    pre_norm: bool = False
+    """Layer norm before each block rather than after it: trains faster from scratch."""
+    image_short_side: int = 800
+    """Pixels of the shorter side at evaluation and prediction."""
+    image_max_size: int = 1333
+    """Most pixels of the longer side at evaluation and prediction."""
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from the RGB input in [0, 1]; ImageNet's, as published backbone weights expect."""
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divides the RGB input after the mean is subtracted."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "stride", "hidden_dim", "num_heads", "num_queries", "decoder_layers", "feedforward_dim"):
+            _require(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
+        _require(self.encoder_layers >= 0, "model.encoder_layers", "0 or more", self.encoder_layers)
+        _require(0.0 <= self.dropout < 1.0, "model.dropout", "in [0, 1)", self.dropout)
+        _require(self.prior_sigma_px > 0, "model.prior_sigma_px", "positive", self.prior_sigma_px)
+        _require(
+            self.hidden_dim % self.num_heads == 0 and self.hidden_dim % 4 == 0,
+            "model.hidden_dim",
+            f"a multiple of num_heads = {self.num_heads} and of 4 (sine and cosine of x and of y)",
+            self.hidden_dim,
+        )
+        _require(
+            0 < self.image_short_side <= self.image_max_size,
+            "model.image_short_side",
+            f"between 1 and image_max_size = {self.image_max_size}",
+            self.image_short_side,
+        )
+        for name in ("class_names", "category_ids"):
+            given = len(getattr(self, name))
+            _require(given in (0, self.num_classes), f"model.{name}", f"empty or num_classes = {self.num_classes} long", given)
+        if self.cross_attention == "dense":
+            defaults = {f.name: f.default for f in dataclasses.fields(self)}
+            for name in ("prior_scale", "center_init"):
+                _require(
+                    getattr(self, name) == defaults[name],
+                    f"model.{name}",
+                    'left at its default with cross_attention="dense", which has no prior',
+                    getattr(self, name),
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """d, channels of one attention head."""
+        return self.hidden_dim // self.num_heads
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names in label order, made up where the data gave none."""
+        return self.class_names or tuple(f"class {label}" for label in range(self.num_classes))
+
+    def to_json(self) -> str:
+        """JSON text from which ``from_json`` rebuilds the configuration."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "config.json") -> ModelConfig:
+        """Rebuild from ``to_json``'s text; unknown keys fail, naming `source`."""
+        values = json.loads(text)
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{source}: unknown keys {unknown}; written by another version of smca-detr? Known: {sorted(known)}")
+        tuples = ("class_names", "category_ids", "pixel_mean", "pixel_std")
+        values = {k: tuple(v) if k in tuples else v for k, v in values.items()}
+        if "backbone" in values:
+            values["backbone"] = BackboneConfig(**values["backbone"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of matching and loss (docs/method.md §5)."""
+
+    class_weight: float = 2.0
+    """Sigmoid focal classification."""
+    l1_weight: float = 5.0
+    """L1 distance of boxes."""
+    giou_weight: float = 2.0
+    """1 − generalised IoU of boxes."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The three weights by the name of their term."""
+        return {"class": self.class_weight, "l1": self.l1_weight, "giou": self.giou_weight}
+
+    def __post_init__(self) -> None:
+        for name, value in self.weights.items():
+            _require(value >= 0, f"loss.{name}_weight", "0 or more", value)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser, schedule and averaging."""
+
+    lr: float = 1e-4
+    """AdamW's learning rate."""
+    backbone_lr: float = 1e-5
+    """Learning rate of the backbone; 0 leaves it untrained."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    clip_norm: float = 0.1
+    """Largest norm of the whole gradient; larger ones are scaled down to it."""
+    warmup_steps: int = 0
+    """Steps over which the learning rates rise linearly from 0."""
+    schedule: Literal["step", "cosine"] = "step"
+    """"step": the rates fall to a tenth once `drop_epoch` epochs are done; "cosine": to 0 along half a cosine."""
+    drop_epoch: int = 40
+    """Epoch of the drop, for schedule="step"."""
+    ema_decay: float = 0.0
+    """Exponential moving average of the weights, which is then what is evaluated and saved; 0 = none."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", "positive", self.lr)
+        _require(self.backbone_lr >= 0, "optim.backbone_lr", "0 or more", self.backbone_lr)
+        _require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
+        _require(self.clip_norm > 0, "optim.clip_norm", "positive", self.clip_norm)
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
+        _require(self.drop_epoch >= 1, "optim.drop_epoch", "at least 1", self.drop_epoch)
+        _require(0.0 <= self.ema_decay < 1.0, "optim.ema_decay", "in [0, 1)", self.ema_decay)
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """The built-in data, used when `data` is "synthetic"."""
+
+    image_size: int = 128
+    """Side of the square images in pixels."""
+    train_images: int = 2000
+    """Training images."""
+    val_images: int = 300
+    """Held-out images."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _require(getattr(self, f.name) >= 1, f"synthetic.{f.name}", "at least 1", getattr(self, f.name))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    data: str | None = None
+    """Folder with data in COCO format (docs/data.md lists the layouts), or "synthetic" for the built-in data."""
+    output: Path = Path("runs/train")
+    """Folder that receives checkpoint, metrics, curves, pictures and the final model."""
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    loss: LossConfig = LossConfig()
+    """Weights of matching and loss."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser and schedule."""
+    augmentation: Augmentation = Augmentation()
+    """Changes to the training images."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+    """The built-in data."""
+    epochs: int = 50
+    """Passes over the training images."""
+    max_steps: int | None = None
+    """End (and let the schedule end) after this many steps even if `epochs` would take longer."""
+    batch_size: int = 16
+    """Images a step, over all processes."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    eval_batch_size: int = 16
+    """Images a forward pass at evaluation."""
+    workers: int = 4
+    """Processes that load images; 0 loads in the training process."""
+    cache_images: bool = False
+    """Keep decoded images in memory (3 bytes a pixel): worth it for small data on a CPU."""
+    device: str = "auto"
+    """"cuda", "cpu", "mps" …; "auto" takes a GPU if there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; losses are always computed in float32."""
+    seed: int = 0
+    """Seeds weights, data order and augmentation."""
+    resume: bool = False
+    """Go on from the checkpoint in `output`."""
+    overwrite: bool = False
+    """Start anew although `output` already holds a run."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_every", "eval_batch_size"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
+        _require(self.workers >= 0, "workers", "0 or more", self.workers)
+        _require(not (self.resume and self.overwrite), "resume", "not given together with overwrite", self.resume)
+

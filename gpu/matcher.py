@@ -1,0 +1,94 @@
+"""Bipartite matching: each ground-truth box gets one query, at the least total cost (docs/method.md §5).
+
+Costs are formed only between an image's predictions and its own targets, for all decoder layers at once. The ``scipy``
+backend then makes one copy to the host and solves the M·B assignments there.
+
+Shape letters: M decoder layers, B images, N queries, K classes, T targets (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional
+
+from smca.datasets import Targets
+from smca.gpu.boxes import cxcywh_to_xyxy, generalized_box_iou
+from smca.gpu.finite import NonFiniteError
+
+BACKENDS = ("auto", "scipy")
+FOCAL_ALPHA = 0.25
+FOCAL_GAMMA = 2.0
+
+
+@torch.no_grad()
+def match_cost(logits: Tensor, boxes: Tensor, targets: Targets, weights: Mapping[str, float]) -> Tensor:
+    """Cost of giving each target to each query of the same image (docs/method.md §5).
+
+    Args:
+        logits: [M, B, N, K]. boxes: [M, B, N, 4] cxcywh in 0–1.
+        targets: labels [B, T], boxes [B, T, 4], valid [B, T]; what is padded gets a cost like any other, to be ignored.
+        weights: of the terms "class", "l1" and "giou".
+
+    Returns:
+        [M, B, N, T].
+    """
+    layers, batch, queries, _ = logits.shape
+    # Only the targets' own classes enter; gathering first keeps this at N × T instead of N × K.
+    labels = targets.labels[None, :, None].expand(layers, batch, queries, -1)
+    logit = logits.gather(-1, labels)  # [M, B, N, T]
+    p = logit.sigmoid()
+    positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -functional.logsigmoid(logit)
+    negative = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -functional.logsigmoid(-logit)
+    pred, true = boxes[..., :, None, :], targets.boxes.to(boxes.dtype)[:, None]  # [M, B, N, 1, 4], [B, 1, T, 4]
+    l1 = (pred - true).abs().sum(-1)
+    giou = generalized_box_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(true))
+    return weights["class"] * (positive - negative) + weights["l1"] * l1 - weights["giou"] * giou
+
+
+@torch.no_grad()
+def match(
+    logits: Tensor, boxes: Tensor, targets: Targets, weights: Mapping[str, float], *, backend: str = "auto"
+) -> Tensor:
+    """The query of each target, for every layer and image.
+
+    Args:
+        logits: [M, B, N, K]. boxes: [M, B, N, 4] cxcywh in 0–1.
+        targets: labels [B, T], boxes [B, T, 4], valid [B, T].
+        weights: of the terms "class", "l1" and "giou".
+        backend: "scipy" or "auto".
+
+    Returns:
+        [M, B, T] int64 on the device of `logits`; −1 where a target is padding, or where there are more targets than queries
+        and the cheapest assignment leaves this one out.
+
+    Raises:
+        ValueError: an unknown backend.
+        NonFiniteError: a cost that is not finite (names layer, image, query and target).
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown matcher backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    cost = match_cost(logits.float() if logits.dtype != torch.float64 else logits, boxes, targets, weights)
+    return _match_scipy(cost, targets.valid)
+
+
+def _match_scipy(cost: Tensor, valid: Tensor) -> Tensor:
+    costs = cost.cpu().numpy()
+    columns = [np.flatnonzero(row) for row in valid.cpu().numpy()]
+    matched = np.full((*costs.shape[:2], costs.shape[3]), -1, dtype=np.int64)
+    for layer in range(costs.shape[0]):
+        for image, column in enumerate(columns):
+            problem = costs[layer, image][:, column]
+            if not np.isfinite(problem).all():
+                query, target = np.argwhere(~np.isfinite(problem))[0]
+                raise NonFiniteError(
+                    f"matching cost of decoder layer {layer}, image {image} of the batch is {problem[query, target]} for query "
+                    f"{query} and target {column[target]}: the network's output or this image's boxes are not finite"
+                )
+            rows, cols = linear_sum_assignment(problem)
+            matched[layer, image, column[cols]] = rows
+    return torch.from_numpy(matched).to(cost.device)

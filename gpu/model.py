@@ -1,0 +1,264 @@
+"""SMCA-DETR: images in, class logits and boxes out.
+
+    images → backbone → 1×1 convolution → encoder → decoder (Gaussian-modulated cross-attention) → shared heads
+
+    model = SMCADETR.from_pretrained("runs/demo/model")
+    detections = model.predict([PIL.Image.open("photo.jpg")])
+
+The same parameters, exported with ``state_dict()``, drive ``smca.reference.model.forward``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from smca.datasets import Augmentation, Sample, collate
+from smca.gpu.backbone import Backbone
+from smca.gpu.config import ModelConfig
+from smca.gpu.transformer import Decoder, Encoder
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first."""
+
+    scores: Tensor
+    """[D] in 0–1."""
+    labels: Tensor
+    """[D] int64, index into the model's classes."""
+    boxes_xyxy: Tensor
+    """[D, 4] left, top, right, bottom in pixels of the original image."""
+
+
+class SMCADETR(nn.Module):
+    """The detector. ``config.cross_attention="dense"`` makes it DETR, everything else the same."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: ModelConfig, *, attention_backend: str = "auto", download: bool = True) -> None:
+        """Build the network with fresh weights (the backbone's published ones, if its config names some).
+
+        Args:
+            config: what to build.
+            attention_backend: backend of ``smca.gpu.attention.smca_attention``.
+            download: False leaves published backbone weights out, for a model whose weights are loaded next.
+        """
+        super().__init__()
+        self.config = config
+        self.attention_backend = attention_backend
+        self.backbone = Backbone(config.backbone, config.stride, download=download)
+        self.input_proj = nn.Conv2d(self.backbone.channels, config.hidden_dim, kernel_size=1)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
+        for module in (self.encoder, self.decoder):
+            for parameter in module.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        self.decoder.reset_parameters()
+
+    def forward(self, images: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Detect in a batch of padded images.
+
+        Args:
+            images: [B, 3, H, W] RGB, uint8 or float in [0, 1], each image in the top left corner.
+            padding_mask: [B, H, W] bool, True = padded; None = no padding anywhere.
+
+        Returns:
+            "logits" [M, B, N, K], one sigmoid a class; "boxes" [M, B, N, 4] (cx, cy, w, h) in 0–1 of the unpadded image;
+            both after each of the M decoder layers, the last layer last.
+        """
+        pixels = self.normalize(images, padding_mask)
+        features = self.backbone(pixels)
+        batch, _, height, width = images.shape
+        if padding_mask is None:
+            valid_sizes = torch.tensor([height, width], device=images.device).expand(batch, 2)
+        else:
+            valid_sizes = valid_sizes_of(padding_mask)
+        return self.detect(features, valid_sizes, padded=padding_mask is not None)
+
+    def normalize(self, images: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Pixels to the backbone's input range; padding becomes 0, whatever it was."""
+        scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
+        pixels = (images.to(self.pixel_mean.dtype) * scale - self.pixel_mean) / self.pixel_std
+        return pixels if padding_mask is None else pixels.masked_fill(padding_mask[:, None], 0.0)
+
+    def detect(self, features: Tensor, valid_sizes: Tensor, *, padded: bool = True) -> dict[str, Tensor]:
+        """The part that ``smca.reference.model.forward`` specifies: backbone features to logits and boxes.
+
+        Args:
+            features: [B, channels, H, W] from the backbone.
+            valid_sizes: [B, 2] (height, width) of the unpadded images in pixels of the network's input.
+            padded: False promises that no cell is padding, which spares the mask.
+        """
+        size = (features.shape[-2], features.shape[-1])
+        # Positions and boxes stay in at least float32 under autocast; in a float64 model all is float64.
+        valid_cells = valid_sizes.to(self.input_proj.weight.dtype) / self.config.stride
+        key_padding_mask = _key_padding_mask(valid_cells, size) if padded else None
+        pos = sine_position(valid_cells, size, self.config.hidden_dim)
+        x = self.input_proj(features).flatten(2).transpose(1, 2)
+        if key_padding_mask is not None:
+            x = x.masked_fill(key_padding_mask[..., None], 0.0)
+        memory = self.encoder(x, pos, key_padding_mask)
+        logits, boxes = self.decoder(memory, pos, key_padding_mask, size, valid_cells, self.attention_backend)
+        return {"logits": logits, "boxes": boxes}
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Image.Image | np.ndarray[Any, Any]], *, max_detections: int = 100
+    ) -> list[Detections]:
+        """Detect in images of any size.
+
+        Args:
+            images: PIL images or uint8 arrays [H, W, 3] (RGB).
+            max_detections: how many of the best to return for each.
+
+        Returns:
+            Detections an image, boxes in pixels of that image. No threshold is applied.
+        """
+        resize = Augmentation.evaluation(self.config.image_short_side, self.config.image_max_size)
+        rng = np.random.default_rng(0)  # the evaluation transform draws nothing
+        samples = []
+        for index, image in enumerate(images):
+            pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+                raise ValueError(
+                    f"image {index} must be a PIL image or a uint8 array [H, W, 3], got {pixels.dtype} {pixels.shape}"
+                )
+            sample = Sample(
+                image=pixels,
+                boxes_xyxy=np.zeros((0, 4)),
+                labels=np.zeros(0, dtype=np.int64),
+                image_id=index,
+                original_size=(pixels.shape[0], pixels.shape[1]),
+            )
+            samples.append(resize(sample, rng))
+        if not samples:
+            return []
+        batch = collate(samples).to(self.pixel_mean.device)
+        training = self.training
+        self.eval()
+        outputs = self(batch.images, batch.padding_mask)
+        self.train(training)
+        return decode(outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max_detections)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors into `directory`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_FILE).write_text(self.config.to_json() + "\n")
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, directory / WEIGHTS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, attention_backend: str = "auto") -> SMCADETR:
+        """Rebuild a saved model, in evaluation mode.
+
+        Args:
+            name: folder written by ``save_pretrained``, or a repository on the Hugging Face hub that holds its two files.
+            attention_backend: backend of ``smca.gpu.attention.smca_attention``.
+
+        Raises:
+            ValueError: files missing, or weights that do not fit the configuration (names the keys).
+        """
+        directory = _resolve(name)
+        config = ModelConfig.from_json((directory / CONFIG_FILE).read_text(), str(directory / CONFIG_FILE))
+        model = cls(config, attention_backend=attention_backend, download=False)
+        load_weights(model, load_file(directory / WEIGHTS_FILE), str(directory / WEIGHTS_FILE))
+        return model.eval()
+
+
+def decode(logits: Tensor, boxes: Tensor, original_sizes: Tensor, max_detections: int = 100) -> list[Detections]:
+    """The best (query, class) pairs of each image, in pixels of the original image.
+
+    Args:
+        logits: [B, N, K]. boxes: [B, N, 4] (cx, cy, w, h) in 0–1. original_sizes: [B, 2] (height, width) in pixels.
+        max_detections: how many to keep an image.
+    """
+    batch, queries, classes = logits.shape
+    scores, flat = logits.float().sigmoid().flatten(1).topk(min(max_detections, queries * classes), dim=1)
+    query, label = flat // classes, flat % classes
+    height, width = original_sizes.to(boxes).unbind(-1)
+    scale = torch.stack([width, height, width, height], dim=-1)[:, None]
+    center, extent = boxes[..., :2], boxes[..., 2:]
+    corners = torch.cat([center - extent / 2, center + extent / 2], dim=-1).clamp(0, 1) * scale
+    corners = corners.gather(1, query[..., None].expand(-1, -1, 4))
+    return [Detections(scores[b], label[b], corners[b].float()) for b in range(batch)]
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load `weights` into `model` after checking every name and shape; the error lists what does not fit."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{k} is {tuple(weights[k].shape)}, the model needs {tuple(own[k].shape)}"
+        for k in own.keys() & weights.keys()
+        if own[k].shape != weights[k].shape
+    ]
+    if missing or extra or shapes:
+        problems = [f"missing {missing[:5]}"] * bool(missing) + [f"unknown {extra[:5]}"] * bool(extra) + sorted(shapes)[:5]
+        raise ValueError(f"{source} does not fit this model configuration: {'; '.join(problems)}")
+    model.load_state_dict(weights)
+
+
+def valid_sizes_of(padding_mask: Tensor) -> Tensor:
+    """[B, H, W] bool, True = padded → [B, 2] (height, width) of the unpadded images in pixels."""
+    valid = ~padding_mask
+    return torch.stack([valid[:, :, 0].sum(1), valid[:, 0, :].sum(1)], dim=-1)
+
+
+def sine_position(valid_cells: Tensor, size: tuple[int, int], dim: int, temperature: float = 10000.0) -> Tensor:
+    """2D sine position encoding [B, H·W, dim]: `dim`/2 channels of y, then `dim`/2 of x (DETR, appendix A.4).
+
+    A cell's coordinate is its centre over the unpadded extent, times 2π; valid_cells [B, 2] = (h, w) in cells.
+    """
+    height, width = size
+    half = dim // 2
+    channel = torch.arange(half, device=valid_cells.device)
+    wavelength = temperature ** (2 * (channel // 2).to(valid_cells.dtype) / half)
+
+    def encode(length: int, extent: Tensor) -> Tensor:
+        cells = torch.arange(length, device=extent.device, dtype=extent.dtype) + 0.5
+        angle = (cells / extent[:, None] * (2 * math.pi))[..., None] / wavelength  # [B, length, half]
+        return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
+
+    y = encode(height, valid_cells[:, 0])[:, :, None].expand(-1, -1, width, -1)
+    x = encode(width, valid_cells[:, 1])[:, None].expand(-1, height, -1, -1)
+    return torch.cat([y, x], dim=-1).flatten(1, 2)
+
+
+def _key_padding_mask(valid_cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, H·W] bool: a cell is padding if it holds no pixel of the image."""
+    height, width = size
+    rows = torch.arange(height, device=valid_cells.device) >= valid_cells[:, :1]
+    columns = torch.arange(width, device=valid_cells.device) >= valid_cells[:, 1:]
+    return (rows[:, :, None] | columns[:, None, :]).flatten(1)
+
+
+def _resolve(name: str | Path) -> Path:
+    directory = Path(name)
+    if directory.is_dir():
+        absent = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / f).is_file()]
+        if absent:
+            raise ValueError(f"{directory} lacks {' and '.join(absent)}: give a folder written by save_pretrained (runs/…/model)")
+        return directory
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{name} is neither a folder nor a reachable repository on the Hugging Face hub") from error

@@ -1,0 +1,40 @@
+"""The pictures that a training run leaves: detections beside the truth, and the curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smca.gpu.drawing import contact_sheet, draw_detections, training_curves
+from smca.gpu.evaluate import DetectionData
+from smca.gpu.model import SMCADETR
+
+PICTURES = 12
+"""How many held-out images are drawn."""
+DRAW_THRESHOLD = 0.35
+"""Least score that is drawn: trained with focal loss, scores of real objects start about there."""
+
+
+def draw_run(model: SMCADETR, data: DetectionData, metrics: list[dict[str, Any]], output: Path) -> None:
+    """Write curves.png, predictions.png and pictures/ into `output`."""
+    training_curves(metrics, output / "curves.png")
+    folder = output / "pictures"
+    folder.mkdir(exist_ok=True)
+    drawn = []
+    for index in np.linspace(0, len(data) - 1, min(PICTURES, len(data))).round().astype(int).tolist():
+        sample = data[index]
+        found = model.predict([sample.image])[0]
+        picture = draw_detections(
+            sample.image,
+            found.boxes_xyxy.cpu().numpy(),
+            found.labels.cpu().numpy(),
+            found.scores.cpu().numpy(),
+            model.config.names,
+            DRAW_THRESHOLD,
+            truth_xyxy=sample.boxes_xyxy,
+        )
+        picture.save(folder / f"{sample.image_id:06d}.png")
+        drawn.append(picture)
+    contact_sheet(drawn, columns=4).save(output / "predictions.png")

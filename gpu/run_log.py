@@ -1,0 +1,100 @@
+"""What a training run tells: a progress bar (or plain lines), metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Reports one run; silent on every process but the first."""
+
+    def __init__(self, output: Path, total_steps: int, *, first_step: int, first_epoch: int, main_process: bool) -> None:
+        """Open the logs of `output`.
+
+        Args:
+            output: the run's folder.
+            total_steps: steps of the whole run.
+            first_step: step that comes next; more than 0 when a run goes on.
+            first_epoch: epochs done already; metrics of later ones (from a run that was cut off) are dropped.
+            main_process: False on processes that must stay silent.
+        """
+        self.metrics: list[dict[str, Any]] = []
+        self.main_process = main_process
+        if not main_process:
+            return
+        self._path = output / METRICS_FILE
+        if first_epoch and self._path.is_file():
+            self.metrics = [m for m in read_metrics(self._path) if m["epoch"] <= first_epoch]
+        self._path.write_text("".join(json.dumps(m) + "\n" for m in self.metrics))
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step if first_step else None)
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("loss {task.fields[loss]:.2f} · AP {task.fields[ap]} · {task.fields[speed]:.1f} images/s ·"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        ap = f"{self.metrics[-1]['ap']:.3f}" if self.metrics and self.metrics[-1]["ap"] is not None else "–"
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, loss=float("nan"), ap=ap, speed=0.0)
+
+    def __enter__(self) -> RunLog:
+        if self.main_process:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.main_process:
+            self._progress.stop()
+            self._board.close()
+
+    def step(self, description: str, step: int, terms: Mapping[str, float], lr: float, images_per_second: float) -> None:
+        """After a logged step: move the bar, write the terms of the loss to TensorBoard."""
+        if not self.main_process:
+            return
+        self._progress.update(self._task, description=description, completed=step, loss=terms["loss"], speed=images_per_second)
+        for name, value in terms.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        self._board.add_scalar("train/lr", lr, step)
+
+    def evaluation(self, metrics: dict[str, Any]) -> None:
+        """After an evaluation: one line on the terminal, one in metrics.jsonl, one point in TensorBoard."""
+        if not self.main_process:
+            return
+        self.metrics.append(metrics)
+        with self._path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        shown = {k: "–" if metrics[k] is None else f"{metrics[k]:.3f}" for k in ("ap", "ap50")}
+        self._progress.update(self._task, ap=shown["ap"])
+        self.say(
+            f"epoch {metrics['epoch']:4d}  step {metrics['step']:6d}  loss {metrics['loss']:7.3f}  AP {shown['ap']}  "
+            f"AP50 {shown['ap50']}  {metrics['images_per_second']:6.1f} images/s  {metrics['train_seconds']:6.0f} s of training"
+        )
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"eval/{name}", value, metrics["step"])
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.main_process:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

@@ -1,0 +1,353 @@
+"""Train a detector.
+
+    smca train demo                                   the built-in data on a CPU, a few minutes
+    smca train small --data DIR                       your COCO-format data, from scratch, on a laptop
+    smca train smca_r50 --data coco --device cuda     the published setting on one GPU
+    torchrun --nproc-per-node 8 gpu/train.py smca_r50 --data coco
+    smca train small --data DIR --resume              go on where it stopped
+    smca train small --help                           every knob with its default
+
+``python gpu/train.py`` and ``smca train`` are the same. A run leaves in its --output folder: checkpoint.pt, metrics.jsonl,
+tensorboard/, curves.png, predictions.png, model/ (config.json + model.safetensors, what ``smca predict`` takes).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from safetensors.torch import save
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from smca.datasets import Augmented, Batch, collate
+from smca.gpu.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint, write_atomically
+from smca.gpu.coco_eval import evaluate_detections
+from smca.gpu.config import OptimConfig, RunConfig
+from smca.gpu.criterion import SetCriterion
+from smca.gpu.evaluate import DetectionData, detect, evaluation_loader, open_split, pick_device
+from smca.gpu.finite import NonFiniteError, check_gradient, check_terms
+from smca.gpu.model import SMCADETR
+from smca.gpu.pictures import draw_run
+from smca.gpu.presets import PRESETS
+from smca.gpu.run_log import RunLog
+
+LOG_EVERY = 10
+"""Steps between updates of the progress bar and TensorBoard."""
+BAD_BATCH_FILE = "bad_batch.safetensors"
+
+
+def train(config: RunConfig) -> Path:
+    """Train as `config` says; returns the folder of the final model (``SMCADETR.from_pretrained`` takes it).
+
+    Raises:
+        ValueError: configuration and data that do not fit, found before anything is trained.
+        NonFiniteError: loss or gradient is not finite; names term and layer. The last checkpoint stays as it was.
+    """
+    with _process_group() as (rank, world):
+        device = pick_device(config.device)
+        if device.type == "cuda" and world > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        _prepare_output(config, rank)
+        _seed(config.seed)
+
+        # Data; the model's classes follow from it.
+        train_data = open_split(config.data, "train", config.synthetic, cache=config.cache_images)
+        val_data = open_split(config.data, "val", config.synthetic, cache=config.cache_images)
+        config = _with_classes(config, train_data, val_data)
+        augmented = Augmented(train_data, config.augmentation, config.seed)
+        sampler: DistributedSampler[Any] = DistributedSampler(augmented, world, rank, shuffle=True, seed=config.seed)
+        if config.batch_size % world:
+            raise ValueError(f"batch_size = {config.batch_size} images a step cannot be split over {world} processes")
+        per_process = config.batch_size // world
+        loader = DataLoader(
+            augmented,
+            per_process,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=config.workers,
+            persistent_workers=config.workers > 0,
+            pin_memory=device.type == "cuda",
+            drop_last=len(sampler) >= per_process,
+        )
+        val_loader = evaluation_loader(
+            val_data, config.model, config.eval_batch_size, config.workers, range(rank, len(val_data), world)
+        )
+        total_steps = config.epochs * len(loader)
+        if config.max_steps is not None:
+            total_steps = min(total_steps, config.max_steps)
+
+        # Model, loss, optimiser.
+        model = SMCADETR(config.model).to(device, memory_format=torch.channels_last)
+        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+        average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
+        criterion = SetCriterion(config.loss)
+        optimizer = _optimizer(model, config.optim, device)
+        base_lrs = [group["lr"] for group in optimizer.param_groups]
+
+        step, epoch, train_seconds = 0, 0, 0.0
+        checkpoint_path = config.output / CHECKPOINT_FILE
+        if config.resume:
+            state = load_checkpoint(checkpoint_path)
+            _check_resumable(state, config, checkpoint_path)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if average is not None:
+                average.load_state_dict(state["average"])
+            torch.set_rng_state(state["rng"])
+            step, epoch, train_seconds = state["step"], state["epoch"], state["train_seconds"]
+
+        with RunLog(config.output, total_steps, first_step=step, first_epoch=epoch, main_process=rank == 0) as log:
+            parameters = sum(p.numel() for p in model.parameters()) / 1e6
+            log.say(f"training images: {train_data.report}\nheld-out images: {val_data.report}")
+            log.say(
+                f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(loader)} steps an epoch, {total_steps} in all · "
+                f"{device} · {world} process{'es' * (world > 1)} · {torch.get_num_threads()} threads"
+            )
+            while step < total_steps:
+                augmented.set_epoch(epoch)
+                sampler.set_epoch(epoch)
+                parallel.train()
+                epoch_loss, epoch_steps, epoch_start = torch.zeros((), device=device), 0, time.perf_counter()
+                for host_batch in loader:
+                    if step >= total_steps:
+                        break
+                    factor = _lr_factor(config.optim, step, epoch, total_steps)
+                    for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
+                        group["lr"] = base * factor
+
+                    batch = host_batch.to(device)
+                    with _keep_bad_batch(host_batch, config.output, rank):
+                        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                            outputs = parallel(
+                                batch.images.contiguous(memory_format=torch.channels_last),
+                                batch.padding_mask if host_batch.padding_mask.any() else None,
+                            )
+                        terms = criterion(outputs, batch.targets)
+                        check_terms(terms)
+                        optimizer.zero_grad(set_to_none=True)
+                        terms["loss"].backward()
+                        check_gradient(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm), model)
+                    optimizer.step()
+                    if average is not None:
+                        _update_average(average, model, min(config.optim.ema_decay, (1 + step) / (10 + step)))
+
+                    step += 1
+                    epoch_steps += 1
+                    epoch_loss += terms["loss"].detach()
+                    if step % LOG_EVERY == 0:
+                        speed = epoch_steps * config.batch_size / (time.perf_counter() - epoch_start)
+                        values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
+                        log.step(f"epoch {epoch + 1}", step, values, optimizer.param_groups[0]["lr"], speed)
+                epoch += 1
+                seconds = time.perf_counter() - epoch_start
+                train_seconds += seconds
+
+                if epoch % config.eval_every == 0 or step >= total_steps:
+                    results = detect(average or model, val_loader)
+                    if rank == 0 or world > 1:
+                        metrics = evaluate_detections(val_data.ground_truth(), _gather(results, world))
+                        log.evaluation(
+                            {
+                                "epoch": epoch,
+                                "step": step,
+                                "loss": epoch_loss.item() / max(epoch_steps, 1),
+                                **metrics.as_dict(),
+                                "train_seconds": round(train_seconds, 1),
+                                "images_per_second": epoch_steps * config.batch_size / seconds,
+                            }
+                        )
+                if rank == 0:
+                    save_checkpoint(
+                        checkpoint_path,
+                        {
+                            "config": config.model.to_json(),
+                            "model": model.state_dict(),
+                            "average": average.state_dict() if average is not None else None,
+                            "optimizer": optimizer.state_dict(),
+                            "rng": torch.get_rng_state(),
+                            "step": step,
+                            "epoch": epoch,
+                            "total_steps": total_steps,
+                            "train_seconds": train_seconds,
+                        },
+                    )
+
+            model_dir = config.output / "model"
+            if rank == 0:
+                final = average or model
+                final.save_pretrained(model_dir)
+                draw_run(final, val_data, log.metrics, config.output)
+                log.say(_farewell(config, log.metrics[-1]))
+        return model_dir
+
+
+def _lr_factor(optim: OptimConfig, step: int, epoch: int, total_steps: int) -> float:
+    """What the base learning rates are multiplied by at this step."""
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.schedule == "step":
+        return 0.1 if epoch >= optim.drop_epoch else 1.0
+    progress = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _optimizer(model: SMCADETR, optim: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW with the backbone's own learning rate."""
+    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
+    if optim.backbone_lr == 0:
+        model.backbone.requires_grad_(False)
+        backbone = []
+    inside = {id(p) for p in model.backbone.parameters()}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in inside], "lr": optim.lr}]
+    if backbone:
+        groups.append({"params": backbone, "lr": optim.backbone_lr})
+    return torch.optim.AdamW(groups, weight_decay=optim.weight_decay, fused=device.type in ("cuda", "cpu"))
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average ← decay·average + (1 − decay)·model; whole numbers (batch counters) are copied."""
+    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+    floats, others = [], []
+    for pair in pairs:
+        (floats if pair[0].is_floating_point() else others).append(pair)
+    torch._foreach_lerp_([a for a, _ in floats], [m for _, m in floats], 1 - decay)
+    for a, m in others:
+        a.copy_(m)
+
+
+def _with_classes(config: RunConfig, train_data: DetectionData, val_data: DetectionData) -> RunConfig:
+    """Set the head's size and names from the data; training and held-out data must agree."""
+    categories = train_data.categories
+    if tuple(categories) != tuple(val_data.categories):
+        raise ValueError(
+            f"training and held-out annotations of {config.data} list different categories: {categories} and {val_data.categories}"
+        )
+    model = dataclasses.replace(
+        config.model,
+        num_classes=len(categories),
+        class_names=tuple(c.name for c in categories),
+        category_ids=tuple(c.id for c in categories),
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def _prepare_output(config: RunConfig, rank: int) -> None:
+    checkpoint = config.output / CHECKPOINT_FILE
+    if checkpoint.exists() and not (config.resume or config.overwrite):
+        raise ValueError(f"{config.output} already holds a run: --resume goes on with it, --overwrite starts anew, --output puts it elsewhere")
+    if rank == 0:
+        config.output.mkdir(parents=True, exist_ok=True)
+
+
+def _check_resumable(state: dict[str, Any], config: RunConfig, path: Path) -> None:
+    if state["config"] != config.model.to_json():
+        raise ValueError(f"{path} belongs to a model configured otherwise: resume with the settings it was started with, or use --overwrite")
+    if (state["average"] is None) != (config.optim.ema_decay == 0):
+        raise ValueError(f"{path} was trained {'without' if state['average'] is None else 'with'} optim.ema_decay: resume likewise")
+
+
+@contextmanager
+def _keep_bad_batch(batch: Batch, output: Path, rank: int) -> Iterator[None]:
+    """On a non-finite value: keep the batch that led to it, and say where."""
+    try:
+        yield
+    except NonFiniteError as error:
+        path = output / (BAD_BATCH_FILE if rank == 0 else f"rank{rank}_{BAD_BATCH_FILE}")
+        tensors = {
+            "images": batch.images,
+            "padding_mask": batch.padding_mask,
+            "image_ids": batch.image_ids,
+            "labels": batch.targets.labels,
+            "boxes": batch.targets.boxes,
+            "valid": batch.targets.valid,
+        }
+        write_atomically(path, lambda file: file.write(save({k: v.contiguous() for k, v in tensors.items()})))
+        raise NonFiniteError(
+            f"{error}. Image ids of the batch: {batch.image_ids.tolist()}; the batch is kept in {path}, the last good state in "
+            f"{output / CHECKPOINT_FILE} (if an epoch was done). Look at these images and boxes; a lower --optim.lr often helps, then --resume"
+        ) from error
+
+
+@contextmanager
+def _process_group() -> Iterator[tuple[int, int]]:
+    """(rank, world size); joins the group that torchrun set up, if it did."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield 0, 1
+        return
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield distributed.get_rank(), distributed.get_world_size()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _gather(results: list[dict[str, Any]], world: int) -> list[dict[str, Any]]:
+    if world == 1:
+        return results
+    parts: list[list[dict[str, Any]] | None] = [None] * world
+    distributed.all_gather_object(parts, results)
+    return [result for part in parts for result in part or []]
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - for libraries that still draw from it
+    random.seed(seed)
+
+
+def _farewell(config: RunConfig, last: dict[str, Any]) -> str:
+    ap, ap50 = ("–" if last[k] is None else f"{last[k]:.3f}" for k in ("ap", "ap50"))
+    data = "" if config.data == "synthetic" else f" --data {config.data}"
+    return (
+        f"\ndone: AP {ap}, AP50 {ap50} on the held-out images after {last['train_seconds']:.0f} s of training. In {config.output}:\n"
+        f"  model/            config.json + model.safetensors\n"
+        f"  predictions.png   detections beside the truth\n"
+        f"  curves.png        loss and AP by epoch (metrics.jsonl, tensorboard/)\n"
+        f"  checkpoint.pt     everything that --resume needs\n"
+        f"next:\n"
+        f"  smca evaluate {config.output}/model{data}\n"
+        f"  smca predict {config.output}/model YOUR_IMAGES\n"
+        f"  smca train small --data YOUR_COCO_FOLDER"
+    )
+
+
+def parse(argv: list[str]) -> RunConfig:
+    """Command line → configuration: a preset's name (default "small"), then single fields."""
+    name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("small", argv)
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    listing = "\n".join(f"  {n:10} {(f.__doc__ or '').strip()}" for n, f in PRESETS.items())
+    return tyro.cli(
+        RunConfig,
+        args=rest,
+        default=PRESETS[name](),
+        prog=f"smca train {name}",
+        description=f"Train a detector.\n\nsmca train [preset] [options]; the presets:\n{listing}",
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``smca train``."""
+    train(parse(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    from smca.gpu.cli import run
+
+    run(main)

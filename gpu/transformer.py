@@ -1,0 +1,273 @@
+"""Encoder and decoder. The decoder is DETR's with one change: each query steers its cross-attention by a Gaussian.
+
+Shape letters: B images, N queries, h heads, d channels a head, C = h·d, L = H·W keys, K classes, M decoder layers.
+Names of parameters are the contract with ``smca.reference.model``, which runs on the same state dict.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from smca.gpu.attention import smca_attention
+from smca.gpu.config import ModelConfig
+
+CLASS_PRIOR = 0.01
+"""π of docs/method.md §5: the score that every class starts from, so that the focal loss is not drowned by background."""
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., widths[0]] → [..., widths[-1]]."""
+        for layer in self.layers[:-1]:
+            x = functional.relu(layer(x))
+        out: Tensor = self.layers[-1](x)
+        return out
+
+
+class Attention(nn.Module):
+    """Multi-head attention around one of two kernels: plain, or modulated by a Gaussian prior."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        dim = config.hidden_dim
+        self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, n, C] -> [B, h, n, d]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        prior: tuple[Tensor, Tensor] | None = None,
+        size: tuple[int, int] | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """query [B, N, C], key and value [B, L, C], mask [B, L] True = padded, prior (centre, precision) each
+        [B, h, N, 2] in cells of a map of `size` → [B, N, C]."""
+        q, k, v = self._heads(self.q_proj(query)), self._heads(self.k_proj(key)), self._heads(self.v_proj(value))
+        if prior is not None and size is not None:
+            out = smca_attention(q, k, v, *prior, size, key_padding_mask, backend=backend)
+        else:
+            keep = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each with a residual branch and a layer norm after or (pre_norm) before it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.self_attn = Attention(config)
+        self.norm1, self.norm2 = nn.LayerNorm(config.hidden_dim), nn.LayerNorm(config.hidden_dim)
+        self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
+        self.linear2 = nn.Linear(config.feedforward_dim, config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout(functional.relu(self.linear1(x)))))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, pos: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """x and pos [B, L, C], mask [B, L] → [B, L, C]."""
+        if self.pre_norm:
+            y = self.norm1(x)
+            x = x + self.dropout(self.self_attn(y + pos, y + pos, y, key_padding_mask))
+            return x + self._feed_forward(self.norm2(x))
+        x = self.norm1(x + self.dropout(self.self_attn(x + pos, x + pos, x, key_padding_mask)))
+        out: Tensor = self.norm2(x + self._feed_forward(x))
+        return out
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers; with pre_norm a last layer norm closes it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm else None
+
+    def forward(self, x: Tensor, pos: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """x and pos [B, L, C], mask [B, L] → [B, L, C]."""
+        for layer in self.layers:
+            x = layer(x, pos, key_padding_mask)
+        return x if self.norm is None else self.norm(x)
+
+
+class Prior(nn.Module):
+    """From a query's state to one Gaussian a head: offset of its centre and its precision (docs/method.md §1 and §3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.unit_precision = (config.stride / config.prior_sigma_px) ** 2  # λ at r = 1, in cells⁻²: 2/β
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.offset_head = nn.Linear(config.hidden_dim, 2 * config.num_heads)
+        axes = {"fixed": 0, "single": 1, "independent": 2}[config.prior_scale]
+        self.scale_head = nn.Linear(config.hidden_dim, axes * config.num_heads) if axes else None
+
+    def reset_parameters(self) -> None:
+        """Start every head as the same broad Gaussian on the reference centre: offset 0 and r = 1, whatever the query."""
+        nn.init.zeros_(self.offset_head.weight)
+        nn.init.zeros_(self.offset_head.bias)
+        if self.scale_head is not None:
+            nn.init.zeros_(self.scale_head.weight)
+            nn.init.ones_(self.scale_head.bias)
+
+    def state(self, content: Tensor, position: Tensor) -> Tensor:
+        """O, the layer-normalised sum of a query's content and learned position: [B, N, C]."""
+        out: Tensor = self.norm(content + position)
+        return out
+
+    def forward(self, state: Tensor, center_cells: Tensor) -> tuple[Tensor, Tensor]:
+        """state [B, N, C] and reference centre [B, N, 2] in cells → centre (cells) and precision (cells⁻²), [B, h, N, 2]."""
+        offset = self._per_head(self.offset_head(state))
+        center = center_cells[:, None] + offset
+        if self.scale_head is None:
+            return center, torch.full_like(center, self.unit_precision)
+        r = self._per_head(self.scale_head(state))  # inverse scale 1/s: 0 is plain attention
+        return center, (self.unit_precision * r.square()).expand_as(center)
+
+    def _per_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, N, h·a] -> [B, h, N, a]
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries, (modulated) cross-attention into the image, feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.self_attn, self.cross_attn = Attention(config), Attention(config)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(config.hidden_dim) for _ in range(3))
+        self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
+        self.linear2 = nn.Linear(config.feedforward_dim, config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.prior = Prior(config) if config.cross_attention == "smca" else None
+
+    def attend_queries(self, t: Tensor, position: Tensor) -> Tensor:
+        """The first block: content t and learned position, both [B, N, C] → [B, N, C]."""
+        if self.pre_norm:
+            y = self.norm1(t)
+            return t + self.dropout(self.self_attn(y + position, y + position, y))  # type: ignore[no-any-return]
+        return self.norm1(t + self.dropout(self.self_attn(t + position, t + position, t)))  # type: ignore[no-any-return]
+
+    def attend_image(
+        self,
+        t: Tensor,
+        position: Tensor,
+        memory: Tensor,
+        memory_pos: Tensor,
+        key_padding_mask: Tensor | None,
+        prior: tuple[Tensor, Tensor] | None,
+        size: tuple[int, int],
+        backend: str,
+    ) -> Tensor:
+        """The second and third block: t [B, N, C] looks into memory [B, L, C] → [B, N, C]."""
+        y = self.norm2(t) if self.pre_norm else t
+        found = self.cross_attn(y + position, memory_pos, memory, key_padding_mask, prior, size, backend)
+        t = t + self.dropout(found)
+        if self.pre_norm:
+            return t + self._feed_forward(self.norm3(t))
+        t = self.norm2(t)
+        return self.norm3(t + self._feed_forward(t))  # type: ignore[no-any-return]
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout(functional.relu(self.linear1(x)))))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Object queries to logits and boxes, after every layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.hidden_dim
+        self.box_refinement = config.box_refinement
+        self.query_position = nn.Parameter(torch.empty(config.num_queries, dim))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.class_head = nn.Linear(dim, config.num_classes)
+        self.box_head = MLP(dim, dim, dim, 4)
+        smca = config.cross_attention == "smca"
+        self.center_head = MLP(dim, dim, dim, 2) if smca else None
+        grid = smca and config.center_init == "grid"
+        self.query_center = nn.Parameter(torch.empty(config.num_queries, 2)) if grid else None
+
+    def reset_parameters(self) -> None:
+        """The starts that matter; everything else is Xavier-uniform (docs/deviations.md)."""
+        nn.init.normal_(self.query_position)
+        nn.init.constant_(self.class_head.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
+        last = self.box_head.layers[-1]
+        nn.init.zeros_(last.weight)  # every query starts with the same box around its reference centre
+        with torch.no_grad():
+            last.bias.copy_(torch.tensor([0.0, 0.0, -1.5, -1.5]))  # sigmoid(−1.5) = 0.18 of the image
+        for layer in self.layers:
+            if layer.prior is not None:
+                layer.prior.reset_parameters()
+        if self.query_center is not None and self.center_head is not None:
+            with torch.no_grad():
+                self.query_center.copy_(_grid_logits(len(self.query_center)))
+            nn.init.zeros_(self.center_head.layers[-1].weight)
+
+    def forward(
+        self,
+        memory: Tensor,
+        pos: Tensor,
+        key_padding_mask: Tensor | None,
+        size: tuple[int, int],
+        valid_cells: Tensor,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """memory and pos [B, L, C], mask [B, L], valid_cells [B, 2] = (h, w) of the unpadded image in cells
+        → logits [M, B, N, K], boxes [M, B, N, 4] (cxcywh in 0–1 of the unpadded image)."""
+        batch = memory.shape[0]
+        position = self.query_position.expand(batch, -1, -1)
+        t = torch.zeros_like(position)
+        memory_pos = memory + pos
+        reference_logits = position.new_zeros(*position.shape[:2], 4, dtype=valid_cells.dtype)
+        all_logits, all_boxes = [], []
+        for index, layer in enumerate(self.layers):
+            t = layer.attend_queries(t, position)
+            prior = None
+            if layer.prior is not None and self.center_head is not None:
+                state = layer.prior.state(t, position)
+                if index == 0:
+                    center_logits = self.center_head(state).to(valid_cells.dtype)
+                    if self.query_center is not None:
+                        center_logits = center_logits + self.query_center
+                    reference_logits = functional.pad(center_logits, (0, 2))  # [ĉ_x, ĉ_y, 0, 0]
+                center_cells = reference_logits[..., :2].sigmoid() * valid_cells.flip(-1)[:, None]
+                prior = layer.prior(state, center_cells)
+            t = layer.attend_image(t, position, memory, memory_pos, key_padding_mask, prior, size, backend)
+            decoded = self.norm(t)
+            box_logits = self.box_head(decoded).to(valid_cells.dtype) + reference_logits
+            all_logits.append(self.class_head(decoded))
+            all_boxes.append(box_logits.sigmoid())
+            if self.box_refinement:
+                reference_logits = box_logits.detach()
+        return torch.stack(all_logits), torch.stack(all_boxes)
+
+
+def _grid_logits(count: int) -> Tensor:
+    """Logits [count, 2] of points (x, y) spread evenly over the unit square: the R2 low-discrepancy sequence, which
+    covers it for any count (a lattice would need a square number)."""
+    plastic = 1.32471795724474602596  # the real root of x³ = x + 1
+    index = torch.arange(1, count + 1, dtype=torch.float64)[:, None]
+    points = (0.5 + index * torch.tensor([1 / plastic, 1 / plastic**2], dtype=torch.float64)) % 1.0
+    return points.clamp(0.02, 0.98).logit()

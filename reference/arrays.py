@@ -1,0 +1,33 @@
+"""Array types of the specification, and the one way in which a wrong shape is reported.
+
+The dtype in a type is what the specification computes in; every function also takes what converts to it. The checks
+look at `.shape` alone, so that they hold for any array that speaks NumPy's protocols.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def require_shape(name: str, array: npt.NDArray[Any], expected: tuple[int | None, ...], mend: str) -> None:
+    """Raise a ValueError that names expected and actual shape unless `array` has the expected one.
+
+    `None` stands for any length of that axis. `mend` is a sentence that tells how to put it right.
+
+    >>> require_shape("boxes", np.zeros((3, 5)), (None, 4), "Give each box as four numbers.")
+    Traceback (most recent call last):
+    ValueError: boxes: expected shape (any, 4), got (3, 5). Give each box as four numbers.
+    """
+    actual = tuple(array.shape)
+    fits = len(actual) == len(expected) and all(
+        want is None or have == want for have, want in zip(actual, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        comma = "," if len(expected) == 1 else ""
+        raise ValueError(f"{name}: expected shape ({wanted}{comma}), got {actual}. {mend}")

@@ -1,0 +1,198 @@
+"""The set loss: focal, L1 and GIoU, over the matched pairs, at every decoder layer.
+
+For the outputs of one decoder layer, with π(t) the query matched to object t of its image (`matching`), x the class
+logits and b the boxes (method.md §5; DETR, "Object detection set prediction loss"):
+
+    (1)  boxes     = max(1, number of objects in the batch)                   averaged over processes when training
+    (2)  z_nk      = 1 where query n is matched to an object of class k, else 0
+    (3)  focal     = z·positive(x) + (1 − z)·negative(x)                      positive, negative: matching (1)
+    (4)  class/l   = w_class / boxes · Σ over images, queries n, classes k of focal(x_nk, z_nk)
+    (5)  l1/l      = w_l1 / boxes · Σ over images, matched t of ‖b_π(t) − b_t‖₁
+    (6)  giou/l    = w_giou / boxes · Σ over images, matched t of ( 1 − GIoU(b_π(t), b_t) )
+    (7)  loss      = Σ over layers l of class/l + l1/l + giou/l
+
+Each layer is matched by itself. The sum in (4) runs over all queries, matched or not: it is how a query learns that it
+sees no object. There is no class for "no object"; every sigmoid says no. An image without objects takes part in (4)
+only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from smca.reference.arrays import BoolArray, FloatArray, IntArray, require_shape
+from smca.reference.boxes import cxcywh_to_xyxy, generalized_box_iou
+from smca.reference.matching import (
+    FOCAL_ALPHA,
+    FOCAL_GAMMA,
+    check_weights,
+    focal_terms,
+    linear_sum_assignment,
+    match_cost,
+)
+
+
+class PaddedTargets(Protocol):
+    """The objects of a batch, padded to the most that an image has. What stands in the padding is never read.
+
+    Any object with these attributes will do; each is converted with `np.asarray`.
+    """
+
+    @property
+    def labels(self) -> npt.ArrayLike:
+        """[B, T], integers in [0, K)."""
+        ...
+
+    @property
+    def boxes(self) -> npt.ArrayLike:
+        """[B, T, 4], cxcywh in [0, 1] of the unpadded image."""
+        ...
+
+    @property
+    def valid(self) -> npt.ArrayLike:
+        """[B, T], bool, True where there is an object."""
+        ...
+
+
+@dataclass(frozen=True)
+class Targets:
+    """`PaddedTargets` in NumPy arrays: labels [B, T], boxes [B, T, 4] (cxcywh, 0 to 1), valid [B, T]."""
+
+    labels: IntArray
+    boxes: FloatArray
+    valid: BoolArray
+
+
+def sigmoid_focal_loss(
+    logits: FloatArray, targets: FloatArray, alpha: float = FOCAL_ALPHA, gamma: float = FOCAL_GAMMA
+) -> FloatArray:
+    """The focal loss of every logit, not reduced. Equation (3); arXiv 1708.02002, equation (5).
+
+    Args:
+        logits: any shape. Of any size: nothing overflows.
+        targets: the same shape, 1 where the class is present and 0 where it is not.
+        alpha: weight of presence, in [0, 1]; absence has 1 − alpha.
+        gamma: how much less an easy example counts, ≥ 0.
+
+    Returns:
+        The same shape, ≥ 0.
+
+    Raises:
+        ValueError: another shape of targets, or a target other than 0 and 1.
+
+    >>> sigmoid_focal_loss(np.array([0.0, 0.0, -800.0]), np.array([1.0, 0.0, 1.0])).round(4).tolist()
+    [0.0433, 0.13, 200.0]
+    """
+    require_shape("targets", targets, tuple(logits.shape), "Give one target a logit.")
+    if not np.all((targets == 0) | (targets == 1)):
+        raise ValueError("targets: expected 0 or 1 each, got another value. Give a one-hot array, not labels.")
+    positive, negative = focal_terms(logits, alpha, gamma)
+    return np.where(targets == 1, positive, negative)
+
+
+def match(outputs: Mapping[str, npt.ArrayLike], targets: PaddedTargets, weights: Mapping[str, float]) -> IntArray:
+    """The query of every object, for every decoder layer and image by itself. Matching (3); method.md §5.
+
+    Args:
+        outputs: "logits" [M, B, N, K] and "boxes" [M, B, N, 4], as `model.forward` returns.
+        targets: of the batch.
+        weights: "class", "l1" and "giou", of the match cost.
+
+    Returns:
+        [M, B, T], in [0, N), or −1 where the target is padding, or where an image with more objects than queries left
+        it without one.
+
+    Raises:
+        ValueError: shapes that don't fit, a label outside [0, K), predictions that aren't finite, wrong weights.
+    """
+    logits, boxes, labels, target_boxes, valid = _arrays(outputs, targets)
+    layers, batch = logits.shape[:2]
+    query_of_target = np.full((layers, batch, labels.shape[1]), -1)
+    for layer in range(layers):
+        for image in range(batch):
+            (real,) = np.nonzero(valid[image])
+            cost = match_cost(
+                logits[layer, image], boxes[layer, image], labels[image, real], target_boxes[image, real], weights
+            )
+            queries, columns = linear_sum_assignment(cost)
+            query_of_target[layer, image, real[columns]] = queries
+    return query_of_target
+
+
+def set_loss(
+    outputs: Mapping[str, npt.ArrayLike], targets: PaddedTargets, weights: Mapping[str, float]
+) -> dict[str, float]:
+    """The whole loss. Equations (1) to (7); method.md §5.
+
+    Args:
+        outputs: "logits" [M, B, N, K] and "boxes" [M, B, N, 4] (cxcywh in [0, 1]), as `model.forward` returns.
+        targets: of the batch; images without objects and T = 0 are legal.
+        weights: "class", "l1" and "giou", both of the match cost and of the loss.
+
+    Returns:
+        "class/0", "l1/0", "giou/0", "class/1", … by decoder layer, each with its weight in it, and "loss", their sum.
+
+    Raises:
+        ValueError: as `match`.
+
+    One layer, one image, two queries, one class, one object; all logits 0. The second query's box is the object's own
+    and the first one's is off by a quarter in x (the example of `match_cost`), so the second is matched. Focal: 0.0433
+    for the matched query, 0.1300 for the other, times 2. L1 and GIoU: nothing left to pay.
+
+    >>> boxes = np.array([[0.75, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]])
+    >>> outputs = {"logits": np.zeros((1, 1, 2, 1)), "boxes": boxes.reshape(1, 1, 2, 4)}
+    >>> one = Targets(np.array([[0]]), np.array([[[0.5, 0.5, 0.5, 0.5]]]), np.array([[True]]))
+    >>> weights = {"class": 2.0, "l1": 5.0, "giou": 2.0}
+    >>> match(outputs, one, weights).tolist()
+    [[[1]]]
+    >>> {name: round(value, 4) for name, value in set_loss(outputs, one, weights).items()}
+    {'class/0': 0.3466, 'l1/0': 0.0, 'giou/0': 0.0, 'loss': 0.3466}
+
+    With no object at all, both queries pay 0.1300 for their doubt:
+
+    >>> none = Targets(np.zeros((1, 0), dtype=int), np.zeros((1, 0, 4)), np.zeros((1, 0), dtype=bool))
+    >>> round(set_loss(outputs, none, weights)["loss"], 4)
+    0.5199
+    """
+    check_weights(weights)
+    logits, boxes, labels, target_boxes, valid = _arrays(outputs, targets)
+    query_of_target = match(outputs, targets, weights)
+    num_boxes = max(1, int(valid.sum()))  # (1)
+
+    terms: dict[str, float] = {}
+    for layer in range(logits.shape[0]):
+        image, target = np.nonzero(query_of_target[layer] >= 0)  # one entry a matched pair
+        query = query_of_target[layer, image, target]
+        present = np.zeros(logits.shape[1:])  # [B, N, K]
+        present[image, query, labels[image, target]] = 1.0  # (2)
+        predicted, wanted = boxes[layer, image, query], target_boxes[image, target]  # [pairs, 4] each
+        # Pairwise GIoU is [pairs, pairs]; a pair's own stands on the diagonal.
+        giou = np.diagonal(generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)))
+        sums = {
+            "class": sigmoid_focal_loss(logits[layer], present).sum(),  # (4)
+            "l1": np.abs(predicted - wanted).sum(),  # (5)
+            "giou": (1.0 - giou).sum(),  # (6)
+        }
+        terms |= {f"{term}/{layer}": float(weights[term] * total / num_boxes) for term, total in sums.items()}
+    return {**terms, "loss": sum(terms.values())}  # (7)
+
+
+def _arrays(
+    outputs: Mapping[str, npt.ArrayLike], targets: PaddedTargets
+) -> tuple[FloatArray, FloatArray, IntArray, FloatArray, BoolArray]:
+    """Convert and check: logits, boxes, labels, target boxes, valid."""
+    logits = np.asarray(outputs["logits"], dtype=np.float64)
+    boxes = np.asarray(outputs["boxes"], dtype=np.float64)
+    labels = np.asarray(targets.labels, dtype=np.int64)
+    target_boxes = np.asarray(targets.boxes, dtype=np.float64)
+    valid = np.asarray(targets.valid, dtype=np.bool_)
+    require_shape('outputs["logits"]', logits, (None, None, None, None), "Give [M, B, N, K], all layers and images.")
+    layers, batch, queries, _ = logits.shape
+    require_shape('outputs["boxes"]', boxes, (layers, batch, queries, 4), "Give one box for every query in logits.")
+    require_shape("targets.valid", valid, (batch, None), "Give [B, T], as many images as the outputs have.")
+    require_shape("targets.labels", labels, tuple(valid.shape), "Pad labels as valid is padded: [B, T].")
+    require_shape("targets.boxes", target_boxes, (*valid.shape, 4), "Pad boxes as valid is padded: [B, T, 4].")
+    return logits, boxes, labels, target_boxes, valid

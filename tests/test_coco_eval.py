@@ -1,0 +1,194 @@
+"""COCO metrics against cases whose answer is known beforehand."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+
+from smca.gpu.coco_eval import CocoMetrics, evaluate_detections
+
+CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+
+
+def truth(*boxes: tuple[int, int, tuple[float, float, float, float]], images: int = 2, **extra: Any) -> dict[str, Any]:
+    """A COCO structure with annotations given as (image id, category id, x y w h)."""
+    return {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480} for i in range(1, images + 1)],
+        "categories": CATEGORIES,
+        "annotations": [
+            {
+                "id": n,
+                "image_id": image,
+                "category_id": category,
+                "bbox": list(box),
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                **extra,
+            }
+            for n, (image, category, box) in enumerate(boxes)  # ids from 0: COCOeval takes a match with id 0 for none
+        ],
+    }
+
+
+def found(
+    image: int, category: int, box: tuple[float, float, float, float], score: float = 0.9, **extra: Any
+) -> dict[str, Any]:
+    return {"image_id": image, "category_id": category, "bbox": list(box), "score": score, **extra}
+
+
+BOX = (100.0, 100.0, 50.0, 50.0)  # 2,500 px²: COCO's "medium"
+OTHER = (300.0, 200.0, 120.0, 120.0)  # 14,400 px²: "large"
+
+
+def test_perfect_detections_score_one() -> None:
+    metrics = evaluate_detections(truth((1, 3, BOX), (2, 7, OTHER)), [found(1, 3, BOX), found(2, 7, OTHER)])
+    for name in ("ap", "ap50", "ap75", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ar_medium", "ar_large"):
+        assert getattr(metrics, name) == pytest.approx(1.0), name
+    assert math.isnan(metrics.ap_small)
+    assert metrics.per_class == {"cat": pytest.approx((1.0, 1.0)), "dog": pytest.approx((1.0, 1.0))}
+
+
+def test_shifted_detection_passes_only_the_thresholds_that_it_reaches() -> None:
+    # Shifted by 10 of 50: IoU = 40/60 = 0.667, which passes 0.50, 0.55, 0.60 and 0.65: 4 of 10 thresholds.
+    metrics = evaluate_detections(truth((1, 3, BOX)), [found(1, 3, (110.0, 100.0, 50.0, 50.0))])
+    assert metrics.ap == pytest.approx(0.4)
+    assert (metrics.ap50, metrics.ap75) == (pytest.approx(1.0), 0.0)
+
+
+def test_hand_worked_precision_recall() -> None:
+    """Two objects, three detections by falling score: right, wrong, right.
+
+    Precision after each: 1, 1/2, 2/3; recall: 1/2, 1/2, 1. Interpolated precision is 1 up to recall ½ (51 of COCO's 101
+    recall points, 0.00 … 0.50) and 2/3 beyond (50 points): AP = (51 + 50·2/3) / 101.
+    """
+    ground_truth = truth((1, 3, BOX), (2, 3, BOX))
+    detections = [found(1, 3, BOX, 0.9), found(1, 3, OTHER, 0.8), found(2, 3, BOX, 0.7)]
+    expected = (51 + 50 * 2 / 3) / 101
+    metrics = evaluate_detections(ground_truth, detections)
+    assert metrics.ap == pytest.approx(expected)
+    assert metrics.ap50 == pytest.approx(expected)
+    assert metrics.ar100 == pytest.approx(1.0)
+    assert metrics.per_class["cat"] == pytest.approx((expected, expected))
+    assert math.isnan(metrics.per_class["dog"][0])
+    assert math.isnan(metrics.per_class["dog"][1])
+
+
+def test_only_one_detection_an_image_counts_in_ar1() -> None:
+    far = (400.0, 50.0, 50.0, 50.0)
+    metrics = evaluate_detections(truth((1, 3, BOX), (1, 3, far)), [found(1, 3, BOX, 0.9), found(1, 3, far, 0.8)])
+    assert (metrics.ar1, metrics.ar10) == (pytest.approx(0.5), pytest.approx(1.0))
+
+
+def test_duplicate_detection_is_a_false_positive() -> None:
+    ground_truth = truth((1, 3, BOX), (2, 3, BOX))
+    detections = [found(1, 3, BOX, 0.9), found(1, 3, BOX, 0.8), found(2, 3, BOX, 0.7)]
+    assert evaluate_detections(ground_truth, detections).ap == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+
+def test_crowd_region_is_not_a_false_positive() -> None:
+    ground_truth = truth((1, 3, BOX), (2, 3, BOX))
+    inside_crowd = found(1, 3, (320.0, 220.0, 40.0, 40.0), 0.95)  # the highest score: it would cost most
+    detections = [inside_crowd, found(1, 3, BOX, 0.9), found(2, 3, BOX, 0.8)]
+    assert evaluate_detections(ground_truth, detections).ap < 0.99
+    crowd = {"id": 99, "image_id": 1, "category_id": 3, "bbox": list(OTHER), "area": 14400.0, "iscrowd": 1}
+    ground_truth["annotations"].append(crowd)
+    metrics = evaluate_detections(ground_truth, detections)
+    assert (metrics.ap, metrics.ar100) == pytest.approx((1.0, 1.0))
+
+
+def test_classes_are_scored_apart() -> None:
+    metrics = evaluate_detections(truth((1, 3, BOX), (1, 7, OTHER)), [found(1, 3, BOX), found(1, 3, OTHER, 0.1)])
+    assert metrics.per_class == {"cat": pytest.approx((1.0, 1.0)), "dog": (0.0, 0.0)}
+    assert metrics.ap == pytest.approx(0.5)
+
+
+def test_no_detections() -> None:
+    metrics = evaluate_detections(truth((1, 3, BOX)), [])
+    assert (metrics.ap, metrics.ap50, metrics.ar100) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("detections", [[], [found(1, 3, BOX)]])
+def test_no_ground_truth_objects(detections: list[dict[str, Any]]) -> None:
+    metrics = evaluate_detections(truth(), detections)
+    assert math.isnan(metrics.ap)
+    assert set(metrics.per_class) == {"cat", "dog"}
+    assert metrics.as_dict()["ap"] is None
+
+
+def test_no_images_and_nothing_but_crowds() -> None:
+    assert math.isnan(evaluate_detections(truth(images=0), []).ap)
+    assert math.isnan(evaluate_detections(truth((1, 3, BOX), iscrowd=1), [found(1, 3, BOX)]).ap)
+
+
+def test_area_and_iscrowd_may_be_missing() -> None:
+    ground_truth = truth((1, 3, BOX))
+    for annotation in ground_truth["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    assert evaluate_detections(ground_truth, [found(1, 3, BOX)]).ap_medium == pytest.approx(1.0)
+
+
+def test_inputs_stay_as_they_were_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    ground_truth, detections = truth((1, 3, BOX)), [found(1, 3, BOX, extra="kept")]
+    before = copy.deepcopy((ground_truth, detections))
+    evaluate_detections(ground_truth, detections)
+    assert (ground_truth, detections) == before
+    assert capsys.readouterr().out == ""
+
+
+def test_categories_of_one_name_stay_apart() -> None:
+    ground_truth = truth((1, 3, BOX)) | {"categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "cat"}]}
+    assert list(evaluate_detections(ground_truth, [found(1, 3, BOX)]).per_class) == ["cat (id 3)", "cat (id 7)"]
+
+
+@pytest.mark.parametrize(
+    ("detection", "message"),
+    [
+        (found(9, 3, BOX), "image_id 9"),
+        (found(1, 1, BOX), "category_id 1"),
+        ({"image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 1]}, "has no score"),
+        (found(1, 3, (0.0, 0.0, math.nan, 1.0)), "finite"),
+        (found(1, 3, BOX, math.inf), "finite"),
+        ({"image_id": 1, "category_id": 3, "bbox": [0, 0, 1], "score": 1.0}, "four finite numbers"),
+    ],
+)
+def test_wrong_detections_are_named(detection: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_detections(truth((1, 3, BOX)), [detection])
+
+
+def test_wrong_ground_truth_is_named() -> None:
+    with pytest.raises(ValueError, match="'annotations' is missing"):
+        evaluate_detections({"images": [], "categories": []}, [])
+    broken = truth((1, 3, BOX))
+    del broken["annotations"][0]["bbox"]
+    with pytest.raises(ValueError, match=r"annotation 0 .* has no bbox"):
+        evaluate_detections(broken, [])
+
+
+def metrics_example() -> CocoMetrics:
+    return evaluate_detections(truth((1, 3, BOX)), [found(1, 3, (110.0, 100.0, 50.0, 50.0))])
+
+
+def test_table_names_numbers_and_classes() -> None:
+    lines = metrics_example().table().splitlines()
+    assert lines[0].split()[0] == "AP"
+    assert lines[0].endswith("0.400")
+    assert lines[1].endswith("1.000")
+    assert lines[-2].split() == ["cat", "0.400", "1.000"]
+    assert lines[-1].split() == ["dog", "–", "–"]
+    assert len(lines) == 12 + 2 + 2
+    assert len({len(line) for line in lines[-3:]}) == 1  # columns are aligned
+
+
+def test_dict_is_strict_json() -> None:
+    values = json.loads(json.dumps(metrics_example().as_dict(), allow_nan=False))
+    assert values["ap"] == pytest.approx(0.4)
+    assert values["ap_small"] is None
+    assert values["per_class"] == {
+        "cat": {"ap": pytest.approx(0.4), "ap50": pytest.approx(1.0)},
+        "dog": {"ap": None, "ap50": None},
+    }
