@@ -1,10 +1,11 @@
 """smca.datasets: COCO-format data in, padded batches out; and built-in synthetic data. Knows no model."""
 
+from smca.datasets.augmented import Augmented
 from smca.datasets.batch import Batch, Category, DetectionDataset, Report, Sample, Targets, collate
 from smca.datasets.coco import CocoDetection, require_same_categories
 from smca.datasets.layout import find_split
 from smca.datasets.synthetic import SyntheticShapes
-from smca.datasets.transforms import Augmentation, Augmented
+from smca.datasets.transforms import Augmentation
 
 __all__ = [
     "Augmentation",

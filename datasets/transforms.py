@@ -1,4 +1,4 @@
-"""Augmentation of an image and its boxes together, and `Augmented`, which applies it to a dataset.
+"""`Augmentation` of an image and its boxes together.
 
 All geometry is collected first and done in one resampling:
 
@@ -16,10 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 
-from smca.datasets.batch import Category, CocoDict, DetectionDataset, FloatArray, IntArray, Report, Sample, UInt8Array
+from smca.datasets.batch import FloatArray, IntArray, Sample, UInt8Array
 
 _MEAN_STEP = 8
 """The mean colour is taken over every 8th pixel of either axis: 1/64 of the work, and nobody sees the difference."""
@@ -35,7 +34,7 @@ class Augmentation:
     short_sides: tuple[int, ...] = ()
     """Resize so that the shorter side has one of these lengths in pixels, picked at random; empty: keep the size."""
     max_size: int | None = None
-    """The longer side is at most this many pixels, even if the shorter one gets shorter than asked for; None: no limit."""
+    """The longer side is at most this many pixels, if need be with a shorter short side; None: no limit."""
     horizontal_flip: float = 0.0
     """Probability of exchanging left and right."""
     vertical_flip: float = 0.0
@@ -114,10 +113,10 @@ class Augmentation:
         boxes_xyxy, labels = self._visible(boxes_xyxy, sample.labels, size)
 
         if self.horizontal_flip and rng.random() < self.horizontal_flip:
-            image = image[:, ::-1]
+            image = np.ascontiguousarray(image[:, ::-1])
             boxes_xyxy[:, [0, 2]] = size[1] - boxes_xyxy[:, [2, 0]]
         if self.vertical_flip and rng.random() < self.vertical_flip:
-            image = image[::-1]
+            image = np.ascontiguousarray(image[::-1])
             boxes_xyxy[:, [1, 3]] = size[0] - boxes_xyxy[:, [3, 1]]
         return Sample(self._recolour(image, rng), boxes_xyxy, labels, sample.image_id, sample.original_size)
 
@@ -129,7 +128,11 @@ class Augmentation:
         scale = int(rng.choice(self.crop_short_sides)) / min(height, width)
         least, largest = self.crop_size
         # In pixels of the image as if resized, then back: only the geometry counts, the pixels are resampled once.
-        sides = [min(int(rng.integers(least, largest + 1)), side * scale) / scale for side in (width, height)]
+        sides = []
+        for side in (width, height):
+            limit = int(side * scale)
+            crop = int(rng.integers(least, min(largest, limit) + 1)) / scale if limit >= least else float(side)
+            sides.append(min(crop, float(side)))
         x, y = (rng.random() * (side - crop) for side, crop in zip((width, height), sides, strict=True))
         return x, y, sides[0], sides[1]
 
@@ -151,7 +154,8 @@ class Augmentation:
         scale = np.exp(rng.uniform(*np.log(self.zoom)))
         stretch = np.exp(rng.uniform(-1, 1) * np.log1p(self.stretch) / 2)
         seen_width, seen_height = width / (scale * stretch), height / (scale / stretch)
-        # Any position at which the smaller of canvas and content lies inside the larger, then the shift on top.
+        # Any position at which the smaller of canvas and content lies inside the larger, then the shift on top. What
+        # lies beyond a crop comes back into view here rather than filling: it is real image.
         x += rng.random() * (width - seen_width) + rng.uniform(-1, 1) * self.shift * min(width, seen_width)
         y += rng.random() * (height - seen_height) + rng.uniform(-1, 1) * self.shift * min(height, seen_height)
         return float(x), float(y), float(seen_width), float(seen_height)
@@ -228,52 +232,3 @@ def _mean_colour(image: UInt8Array) -> FloatArray:
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
         raise ValueError(f"Augmentation: {name} must be {expected}, got {got!r}")
-
-
-class Augmented(torch.utils.data.Dataset[Sample]):
-    """`dataset` with `augmentation` applied anew to every image in every epoch.
-
-    The random numbers of an image come from (seed, epoch, index) alone: neither the number of loader workers nor the
-    order of the images matters, and a resumed run sees what the uninterrupted one would have seen. The epoch lies in
-    shared memory, so that `set_epoch` reaches persistent workers.
-    """
-
-    def __init__(self, dataset: DetectionDataset, augmentation: Augmentation, seed: int = 0) -> None:
-        if seed < 0:
-            raise ValueError(f"Augmented: seed must be at least 0, got {seed}")
-        self.dataset = dataset
-        self.augmentation = augmentation
-        self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Call before iterating over the loader: with persistent workers, batches fetched ahead keep the old epoch."""
-        if epoch < 0:
-            raise ValueError(f"Augmented: epoch must be at least 0, got {epoch}")
-        self._epoch.fill_(epoch)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next image is augmented for."""
-        return int(self._epoch)
-
-    @property
-    def categories(self) -> tuple[Category, ...]:
-        """Of the dataset within."""
-        return self.dataset.categories
-
-    @property
-    def report(self) -> Report:
-        """Of the dataset within."""
-        return self.dataset.report
-
-    def ground_truth(self) -> CocoDict:
-        """Of the dataset within: in pixels of the stored images, not of the augmented ones."""
-        return self.dataset.ground_truth()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        rng = np.random.default_rng((self.seed, self.epoch, index))
-        return self.augmentation(self.dataset[index], rng)

@@ -5,8 +5,8 @@
     AR      recall reached with at most 1, 10 or 100 detections an image, mean over the same thresholds and classes
     small, medium, large    objects of area below 32², between, and above 96² square pixels of the original image
 
-A number that has nothing to average over (a class or a size without ground truth) is NaN here, "–" in the table and null
-in JSON; COCOeval itself writes −1. Detections that fall on a crowd region count neither for nor against.
+A number that has nothing to average over (a class or a size without ground truth) is NaN here, "–" in the table and
+null in JSON; COCOeval itself writes −1. Detections that fall on a crowd region count neither for nor against.
 """
 
 from __future__ import annotations

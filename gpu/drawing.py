@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -130,8 +131,9 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Picture of one run: the loss by epoch, and AP and AP50 by epoch.
 
     Args:
-        metrics: the lines of a run's metrics.jsonl, each with ``epoch``, ``loss``, ``ap``, ``ap50`` and ``train_seconds``;
-            a value that is None (no ground truth to evaluate on) leaves a gap. Of lines of one epoch the last counts.
+        metrics: the lines of a run's metrics.jsonl, each with ``epoch``, ``loss``, ``ap``, ``ap50`` and
+            ``train_seconds``; a value that is None (no ground truth to evaluate on) leaves a gap. Of several lines of
+            one epoch the last counts.
         path: picture to write; its suffix names the format.
 
     Raises:
@@ -143,7 +145,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, ap_axes = figure.subplots(1, 2)
     loss_axes.plot(epochs, [_number(line["loss"]) for line in lines.values()], marker=".", color="tab:blue")
-    _label(loss_axes, "training loss, mean of the epoch")
+    _label(loss_axes, "training loss")
     loss_axes.set_ylim(bottom=0)
     last = lines[epochs[-1]]
     for key, name, color in (("ap50", "AP50", "tab:orange"), ("ap", "AP", "tab:green")):
@@ -202,6 +204,7 @@ def compare_curves(
     axes.set_ylim(bottom=0)
     if log_epochs:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_title(title)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -223,7 +226,7 @@ def _label(axes: Axes, y_label: str) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _number(value: float | None) -> float:

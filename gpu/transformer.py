@@ -15,6 +15,9 @@ from torch.nn import functional
 from smca.gpu.attention import smca_attention
 from smca.gpu.config import ModelConfig
 
+import os
+RING = float(os.environ.get("RING", 1))
+SINE = int(os.environ.get("SINE", 0))
 CLASS_PRIOR = 0.01
 """π of docs/method.md §5: the score that every class starts from, so that the focal loss is not drowned by background."""
 
@@ -123,9 +126,16 @@ class Prior(nn.Module):
         self.scale_head = nn.Linear(config.hidden_dim, axes * config.num_heads) if axes else None
 
     def reset_parameters(self) -> None:
-        """Start every head as the same broad Gaussian on the reference centre: offset 0 and r = 1, whatever the query."""
+        """Start the heads as broad Gaussians (r = 1) on a ring of radius 1σ around the reference centre, whatever the query.
+
+        Values carry no position, so it is the difference between heads that look to different sides which tells a query
+        where in its neighbourhood the object lies; with all heads on the same spot that has to be learned first.
+        """
         nn.init.zeros_(self.offset_head.weight)
-        nn.init.zeros_(self.offset_head.bias)
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        ring = torch.stack([angle.cos(), angle.sin()], dim=-1) * RING / self.unit_precision**0.5  # [h, 2] in cells
+        with torch.no_grad():
+            self.offset_head.bias.copy_(ring.flatten())
         if self.scale_head is not None:
             nn.init.zeros_(self.scale_head.weight)
             nn.init.ones_(self.scale_head.bias)
@@ -223,6 +233,7 @@ class Decoder(nn.Module):
         if self.query_center is not None and self.center_head is not None:
             with torch.no_grad():
                 self.query_center.copy_(_grid_logits(len(self.query_center)))
+                if SINE: self.query_position.copy_(_sine_of_points(self.query_center.sigmoid(), self.query_position.shape[1]))
             nn.init.zeros_(self.center_head.layers[-1].weight)
 
     def forward(
@@ -271,3 +282,11 @@ def _grid_logits(count: int) -> Tensor:
     index = torch.arange(1, count + 1, dtype=torch.float64)[:, None]
     points = (0.5 + index * torch.tensor([1 / plastic, 1 / plastic**2], dtype=torch.float64)) % 1.0
     return points.clamp(0.02, 0.98).logit()
+
+
+def _sine_of_points(points: Tensor, dim: int) -> Tensor:
+    half = dim // 2
+    channel = torch.arange(half)
+    wavelength = 10000.0 ** (2 * (channel // 2) / half)
+    angle = points.flip(-1)[:, :, None] * (2 * math.pi) / wavelength
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).flatten(1)

@@ -42,7 +42,7 @@ def softplus(x: FloatArray) -> FloatArray:
     >>> softplus(np.array([-1000.0, 0.0, 1000.0])).round(4).tolist()
     [0.0, 0.6931, 1000.0]
     """
-    result: FloatArray = np.logaddexp(0.0, x)
+    result: FloatArray = np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x)))
     return result
 
 
@@ -62,7 +62,8 @@ def linear(x: FloatArray, params: Params, name: str) -> FloatArray:
     >>> linear(np.array([1.0, 2.0]), {"f.weight": np.array([[3.0, 4.0]]), "f.bias": np.array([0.5])}, "f").tolist()
     [11.5]
     """
-    return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
+    result: FloatArray = x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
+    return result
 
 
 def mlp(x: FloatArray, params: Params, name: str, layers: int = 3) -> FloatArray:
@@ -87,7 +88,8 @@ def layer_norm(x: FloatArray, params: Params, name: str) -> FloatArray:
     """
     centered = x - np.mean(x, axis=-1, keepdims=True)
     variance = np.mean(centered**2, axis=-1, keepdims=True)
-    return centered / np.sqrt(variance + LAYER_NORM_EPSILON) * params[f"{name}.weight"] + params[f"{name}.bias"]
+    normalised: FloatArray = centered / np.sqrt(variance + LAYER_NORM_EPSILON)
+    return normalised * params[f"{name}.weight"] + params[f"{name}.bias"]
 
 
 def split_heads(x: FloatArray, num_heads: int) -> FloatArray:
@@ -115,12 +117,13 @@ def dot_product_attention(
     Returns:
         [B, h, N, d].
     """
-    logits = q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5  # [B, h, N, L]
+    logits: FloatArray = q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5  # [B, h, N, L]
     if key_padding_mask is not None:
         logits = np.where(key_padding_mask[:, None, None, :], -np.inf, logits)
         v = np.where(key_padding_mask[:, None, :, None], 0.0, v)  # a weight of 0 alone would not stop a NaN
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True) @ v
+    weights: FloatArray = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return weights @ v
 
 
 def multi_head_attention(

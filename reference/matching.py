@@ -113,7 +113,7 @@ def match_cost(
         )
     positive, negative = focal_terms(logits[:, labels])  # [N, T] each
     cost_class = positive - negative
-    cost_l1 = np.abs(boxes_cxcywh[:, None, :] - target_boxes_cxcywh[None, :, :]).sum(axis=-1)
+    cost_l1: FloatArray = np.abs(boxes_cxcywh[:, None, :] - target_boxes_cxcywh[None, :, :]).sum(axis=-1)
     cost_giou = -generalized_box_iou(cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(target_boxes_cxcywh))
     return weights["class"] * cost_class + weights["l1"] * cost_l1 + weights["giou"] * cost_giou
 
@@ -202,7 +202,9 @@ def _columns_of_rows(cost: FloatArray) -> IntArray:
 def check_weights(weights: Mapping[str, float]) -> None:
     """Raise a ValueError unless `weights` has exactly the terms of (2), each finite and ≥ 0."""
     if set(weights) != set(TERMS):
-        raise ValueError(f"weights: expected the terms {list(TERMS)}, got {list(weights)}. Name each of them, no other.")
+        raise ValueError(
+            f"weights: expected the terms {list(TERMS)}, got {list(weights)}. Name each of them, no other."
+        )
     for term in TERMS:
         if not 0 <= weights[term] < np.inf:
             raise ValueError(f"weights[{term!r}]: expected a finite number ≥ 0, got {weights[term]}.")

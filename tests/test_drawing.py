@@ -71,11 +71,11 @@ def test_boxes_beyond_the_border_labels_at_the_border_and_crowds_of_boxes() -> N
 
 
 def test_two_labels_do_not_cover_each_other() -> None:
-    # The same box twice: the second text finds another place, so more of the picture changes than by one of them.
+    # The same box twice: the second text finds another place, and what is above the box stays as it was with one.
     one = pixels(draw_detections(GREY, BOX, [0], [0.9], NAMES, 0.5))
     two = pixels(draw_detections(GREY, BOX * 2, [0, 1], [0.9, 0.8], NAMES, 0.5))
-    assert ((two == class_color(1)).all(axis=2)).sum() > 500
-    assert ((one == class_color(0)).all(axis=2)).sum() == pytest.approx((two == class_color(0)).all(axis=2).sum())
+    assert (one[:250] == two[:250]).all()
+    assert (two[252:275] == class_color(1)).all(axis=2).sum() > 500
 
 
 def test_pil_images_of_any_mode_and_names_in_any_script() -> None:

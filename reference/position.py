@@ -1,0 +1,62 @@
+"""The 2D sine position encoding, which tells the encoder and the keys where a cell is.
+
+For the cell in column i and row j of an image whose unpadded part is w × h cells (fractional), C channels in all:
+
+    (1)  u_x = 2π·(i + ½)/w          u_y = 2π·(j + ½)/h                       0 to 2π over the unpadded image
+    (2)  f_t(u) = sin(u / 10000^(2·⌊t/2⌋/(C/2)))  for even t
+                  cos(u / 10000^(2·⌊t/2⌋/(C/2)))  for odd t                   t = 0 … C/2 − 1
+    (3)  encoding = [ f_0(u_y) … f_{C/2−1}(u_y), f_0(u_x) … f_{C/2−1}(u_x) ]  y first
+
+Source: DETR, appendix "Spatial positional encoding", with coordinates normalised by the unpadded image. DETR's code
+counts cells from 1, which puts a cell at its far edge; here it is at its centre, as everywhere else in this package.
+"""
+
+import numpy as np
+
+from smca.reference.arrays import FloatArray, require_shape
+
+TEMPERATURE = 10000.0
+
+
+def sine_position_encoding(size: tuple[int, int], valid_cells: FloatArray, channels: int) -> FloatArray:
+    """The encoding of every cell of every image. Equations (1) to (3); method.md, Notation (cell centres).
+
+    Args:
+        size: (H, W) of the map.
+        valid_cells: [B, 2], (height, width) of the unpadded image in cells, fractional, > 0.
+        channels: C, a multiple of 4: sine and cosine of y and of x.
+
+    Returns:
+        [B, H·W, C], row-major; finite in padded cells too.
+
+    Raises:
+        ValueError: another number of channels, or a valid_cells of another shape.
+
+    One cell, C = 4: u = 2π·½ = π in both directions, and t = 0, 1 have no divisor. sin π = 0, cos π = −1:
+
+    >>> (sine_position_encoding((1, 1), np.array([[1.0, 1.0]]), 4).round(12) + 0.0).tolist()
+    [[[0.0, -1.0, 0.0, -1.0]]]
+
+    Two cells side by side: u_x is ½π and 1½π, so the x half, (sin, cos), is (1, 0) and (−1, 0):
+
+    >>> (sine_position_encoding((1, 2), np.array([[1.0, 2.0]]), 4)[0, :, 2:].round(12) + 0.0).tolist()
+    [[1.0, 0.0], [-1.0, 0.0]]
+    """
+    if channels < 4 or channels % 4 != 0:
+        raise ValueError(f"channels: expected a multiple of 4 (sine and cosine of y and of x), got {channels}.")
+    require_shape("valid_cells", valid_cells, (None, 2), "Give (height, width) in cells, one row an image.")
+    height, width = size
+    half = channels // 2
+    batch = valid_cells.shape[0]
+    angle_y = 2 * np.pi * (np.arange(height) + 0.5) / valid_cells[:, :1]  # (1) [B, H]
+    angle_x = 2 * np.pi * (np.arange(width) + 0.5) / valid_cells[:, 1:]  # (1) [B, W]
+    encoded_y = np.broadcast_to(_waves(angle_y, half)[:, :, None, :], (batch, height, width, half))
+    encoded_x = np.broadcast_to(_waves(angle_x, half)[:, None, :, :], (batch, height, width, half))
+    return np.concatenate([encoded_y, encoded_x], axis=-1).reshape(batch, height * width, channels)  # (3)
+
+
+def _waves(angle: FloatArray, channels: int) -> FloatArray:
+    """[..., ] → [..., channels]: equation (2)."""
+    t = np.arange(channels)
+    scaled = angle[..., None] / TEMPERATURE ** (2 * (t // 2) / channels)
+    return np.where(t % 2 == 0, np.sin(scaled), np.cos(scaled))

@@ -1,0 +1,171 @@
+"""evaluate and predict on a model fresh from training's format; saving and loading; backbones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from smca.gpu import evaluate, predict
+from smca.gpu.backbone import Backbone, FrozenBatchNorm
+from smca.gpu.config import BackboneConfig, ModelConfig
+from smca.gpu.model import SMCADETR
+from smca.gpu.presets import TINY_RESNET
+
+NAMES = ("disc", "rectangle", "triangle", "ring", "cross")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model whose classes are those of the built-in data."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        num_classes=5,
+        class_names=NAMES,
+        category_ids=(1, 2, 3, 4, 5),
+        backbone=TINY_RESNET,
+        stride=8,
+        hidden_dim=16,
+        num_heads=2,
+        num_queries=6,
+        encoder_layers=1,
+        decoder_layers=1,
+        feedforward_dim=16,
+        prior_sigma_px=10.0,
+        image_short_side=64,
+        image_max_size=96,
+    )
+    directory = tmp_path_factory.mktemp("model")
+    SMCADETR(config).save_pretrained(directory)
+    return directory
+
+
+def test_save_and_load_give_the_same_model(model_dir: Path) -> None:
+    first, second = SMCADETR.from_pretrained(model_dir), SMCADETR.from_pretrained(str(model_dir))
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(first(images)["logits"], second(images)["logits"])
+    assert first.config == second.config
+    assert not first.training
+
+
+def test_weights_that_do_not_fit_are_named(model_dir: Path, tmp_path: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_queries": 7}))
+    with pytest.raises(ValueError, match=r"decoder\.query_position is \(6, 16\), the model needs \(7, 16\)"):
+        SMCADETR.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_quarries": 7}))
+    with pytest.raises(ValueError, match="unknown keys .'num_quarries'"):
+        SMCADETR.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks config\.json"):
+        SMCADETR.from_pretrained(tmp_path)
+
+
+def test_predict_gives_pixels_of_the_original_image(model_dir: Path) -> None:
+    model = SMCADETR.from_pretrained(model_dir)
+    small = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    # The same picture at three times the size: the network sees almost the same pixels, boxes are three times as large.
+    large = small.repeat(3, axis=0).repeat(3, axis=1)
+    a, b = model.predict([small, Image.fromarray(large)], max_detections=6)
+    assert a.boxes_xyxy.shape == (6, 4)
+    assert (a.boxes_xyxy[:, 2] <= 80).all()
+    assert (b.boxes_xyxy[:, 2] <= 240).all()
+    torch.testing.assert_close(a.boxes_xyxy.mean(0) * 3, b.boxes_xyxy.mean(0), rtol=0.05, atol=2.0)
+    assert (a.scores.diff() <= 0).all()
+    assert model.predict([]) == []
+    with pytest.raises(ValueError, match=r"image 0 must be a PIL image or a uint8 array"):
+        model.predict([np.zeros((4, 4))])
+
+
+def test_predict_command_writes_pictures_and_results_and_reports_bad_files(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    (images / "deeper").mkdir(parents=True)
+    Image.new("RGB", (90, 60), "red").save(images / "a.png")
+    Image.new("L", (50, 70)).save(images / "deeper" / "b.JPG", "JPEG")
+    (images / "broken.jpg").write_bytes(b"not an image")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        predict.main([str(model_dir), str(images), "--output", str(out), "--threshold", "0"])
+    assert stopped.value.code == 1, "a file that could not be read must show in the exit status"
+    assert "broken.jpg: not a readable image" in capsys.readouterr().err
+    assert {p.suffix for p in out.iterdir()} == {".png", ".json"}
+    assert len(list(out.glob("*.png"))) == 2
+    results = json.loads((out / "results.json").read_text())
+    assert {Path(r["file_name"]).name for r in results} == {"a.png", "b.JPG"}
+    assert {"image_id", "category_id", "bbox", "score"} <= results[0].keys()
+    assert {r["category_id"] for r in results} <= {1, 2, 3, 4, 5}
+    with pytest.raises(FileNotFoundError, match="no image or folder at"):
+        predict.main([str(model_dir), str(tmp_path / "nothing")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        predict.main([str(model_dir), str(tmp_path / "empty")])
+
+
+def test_predict_turns_images_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20))
+    exif = image.getexif()
+    exif[0x0112] = 6  # "rotate 90° to view"
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert predict.open_upright(tmp_path / "turned.jpg").size == (20, 40)
+
+
+def test_evaluate_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results.json"
+    evaluate.main(
+        [str(model_dir), "--synthetic.val-images", "3", "--synthetic.image-size", "64", "--workers", "0", "--output", str(results)]
+    )
+    said = capsys.readouterr().out
+    assert all(name in said for name in NAMES)
+    assert len(json.loads(results.read_text())) == 3 * 6 * 5, "every (query, class) pair of three images, at most 100 each"
+
+
+def test_evaluate_refuses_other_categories(model_dir: Path, tmp_path: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "class_names": ["a", "b", "c", "d", "e"]}))
+    (tmp_path / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="are not those of synthetic"):
+        evaluate.main([str(tmp_path), "--synthetic.val-images", "2", "--workers", "0"])
+
+
+@pytest.mark.parametrize(("stride", "channels"), [(4, 8), (8, 16), (16, 32), (32, 64)])
+def test_the_stage_of_a_stride_is_found_by_measuring(stride: int, channels: int) -> None:
+    options = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    backbone = Backbone(BackboneConfig(options=options), stride)
+    assert backbone.channels == channels
+    assert backbone(torch.zeros(1, 3, 64, 96)).shape == (1, channels, 64 // stride, 96 // stride)
+
+
+def test_other_backbones_of_transformers_work() -> None:
+    options = {"num_channels": 3, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]}
+    backbone = Backbone(BackboneConfig(name="convnext", options=options), 16)
+    assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 4, 4)
+    with pytest.raises(ValueError, match="knows no model type 'resnext'"):
+        Backbone(BackboneConfig(name="resnext"), 16)
+
+
+def test_frozen_batch_norm_is_batch_norm_in_evaluation() -> None:
+    norm = nn.BatchNorm2d(5)
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(tensor)  # type: ignore[arg-type]
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+    x = torch.randn(2, 5, 3, 4)
+    frozen = FrozenBatchNorm(norm)
+    torch.testing.assert_close(frozen(x), norm.eval()(x))
+    assert not list(frozen.parameters())
+
+
+def test_frozen_stages_have_no_gradient() -> None:
+    options = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    body = Backbone(BackboneConfig(options=options, frozen_norm=True, frozen_stages=2), 8).body
+    trained = {name for name, p in body.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(name.startswith("encoder.stages.1.") for name in trained)

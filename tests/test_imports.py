@@ -1,0 +1,125 @@
+"""Imports point one way, and no folder is imported by its bare name. Read from the source, so that no file escapes."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("reference", "datasets", "gpu", "conformance")
+
+FORBIDDEN = {
+    "reference": {"datasets", "gpu", "conformance"},
+    "datasets": {"reference", "gpu", "conformance"},
+    "gpu": {"reference", "conformance"},
+    "conformance": set(),
+}
+"""Package → the packages that it must not import."""
+
+
+def imported_modules(source: str, package: str) -> list[tuple[int, str]]:
+    """(line, absolute name) of all that a module of smca.`package` imports; "smca.x.y" for ``from smca.x import y``."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:  # the packages are flat: one dot is smca.<package>, two are smca
+                stem = ["smca", package][: 3 - node.level]
+                base = ".".join([*stem, base] if base else stem)
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            found.append((node.lineno, str(node.args[0].value)))
+    return found
+
+
+def violations(source: str, package: str) -> list[str]:
+    """What a module of `package` ("" for one outside all four: tests, docs) imports but must not, as "line: reason"."""
+    wrong = []
+    for line, name in imported_modules(source, package):
+        first, _, rest = name.partition(".")
+        second = rest.partition(".")[0]
+        if first in PACKAGES:
+            wrong.append(f"{line}: {name} is a bare folder name; import smca.{first}")
+        elif first == "smca" and second in FORBIDDEN.get(package, set()):
+            wrong.append(f"{line}: smca.{package} must not import smca.{second}")
+        elif package == "reference" and first not in {"numpy", "smca", *sys.stdlib_module_names}:
+            wrong.append(f"{line}: smca.reference is NumPy only, {name} is not")
+    return wrong
+
+
+def python_files() -> list[Path]:
+    folders = [*PACKAGES, "tests", "docs"]
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    folder = path.relative_to(ROOT).parts[0]
+    assert violations(path.read_text(encoding="utf-8"), folder if folder in PACKAGES else "") == []
+
+
+def test_every_package_is_looked_at() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in python_files()} >= {*PACKAGES, "tests"}
+
+
+def test_no_module_of_gpu_hides_a_package() -> None:
+    """``python gpu/train.py`` puts gpu/ itself first on the import path: a gpu/triton.py would then be `triton`."""
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions()) | {"triton", "cupy", "onnx"}
+    assert {path.stem for path in (ROOT / "gpu").glob("*.py")} & taken == set()
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("reference", "import torch"),
+        ("reference", "import scipy.optimize"),
+        ("reference", "from smca.gpu import attention"),
+        ("reference", "from smca import datasets"),
+        ("reference", "from .. import gpu"),
+        ("reference", "from ..gpu.attention import smca_attention"),
+        ("datasets", "import smca.gpu.config"),
+        ("datasets", "from smca.reference.boxes import box_iou"),
+        ("datasets", "from smca import conformance"),
+        ("gpu", "from smca.reference.attention import smca_attention"),
+        ("gpu", "import smca.conformance as c"),
+        ("gpu", "def f():\n    import smca.reference"),
+        ("gpu", "if TYPE_CHECKING:\n    from smca.reference import model"),
+        ("gpu", "importlib.import_module('smca.reference.model')"),
+        ("gpu", "from ..reference import model"),
+        ("gpu", "import datasets"),
+        ("gpu", "from gpu.attention import smca_attention"),
+        ("", "import reference.attention"),
+        ("conformance", "from datasets import Sample"),
+    ],
+)
+def test_checker_reports_bad_imports(package: str, source: str) -> None:
+    assert len(violations(source, package)) == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        (
+            "reference",
+            "from __future__ import annotations\nimport math\nfrom numpy.typing import NDArray",
+        ),
+        ("reference", "from smca.reference.boxes import box_iou\nfrom . import layers\nfrom .layers import mlp"),
+        ("datasets", "import torch\nfrom smca.datasets.types import Sample"),
+        ("gpu", "import torch\nfrom smca.datasets import Sample\nfrom ..datasets import Batch"),
+        ("conformance", "import smca.reference.model\nfrom smca import gpu, datasets"),
+        ("", "from smca.gpu.config import RunConfig\nimport datasets_of_mine"),
+    ],
+)
+def test_checker_passes_good_imports(package: str, source: str) -> None:
+    assert violations(source, package) == []
