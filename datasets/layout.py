@@ -46,12 +46,12 @@ def find_split(root: str | os.PathLike[str], split: Split) -> tuple[Path, Path]:
         wanted.append(f"annotations/instances_{split}YEAR.json")
         raise FileNotFoundError(
             f"no annotation file of the split {split!r} in {root}; looked for {', '.join(wanted)}; "
-            f"found {_contents(root)}. Arrange the folder so, or name the image folder and the file directly"
+            f"found {_contents(root)}. Arrange the folder so, or use CocoDetection(images_dir, annotations_file)"
         )
     if len(by_year) > 1 and found[0][1] in by_year:
         raise ValueError(
             f"{root / 'annotations'} holds several years of the split {split!r}: {', '.join(f.name for f in by_year)}; "
-            "name the image folder and the file directly"
+            "keep one, or use CocoDetection(images_dir, annotations_file)"
         )
     folders, file = found[0]
     for folder in folders:

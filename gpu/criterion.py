@@ -46,6 +46,7 @@ class SetCriterion(nn.Module):
 
         pred = boxes.gather(2, query[..., None].expand(-1, -1, -1, 4))  # [M, B, T, 4]
         true = targets.boxes.to(boxes.dtype).expand_as(pred)
+        true = true.masked_fill(~matched[..., None], 0.0)  # whatever padding holds
         l1 = ((pred - true).abs().sum(-1) * matched).sum((1, 2))
         giou = ((1 - generalized_box_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(true))) * matched).sum((1, 2))
 

@@ -178,6 +178,12 @@ def test_boxes_wholly_outside_are_dropped(tmp_path: Path, bbox: list[float]) -> 
     assert "outside the image" in str(dataset.report)
 
 
+def test_a_class_of_crowd_regions_only_is_reported_as_unused(tmp_path: Path) -> None:
+    dataset = open_with(tmp_path, lambda d: d["annotations"][0].update(iscrowd=1))
+    assert dataset.report.unused_classes == ("zebra",)
+    assert "no box of zebra" in str(dataset.report)
+
+
 @pytest.mark.parametrize("area", [None, 0, -4, math.nan, "12", True])
 def test_an_impossible_area_becomes_that_of_the_box(tmp_path: Path, area: object) -> None:
     dataset = open_with(tmp_path, lambda d: d["annotations"][1].update(area=area))
@@ -214,7 +220,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str) -> None:
     images, annotations = write(tmp_path, content())
     grey = np.linspace(0, 255, WIDTH).astype(np.uint8)[None].repeat(HEIGHT, axis=0)
     if mode == "I;16":
-        image = Image.fromarray(grey.astype(np.uint16) * 257)
+        image = Image.fromarray(grey.astype(np.uint16) * 256 + 37)
     elif mode == "1":
         grey = np.where(grey > 128, 255, 0).astype(np.uint8)
         image = Image.fromarray(grey).convert("1")
@@ -281,6 +287,20 @@ def test_a_damaged_image_is_named(tmp_path: Path, damage: str) -> None:
         ValueError, match=r"cannot read .*b\.png \(image 70 of .*annotations\.json\): .*; replace the file"
     ):
         dataset[0]
+
+
+def test_a_png_broken_between_two_chunks_is_named(tmp_path: Path) -> None:
+    """Pillow raises SyntaxError here, which is no OSError."""
+    pixels = np.random.default_rng(0).integers(0, 256, size=(200, 300, 3), dtype=np.uint8)
+    images, annotations = write(tmp_path, content())
+    Image.fromarray(pixels).save(images / "b.png")
+    head, first, second, *rest = (images / "b.png").read_bytes().split(b"IDAT")
+    (images / "b.png").write_bytes(b"IDAT".join([head, first]) + bytes(4) + b"IDAT".join([second, *rest]))
+    data = content()
+    data["images"][0].update(width=300, height=200)
+    annotations.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"cannot read .*b\.png .*broken PNG"):
+        CocoDetection(images, annotations)[0]
 
 
 def test_missing_images_are_found_when_the_data_set_is_opened(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from smca.datasets import CocoDetection, SyntheticShapes
-from smca.datasets.shapes import CLASSES, place_shapes
+from smca.datasets.shapes import CLASSES, Shape, paint, place_shapes
 
 
 def test_an_image_follows_from_seed_and_index_alone() -> None:
@@ -54,6 +54,20 @@ def test_every_object_is_seen_and_hidden_parts_count_for_its_box() -> None:
             assert shape.box_xyxy == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             covered |= whole
     assert hidden > 100  # occlusion does happen
+
+
+def test_the_first_shape_is_in_front_and_stands_out() -> None:
+    def square(low: int, high: int) -> Shape:
+        side = high - low
+        mask, along = np.ones((side, side), dtype=bool), np.zeros((side, side), dtype=np.float32)
+        return Shape(1, (slice(low, high), slice(low, high)), mask, along)
+
+    front, back = square(50, 70), square(30, 90)
+    for seed in range(20):
+        image = paint(np.random.default_rng(seed), 128, [front, back], noise=0.0).astype(int)
+        assert np.abs(image[60, 60] - image[40, 40]).max() >= 54  # the contrast asked for, less the rounding
+        outside = np.concatenate([image[24, 24:96], image[96, 24:96]])
+        assert np.abs(image[40, 40] - outside).max() > 20
 
 
 def test_the_data_vary_as_documented() -> None:

@@ -131,6 +131,16 @@ def test_flips_move_every_pixel_and_every_box() -> None:
     np.testing.assert_array_equal(twice.boxes_xyxy, sample.boxes_xyxy)
 
 
+def test_flips_and_crops_happen_as_often_as_asked_for() -> None:
+    sample, rng = painted(np.random.default_rng(0)), np.random.default_rng(1)
+    x0, y0 = sample.boxes_xyxy[0, :2]
+    flipped = [Augmentation(horizontal_flip=0.25, vertical_flip=0.75)(sample, rng).boxes_xyxy[0] for _ in range(400)]
+    assert 0.18 < np.mean([box[0] != x0 for box in flipped]) < 0.32
+    assert 0.68 < np.mean([box[1] != y0 for box in flipped]) < 0.82
+    crop = Augmentation(crop_probability=0.25, crop_short_sides=(96,), crop_size=(50, 60))
+    assert 0.18 < np.mean([crop(sample, rng).image.shape != sample.image.shape for _ in range(400)]) < 0.32
+
+
 @pytest.mark.parametrize(
     ("size", "short_side", "max_size", "expected"),
     [

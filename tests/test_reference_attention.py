@@ -186,7 +186,7 @@ def test_padding_is_the_same_as_a_smaller_map() -> None:
 
 
 class OnlyProtocols(NDArrayOperatorsMixin):
-    """As CuPy's arrays: it answers NumPy's two protocols and refuses to become a NumPy array or to be mixed with one."""
+    """As CuPy's arrays: answers NumPy's two protocols, refuses to become a NumPy array or to be mixed with one."""
 
     def __init__(self, inner: np.ndarray[Any, Any]) -> None:
         self.inner = inner
@@ -229,18 +229,20 @@ def _unwrap(value: Any) -> Any:
 def test_runs_on_foreign_arrays_through_numpys_protocols() -> None:
     arrays, mask = example(15), example_mask()
     grad_out = np.ones_like(arrays[0])
-    foreign, foreign_mask = [OnlyProtocols(a) for a in arrays], OnlyProtocols(mask)
+    foreign: list[Any] = [OnlyProtocols(a) for a in arrays]
+    foreign_mask: Any = OnlyProtocols(mask)
+    foreign_grad: Any = OnlyProtocols(grad_out)
 
-    out: Any = smca_attention(*foreign, SIZE, foreign_mask)  # type: ignore[arg-type]
+    out: Any = smca_attention(*foreign, SIZE, foreign_mask)
     assert isinstance(out, OnlyProtocols)
     np.testing.assert_array_equal(out.inner, smca_attention(*arrays, SIZE, mask))
-    gradients: Any = smca_attention_vjp(OnlyProtocols(grad_out), *foreign, SIZE, foreign_mask)  # type: ignore[arg-type]
+    gradients: Any = smca_attention_vjp(foreign_grad, *foreign, SIZE, foreign_mask)
     for got, want in zip(gradients, smca_attention_vjp(grad_out, *arrays, SIZE, mask), strict=True):
         assert isinstance(got, OnlyProtocols)
         np.testing.assert_array_equal(got.inner, want)
-    g: Any = gaussian_weight_map(foreign[3], foreign[4], 2.0, SIZE)  # type: ignore[arg-type]
+    g: Any = gaussian_weight_map(foreign[3], foreign[4], 2.0, SIZE)
     assert isinstance(g, OnlyProtocols)
-    assert isinstance(precision_from_scale(foreign[4], 2.0), OnlyProtocols)  # type: ignore[arg-type]
+    assert isinstance(precision_from_scale(foreign[4], 2.0), OnlyProtocols)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +269,7 @@ def test_other_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"key_padding_mask: expected shape \(2, 12\), got \(2, 3, 4\)"):
         smca_attention(*arrays, SIZE, np.zeros((2, 3, 4), dtype=bool))
     with pytest.raises(ValueError, match="key_padding_mask: expected dtype bool"):
-        smca_attention(*arrays, SIZE, np.zeros((2, 12)))  # type: ignore[arg-type]
+        smca_attention(*arrays, SIZE, np.zeros((2, 12)))
     with pytest.raises(ValueError, match="a key that is not padded in every image"):
         smca_attention(*arrays, SIZE, np.ones((2, 12), dtype=bool))
     with pytest.raises(ValueError, match="size: expected"):
