@@ -20,15 +20,16 @@ def run(x: AttentionInputs, backend: str, dtype: str) -> tuple[torch.Tensor, tup
     """Output and gradients of the production attention."""
     leaves = [torch.tensor(getattr(x, name), dtype=getattr(torch, dtype), requires_grad=True) for name in LEAVES]
     mask = None if x.key_padding_mask is None else torch.tensor(x.key_padding_mask)
-    out = production.smca_attention(*leaves, x.size, mask, backend=backend)
+    q, k, v, center_xy, precision_xy = leaves
+    out = production.smca_attention(q, k, v, center_xy, precision_xy, x.size, mask, backend=backend)
     return out.detach(), torch.autograd.grad(out, leaves, torch.tensor(x.grad_out, dtype=out.dtype))
 
 
 def check(x: AttentionInputs, backend: str, dtype: str) -> None:
     """Compare output and gradients with the oracle."""
-    arguments = [getattr(x, name) for name in LEAVES]
-    expected = oracle.smca_attention(*arguments, x.size, x.key_padding_mask)
-    gradients = oracle.smca_attention_vjp(x.grad_out, *arguments, x.size, x.key_padding_mask)
+    arguments = (x.q, x.k, x.v, x.center_xy, x.precision_xy, x.size, x.key_padding_mask)
+    expected = oracle.smca_attention(*arguments)
+    gradients = oracle.smca_attention_vjp(x.grad_out, *arguments)
     out, grads = run(x, backend, dtype)
     assert_close(out, expected, "attention", dtype, f"{backend}: output as the oracle's")
     for name, got, want in zip(LEAVES, grads, gradients, strict=True):
@@ -51,13 +52,13 @@ def test_what_padded_keys_hold_changes_nothing(x: AttentionInputs, backend: str)
         return
     clean, clean_grads = run(x, backend, "float64")
     padded = x.key_padding_mask[:, None, :, None]
-    poisoned = AttentionInputs(
-        **{**vars(x), "k": np.where(padded, np.nan, x.k), "v": np.where(padded, np.inf, x.v)}
-    )
+    poisoned = AttentionInputs(**{**vars(x), "k": np.where(padded, np.nan, x.k), "v": np.where(padded, np.inf, x.v)})
     out, grads = run(poisoned, backend, "float64")
     assert_close(out, clean, "attention", "float64", f"{backend}: NaN and inf in padded keys leave the output alone")
     for name, got, want in zip(LEAVES, grads, clean_grads, strict=True):
-        assert_close(got, want, "attention", "float64", f"{backend}: NaN in padded keys leaves the gradient of {name} alone")
+        assert_close(
+            got, want, "attention", "float64", f"{backend}: NaN in padded keys leaves the gradient of {name} alone"
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -67,7 +68,8 @@ def test_precision_zero_is_plain_attention(x: AttentionInputs, backend: str) -> 
     flat = AttentionInputs(**{**vars(x), "precision_xy": np.zeros_like(x.precision_xy)})
     out, _ = run(flat, backend, "float64")
     keep = None if x.key_padding_mask is None else torch.tensor(~x.key_padding_mask)[:, None, None, :]
-    plain = torch.nn.functional.scaled_dot_product_attention(*map(torch.tensor, (x.q, x.k, x.v)), attn_mask=keep)
+    q, k, v = torch.tensor(x.q), torch.tensor(x.k), torch.tensor(x.v)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
     assert_close(out, plain.numpy(), "attention", "float64", f"{backend}: λ = 0 is DETR's attention")
 
 
@@ -105,7 +107,9 @@ def test_the_comparison_can_fail(mutant: str, monkeypatch: pytest.MonkeyPatch) -
     """Three plausible bugs, planted; the comparison above must see each."""
     true_eager, true_centers = production._eager, production.cell_centers
     if mutant == "cell corner":
-        monkeypatch.setattr(production, "cell_centers", lambda size, like: tuple(c - 0.5 for c in true_centers(size, like)))
+        monkeypatch.setattr(
+            production, "cell_centers", lambda size, like: tuple(c - 0.5 for c in true_centers(size, like))
+        )
     elif mutant == "half forgotten":
         monkeypatch.setattr(production, "_eager", lambda q, k, v, c, p, s, m: true_eager(q, k, v, c, 2 * p, s, m))
     else:

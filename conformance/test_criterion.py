@@ -40,7 +40,9 @@ def test_cost_and_total_of_the_assignment(x: CriterionInputs, dtype: str) -> Non
         assert (query[m, b][~x.valid[b]] == -1).all(), "padded targets have no query"
         got = query[m, b, valid]
         chosen = got[got >= 0]
-        assert len(set(chosen)) == len(chosen) == min(len(valid), x.logits.shape[2]), "one query for each target that fits"
+        assert len(set(chosen)) == len(chosen) == min(len(valid), x.logits.shape[2]), (
+            "one query for each target that fits"
+        )
         rows, cols = matching.linear_sum_assignment(expected)
         total = sum(expected[q, t] for t, q in enumerate(got) if q >= 0)  # ties may differ, their cost may not
         assert_close(np.array(total), expected[rows, cols].sum(), "criterion", dtype, "total cost of the assignment")
@@ -94,4 +96,4 @@ def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         valid=np.array([[True]]),
     )
     with pytest.raises(AssertionError, match="matching cost"):
-        test_cost_and_total_of_the_assignment.hypothesis.inner_test(x, "float64")  # type: ignore[attr-defined]
+        test_cost_and_total_of_the_assignment.hypothesis.inner_test(x, "float64")

@@ -29,11 +29,13 @@ SMALL: dict[str, Any] = {
     "feedforward_dim": 20,
     "prior_sigma_px": 10.0,
 }
-DENSE = [{"cross_attention": "dense", "pre_norm": p, "box_refinement": r} for p in (False, True) for r in (False, True)]
-SMCA = [
-    {"pre_norm": p, "box_refinement": r, "center_init": c, "prior_scale": s}
+DENSE: list[dict[str, Any]] = [
+    {"cross_attention": "dense", "pre_norm": p, "box_refinement": r} for p in (False, True) for r in (False, True)
+]
+SMCA: list[dict[str, Any]] = [
+    {"pre_norm": p, "box_refinement": r, "query_init": c, "prior_scale": s}
     for p, (r, c), s in itertools.product(
-        (False, True), ((False, "learned"), (True, "grid")), ("fixed", "single", "independent")
+        (False, True), ((False, "random"), (True, "grid")), ("fixed", "single", "independent")
     )
 ]
 # Sizes in pixels of the unpadded images in a batch: padded in both directions, not multiples of the stride; and unpadded.
@@ -82,7 +84,9 @@ def test_uint8_and_float_images_are_the_same() -> None:
     model = random_model({}, "auto", torch.float32)
     images = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8)
     with torch.no_grad():
-        assert_close(model(images)["logits"], model(images / 255)["logits"].numpy(), "model", "float32", "uint8 is 0–255")
+        assert_close(
+            model(images)["logits"], model(images / 255)["logits"].numpy(), "model", "float32", "uint8 is 0–255"
+        )
 
 
 def test_padded_cells_change_nothing() -> None:

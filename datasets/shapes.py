@@ -19,6 +19,8 @@ _RING_HOLE = 0.55
 _CROSS_ARM = 0.34
 """Half the width of a cross's arms, of half its length."""
 _MAX_ASPECT = 2.0
+_MAX_TURN = np.pi / 6
+"""Objects are turned by up to 30° either way: enough that edges follow no axis, a box still says where an object is."""
 _MIN_SHORT_SIDE_PX = 8.0
 """Below this a ring's hole and a cross's arms are no longer to be seen."""
 _MIN_CONTRAST = 55.0
@@ -74,7 +76,7 @@ def _shape(rng: np.random.Generator, size: int, label: int, sides: tuple[float, 
     side = np.exp(rng.uniform(*np.log(sides)))
     aspect = np.exp(rng.uniform(-1, 1) * np.log(_MAX_ASPECT))
     half_u, half_v = (max(side * factor, _MIN_SHORT_SIDE_PX) / 2 for factor in (aspect**0.5, aspect**-0.5))
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(-_MAX_TURN, _MAX_TURN)
     center_x, center_y = rng.uniform(0.05, 0.95, size=2) * size
 
     reach = int(np.ceil(np.hypot(half_u, half_v)))

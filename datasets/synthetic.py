@@ -1,7 +1,7 @@
 """`SyntheticShapes`: pictures drawn by a program, to try, test and compare detectors without downloading anything.
 
 An image has a textured background with distractors that belong to no class (streaks, specks, soft spots), up to six
-objects of five classes in any rotation and with strong variation of scale and aspect, occlusion, and sensor noise.
+objects of five classes, turned by up to 30°, with strong variation of scale and aspect, occlusion, and sensor noise.
 Colour says nothing about the class. Everything follows from (seed, index).
 """
 
@@ -51,7 +51,7 @@ class SyntheticShapes:
         empty_fraction: float = 0.04,
         min_side: float = 12 / 128,
         max_side: float = 64 / 128,
-        min_visible: float = 0.3,
+        min_visible: float = 0.4,
         noise: float = 10.0,
         cache: bool = False,
     ) -> None:

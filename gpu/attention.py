@@ -43,7 +43,7 @@ def smca_attention(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention whose logits carry the log of a Gaussian around each query's centre (docs/method.md §2; paper eq. 3 and 5).
+    """Attention whose logits carry the log of a Gaussian around each query's centre (docs/method.md §2).
 
     Args:
         q: [B, h, N, d] queries, not yet divided by √d.
@@ -113,7 +113,8 @@ def _eager(
     logits = (q @ k.transpose(-1, -2)).to(logit_dtype) / q.shape[-1] ** 0.5 + log_g
     if key_padding_mask is not None:
         logits = logits.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
-    return logits.softmax(dim=-1).to(v.dtype) @ v
+    out: Tensor = logits.softmax(dim=-1).to(v.dtype) @ v
+    return out
 
 
 def _lifted(
@@ -164,7 +165,7 @@ def _check(
         raise ValueError(f"q must be [B, h, N, d], got shape {tuple(q.shape)}")
     batch, heads, queries, channels = q.shape
     keys = size[0] * size[1]
-    expected = {
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "k": (k, (batch, heads, keys, channels)),
         "v": (v, (batch, heads, keys, channels)),
         "center_xy": (center_xy, (batch, heads, queries, 2)),

@@ -71,13 +71,15 @@ class Backbone(nn.Module):
         strides = _measure_strides(settings)
         if stride not in strides.values():
             offered = ", ".join(f"{name}: {value}" for name, value in strides.items())
-            raise ValueError(f"backbone {config.name!r} has no stage of stride {stride}; it offers {offered}. Set model.stride.")
+            raise ValueError(
+                f"backbone {config.name!r} has no stage of stride {stride}; it offers {offered}. Set model.stride."
+            )
         # The last stage of that stride is the deepest: the most context at the same resolution.
         stage = [name for name, value in strides.items() if value == stride][-1]
         settings.out_features = [stage]
-        self.body = _load_weights(config, settings) if config.weights and download else AutoBackbone.from_config(settings)
+        self.body = _load_weights(config, settings) if config.weights and download else _build(settings)
         self.stride = stride
-        self.channels: int = self.body.channels[0]
+        self.channels = int(cast(Any, self.body).channels[0])
         if config.frozen_norm:
             freeze_batch_norm(self.body)
         if config.frozen_stages:
@@ -109,14 +111,18 @@ def _measure_strides(settings: Any) -> dict[str, int]:
     probe_settings = type(settings).from_dict(settings.to_dict())
     probe_settings.out_features = names
     with torch.device("meta"):
-        probe = AutoBackbone.from_config(probe_settings).eval()
+        probe = _build(probe_settings).eval()
         maps = probe(torch.empty(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)).feature_maps
     return {name: round(_PROBE_PIXELS / features.shape[-1]) for name, features in zip(names, maps, strict=True)}
 
 
+def _build(settings: Any) -> nn.Module:
+    return cast(nn.Module, AutoBackbone.from_config(settings))  # type: ignore[no-untyped-call]
+
+
 def _load_weights(config: BackboneConfig, settings: Any) -> nn.Module:
     try:
-        return cast(nn.Module, AutoBackbone.from_pretrained(config.weights, config=settings, use_safetensors=True))
+        return cast(nn.Module, AutoBackbone.from_pretrained(config.weights, config=settings, use_safetensors=True))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ValueError(f"no safetensors weights for backbone {config.weights!r}: {error}") from error
 
@@ -125,6 +131,8 @@ def _freeze_stages(body: nn.Module, config: BackboneConfig) -> None:
     embedder, encoder = getattr(body, "embedder", None), getattr(body, "encoder", None)
     stages = getattr(encoder, "stages", None)
     if embedder is None or stages is None:
-        raise ValueError(f"model.backbone.frozen_stages needs a ResNet-like backbone; {config.name!r} has no such stages: set it to 0")
+        raise ValueError(
+            f"model.backbone.frozen_stages needs a ResNet-like backbone; {config.name!r} has no such stages: set it to 0"
+        )
     for part in [embedder, *stages][: config.frozen_stages]:
         part.requires_grad_(False)

@@ -40,7 +40,12 @@ from smca.gpu.model import SMCADETR
 Step = Callable[[], dict[str, Tensor]]
 """One repetition of a case; returns tensors by which cases can be compared."""
 
-STEP_BACKBONE = {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+STEP_BACKBONE: dict[str, Any] = {
+    "embedding_size": 32,
+    "hidden_sizes": [32, 64, 128, 256],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+}
 """A small stride-32 ResNet for the training step: what is compared is the detector, not the backbone they share."""
 
 
@@ -124,7 +129,7 @@ def smca_step_case(cross_attention: Literal["smca", "dense"], image_size: tuple[
 def transformers_step_case(name: Literal["Detr", "ConditionalDetr"], image_size: tuple[int, int]) -> Step:
     """Forward, loss and backward of transformers' model of the same size around the same backbone."""
     torch.manual_seed(0)
-    backbone = transformers.ResNetConfig(**STEP_BACKBONE, out_features=["stage4"])
+    backbone: Any = transformers.AutoConfig.for_model("resnet", **STEP_BACKBONE, out_features=["stage4"])
     config = getattr(transformers, f"{name}Config")(
         backbone_config=backbone,
         num_queries=300,
@@ -215,7 +220,11 @@ def measure(cases: dict[str, Callable[[], Step]], repeats: int, threads: int, pr
 def table(title: str, results: dict[str, Any], *, differences: bool) -> str:
     """One comparison as Markdown."""
     first = next(iter(results))
-    lines = [f"### {title}", "", f"| case | median | time against {first} (min–max) | peak memory | memory against {first} |"]
+    lines = [
+        f"### {title}",
+        "",
+        f"| case | median | time against {first} (min–max) | peak memory | memory against {first} |",
+    ]
     lines.append("|---|---|---|---|---|")
     for name, r in results.items():
         low, high = r["times_as_long_spread"]
@@ -225,7 +234,10 @@ def table(title: str, results: dict[str, Any], *, differences: bool) -> str:
         )
     if differences:
         worst = {n: max(r["difference"].items(), key=lambda kv: kv[1]) for n, r in results.items() if n != first}
-        lines += ["", *(f"Largest relative difference of {n} from {first}: {v:.1e} ({k})." for n, (k, v) in worst.items())]
+        lines += [
+            "",
+            *(f"Largest relative difference of {n} from {first}: {v:.1e} ({k})." for n, (k, v) in worst.items()),
+        ]
     return "\n".join(lines)
 
 
@@ -235,12 +247,14 @@ def main(argv: list[str] | None = None) -> None:
     a = args.attention
     parts: dict[str, tuple[str, dict[str, Callable[[], Step]], bool]] = {
         "attention": (
-            f"SMCA attention, forward and backward (B={a.batch}, h={a.heads}, N={a.queries}, {a.height}×{a.width} keys, d={a.channels})",
+            f"SMCA attention, forward and backward (B={a.batch}, h={a.heads}, N={a.queries}, {a.height}×{a.width} keys, "
+            f"d={a.channels})",
             {backend: partial(attention_case, backend, a) for backend in ("lifted", "eager")},
             True,
         ),
         "step": (
-            f"Training step: forward, loss, backward (two {args.image_size[0]}×{args.image_size[1]} images, 6+6 layers, 300 queries)",
+            f"Training step: forward, loss, backward (two {args.image_size[0]}×{args.image_size[1]} images, 6+6 layers, "
+            "300 queries)",
             {
                 "smca": partial(smca_step_case, "smca", args.image_size),
                 "dense": partial(smca_step_case, "dense", args.image_size),

@@ -20,7 +20,10 @@ def generalized_box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     low, high = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2]), torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
     overlap = (high - low).clamp(min=0).prod(-1)
     union = _area(a_xyxy) + _area(b_xyxy) - overlap
-    hull_low, hull_high = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2]), torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    hull_low, hull_high = (
+        torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2]),
+        torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]),
+    )
     hull = (hull_high - hull_low).clamp(min=0).prod(-1)
     tiny = torch.finfo(overlap.dtype).tiny
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)

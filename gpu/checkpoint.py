@@ -15,7 +15,7 @@ FORMAT = 1
 """Layout of the file; raised when it changes."""
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a neighbour of `path`, then put it in place: a reader sees the old file or the new, never half."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -41,7 +41,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or is not a checkpoint of smca train ({type(error).__name__}): remove it and start anew") from error
+        raise ValueError(
+            f"{path} is damaged or is not a checkpoint of smca train ({type(error).__name__}): remove it and start anew"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by this version of smca train: start anew with --overwrite")
     return state

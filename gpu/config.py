@@ -75,10 +75,12 @@ class ModelConfig:
     prior_sigma_px: float = 64.0
     """Standard deviation of the Gaussian before training, in pixels of the network's input: about half the side of a
     typical object. The paper's β in cells² follows from it, β = 2·(prior_sigma_px / stride)² (64 px at stride 32: β = 8)."""
-    center_init: Literal["learned", "grid"] = "learned"
-    """Where the reference centres start: wherever the random queries point ("learned"), or spread over the image ("grid")."""
+    query_init: Literal["random", "grid"] = "random"
+    """Where the queries start: anywhere ("random"), or spread over the image ("grid"), their positions and, with
+    cross_attention="smca", their reference centres."""
     box_refinement: bool = False
-    """Let each decoder layer correct the (detached) box of the layer before it, and re-centre the Gaussian there."""
+    """Let each decoder layer correct the (detached) box of the layer before it with a box head of its own, and re-centre the
+    Gaussian there."""
     pre_norm: bool = False
     """Layer norm before each block rather than after it: trains faster from scratch."""
     image_short_side: int = 800
@@ -91,7 +93,15 @@ class ModelConfig:
     """Divides the RGB input after the mean is subtracted."""
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "stride", "hidden_dim", "num_heads", "num_queries", "decoder_layers", "feedforward_dim"):
+        for name in (
+            "num_classes",
+            "stride",
+            "hidden_dim",
+            "num_heads",
+            "num_queries",
+            "decoder_layers",
+            "feedforward_dim",
+        ):
             _require(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
         _require(self.encoder_layers >= 0, "model.encoder_layers", "0 or more", self.encoder_layers)
         _require(0.0 <= self.dropout < 1.0, "model.dropout", "in [0, 1)", self.dropout)
@@ -110,16 +120,19 @@ class ModelConfig:
         )
         for name in ("class_names", "category_ids"):
             given = len(getattr(self, name))
-            _require(given in (0, self.num_classes), f"model.{name}", f"empty or num_classes = {self.num_classes} long", given)
+            _require(
+                given in (0, self.num_classes),
+                f"model.{name}",
+                f"empty or num_classes = {self.num_classes} long",
+                given,
+            )
         if self.cross_attention == "dense":
-            defaults = {f.name: f.default for f in dataclasses.fields(self)}
-            for name in ("prior_scale", "center_init"):
-                _require(
-                    getattr(self, name) == defaults[name],
-                    f"model.{name}",
-                    'left at its default with cross_attention="dense", which has no prior',
-                    getattr(self, name),
-                )
+            _require(
+                self.prior_scale == "independent",
+                "model.prior_scale",
+                'left at its default with cross_attention="dense", which has no prior',
+                self.prior_scale,
+            )
 
     @property
     def head_dim(self) -> int:
@@ -142,7 +155,9 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"{source}: unknown keys {unknown}; written by another version of smca-detr? Known: {sorted(known)}")
+            raise ValueError(
+                f"{source}: unknown keys {unknown}; written by another version of smca-detr? Known: {sorted(known)}"
+            )
         tuples = ("class_names", "category_ids", "pixel_mean", "pixel_std")
         values = {k: tuple(v) if k in tuples else v for k, v in values.items()}
         if "backbone" in values:
@@ -267,4 +282,3 @@ class RunConfig:
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
         _require(self.workers >= 0, "workers", "0 or more", self.workers)
         _require(not (self.resume and self.overwrite), "resume", "not given together with overwrite", self.resume)
-

@@ -63,7 +63,7 @@ def one_hot(query: Tensor, labels: Tensor, matched: Tensor, shape: torch.Size) -
     # Unmatched targets write into one spare column that is cut off again, so that shapes stay static.
     flat = torch.where(matched, query * classes + labels, queries * classes)
     target = torch.zeros(*shape[:2], queries * classes + 1, device=query.device)
-    return target.scatter_(2, flat, 1.0)[..., :-1].unflatten(2, (queries, classes))
+    return target.scatter_(2, flat, 1.0)[..., :-1].reshape(shape)
 
 
 def sigmoid_focal_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Evaluate a trained model on COCO-format data: the twelve COCO numbers and the AP of every class.
 
-    smca evaluate runs/small/model --data DIR
+smca evaluate runs/small/model --data DIR
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tyro
 from torch.utils.data import DataLoader
 
 from smca.datasets import Augmentation, Augmented, Batch, CocoDetection, SyntheticShapes, collate, find_split
+from smca.datasets.layout import Split
 from smca.gpu.coco_eval import evaluate_detections
 from smca.gpu.config import ModelConfig, SyntheticConfig
 from smca.gpu.model import SMCADETR, decode
@@ -23,17 +24,21 @@ from smca.gpu.model import SMCADETR, decode
 DetectionData = CocoDetection | SyntheticShapes
 
 
-def open_split(data: str | None, split: str, synthetic: SyntheticConfig, *, cache: bool = False) -> DetectionData:
+def open_split(data: str | None, split: Split, synthetic: SyntheticConfig, *, cache: bool = False) -> DetectionData:
     """The data that `data` names: a COCO-format folder's split, or "synthetic" (docs/data.md)."""
     if data is None:
-        raise ValueError("no data given: pass --data DIR (a COCO-format folder, docs/data.md) or try the built-in data: smca train demo")
+        raise ValueError(
+            "no data given: pass --data DIR (a COCO-format folder, docs/data.md) or try the built-in data: smca train demo"
+        )
     if data == "synthetic":
         count, seed = {"train": (synthetic.train_images, 0), "val": (synthetic.val_images, 1)}[split]
         return SyntheticShapes(count, seed, image_size=synthetic.image_size, cache=cache)
     return CocoDetection(*find_split(Path(data), split), cache=cache)
 
 
-def evaluation_loader(data: DetectionData, config: ModelConfig, batch_size: int, workers: int, indices: range | None = None) -> DataLoader[Any]:
+def evaluation_loader(
+    data: DetectionData, config: ModelConfig, batch_size: int, workers: int, indices: range | None = None
+) -> DataLoader[Any]:
     """Batches of `data` (those of `indices`), resized as ``config`` says, in order."""
     resized = Augmented(data, Augmentation.evaluation(config.image_short_side, config.image_max_size), seed=0)
     chosen = resized if indices is None else torch.utils.data.Subset(resized, indices)
@@ -41,8 +46,11 @@ def evaluation_loader(data: DetectionData, config: ModelConfig, batch_size: int,
 
 
 @torch.inference_mode()
-def detect(model: SMCADETR, loader: Iterable[Batch], max_detections: int = 100) -> list[dict[str, Any]]:
-    """Run `model` over all batches; returns COCO results (image_id, category_id, bbox in xywh pixels, score)."""
+def detect(model: SMCADETR, loader: Iterable[Batch]) -> list[dict[str, Any]]:
+    """Run `model` over all batches; returns COCO results (image_id, category_id, bbox in xywh pixels, score).
+
+    As many detections an image as the model has queries, at least 100: COCO counts the best 100 of each class.
+    """
     training = model.training
     model.eval()
     device = model.pixel_mean.device
@@ -50,9 +58,10 @@ def detect(model: SMCADETR, loader: Iterable[Batch], max_detections: int = 100) 
     results: list[dict[str, Any]] = []
     for host_batch in loader:
         batch = host_batch.to(device)
-        with torch.autocast(device.type, enabled=False):
-            outputs = model(batch.images, batch.padding_mask)
-        found = decode(outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max_detections)
+        outputs = model(batch.images, batch.padding_mask)
+        found = decode(
+            outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max(100, model.config.num_queries)
+        )
         for image_id, detections in zip(host_batch.image_ids.tolist(), found, strict=True):
             results += coco_results(detections.scores, detections.labels, detections.boxes_xyxy, image_id, category_ids)
     model.train(training)
@@ -76,7 +85,8 @@ def check_categories(config: ModelConfig, ground_truth: Mapping[str, Any], sourc
     ours = dict(zip(config.category_ids, config.class_names, strict=True))
     if ours != theirs:
         raise ValueError(
-            f"the model's categories {ours} are not those of {source}, {theirs}: evaluate on data with the same categories, or train on this data"
+            f"the model's categories {ours} are not those of {source}, {theirs}: "
+            "evaluate on data with the same categories, or train on this data"
         )
 
 
@@ -88,8 +98,8 @@ class EvaluateArgs:
     """Folder with config.json and model.safetensors (runs/…/model), or a name on the Hugging Face hub."""
     data: str = "synthetic"
     """Folder with data in COCO format, or "synthetic"."""
-    split: str = "val"
-    """"train" or "val"."""
+    split: Split = "val"
+    """Which part of the data."""
     batch_size: int = 8
     """Images a forward pass."""
     workers: int = 1
@@ -124,7 +134,9 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} asked for, but torch sees no CUDA GPU (torch {torch.__version__}): use --device cpu")
+        raise ValueError(
+            f"device {name!r} asked for, but torch sees no CUDA GPU (torch {torch.__version__}): use --device cpu"
+        )
     return device
 
 

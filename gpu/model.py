@@ -10,7 +10,6 @@ The same parameters, exported with ``state_dict()``, drive ``smca.reference.mode
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from smca.datasets import Augmentation, Sample, collate
 from smca.gpu.backbone import Backbone
 from smca.gpu.config import ModelConfig
+from smca.gpu.position import sine_position
 from smca.gpu.transformer import Decoder, Encoder
 
 CONFIG_FILE = "config.json"
@@ -209,7 +209,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
         if own[k].shape != weights[k].shape
     ]
     if missing or extra or shapes:
-        problems = [f"missing {missing[:5]}"] * bool(missing) + [f"unknown {extra[:5]}"] * bool(extra) + sorted(shapes)[:5]
+        problems = (
+            [f"missing {missing[:5]}"] * bool(missing) + [f"unknown {extra[:5]}"] * bool(extra) + sorted(shapes)[:5]
+        )
         raise ValueError(f"{source} does not fit this model configuration: {'; '.join(problems)}")
     model.load_state_dict(weights)
 
@@ -218,26 +220,6 @@ def valid_sizes_of(padding_mask: Tensor) -> Tensor:
     """[B, H, W] bool, True = padded → [B, 2] (height, width) of the unpadded images in pixels."""
     valid = ~padding_mask
     return torch.stack([valid[:, :, 0].sum(1), valid[:, 0, :].sum(1)], dim=-1)
-
-
-def sine_position(valid_cells: Tensor, size: tuple[int, int], dim: int, temperature: float = 10000.0) -> Tensor:
-    """2D sine position encoding [B, H·W, dim]: `dim`/2 channels of y, then `dim`/2 of x (DETR, appendix A.4).
-
-    A cell's coordinate is its centre over the unpadded extent, times 2π; valid_cells [B, 2] = (h, w) in cells.
-    """
-    height, width = size
-    half = dim // 2
-    channel = torch.arange(half, device=valid_cells.device)
-    wavelength = temperature ** (2 * (channel // 2).to(valid_cells.dtype) / half)
-
-    def encode(length: int, extent: Tensor) -> Tensor:
-        cells = torch.arange(length, device=extent.device, dtype=extent.dtype) + 0.5
-        angle = (cells / extent[:, None] * (2 * math.pi))[..., None] / wavelength  # [B, length, half]
-        return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
-
-    y = encode(height, valid_cells[:, 0])[:, :, None].expand(-1, -1, width, -1)
-    x = encode(width, valid_cells[:, 1])[:, None].expand(-1, height, -1, -1)
-    return torch.cat([y, x], dim=-1).flatten(1, 2)
 
 
 def _key_padding_mask(valid_cells: Tensor, size: tuple[int, int]) -> Tensor:
@@ -253,7 +235,9 @@ def _resolve(name: str | Path) -> Path:
     if directory.is_dir():
         absent = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / f).is_file()]
         if absent:
-            raise ValueError(f"{directory} lacks {' and '.join(absent)}: give a folder written by save_pretrained (runs/…/model)")
+            raise ValueError(
+                f"{directory} lacks {' and '.join(absent)}: give a folder written by save_pretrained (runs/…/model)"
+            )
         return directory
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
         scores, labels, boxes = found.scores[keep].cpu(), found.labels[keep].cpu(), found.boxes_xyxy[keep].cpu()
         for result in coco_results(scores, labels, boxes, image_id, category_ids):
             results.append({**result, "file_name": str(path)})
-        picture = draw_detections(image, boxes.numpy(), labels.numpy(), scores.numpy(), model.config.names, args.threshold)
+        picture = draw_detections(
+            image, boxes.numpy(), labels.numpy(), scores.numpy(), model.config.names, args.threshold
+        )
         picture.save(args.output / f"{image_id:04d}_{path.stem}.png")
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"{len(results)} objects in {len(paths) - len(skipped)} images → {args.output}/ (pictures, results.json)")

@@ -18,7 +18,9 @@ METRICS_FILE = "metrics.jsonl"
 class RunLog:
     """Reports one run; silent on every process but the first."""
 
-    def __init__(self, output: Path, total_steps: int, *, first_step: int, first_epoch: int, main_process: bool) -> None:
+    def __init__(
+        self, output: Path, total_steps: int, *, first_step: int, first_epoch: int, main_process: bool
+    ) -> None:
         """Open the logs of `output`.
 
         Args:
@@ -49,7 +51,9 @@ class RunLog:
             disable=not self._console.is_terminal,
         )
         ap = f"{self.metrics[-1]['ap']:.3f}" if self.metrics and self.metrics[-1]["ap"] is not None else "–"
-        self._task = self._progress.add_task("", total=total_steps, completed=first_step, loss=float("nan"), ap=ap, speed=0.0)
+        self._task = self._progress.add_task(
+            "", total=total_steps, completed=first_step, loss=float("nan"), ap=ap, speed=0.0
+        )
 
     def __enter__(self) -> RunLog:
         if self.main_process:
@@ -63,11 +67,15 @@ class RunLog:
             self._progress.stop()
             self._board.close()
 
-    def step(self, description: str, step: int, terms: Mapping[str, float], lr: float, images_per_second: float) -> None:
+    def step(
+        self, description: str, step: int, terms: Mapping[str, float], lr: float, images_per_second: float
+    ) -> None:
         """After a logged step: move the bar, write the terms of the loss to TensorBoard."""
         if not self.main_process:
             return
-        self._progress.update(self._task, description=description, completed=step, loss=terms["loss"], speed=images_per_second)
+        self._progress.update(
+            self._task, description=description, completed=step, loss=terms["loss"], speed=images_per_second
+        )
         for name, value in terms.items():
             self._board.add_scalar(f"train/{name}", value, step)
         self._board.add_scalar("train/lr", lr, step)

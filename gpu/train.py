@@ -92,7 +92,8 @@ def train(config: RunConfig) -> Path:
             total_steps = min(total_steps, config.max_steps)
 
         # Model, loss, optimiser.
-        model = SMCADETR(config.model).to(device, memory_format=torch.channels_last)
+        model = SMCADETR(config.model).to(device)
+        model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
         average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
         criterion = SetCriterion(config.loss)
@@ -115,8 +116,8 @@ def train(config: RunConfig) -> Path:
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
             log.say(f"training images: {train_data.report}\nheld-out images: {val_data.report}")
             log.say(
-                f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(loader)} steps an epoch, {total_steps} in all · "
-                f"{device} · {world} process{'es' * (world > 1)} · {torch.get_num_threads()} threads"
+                f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(loader)} steps an epoch, "
+                f"{total_steps} in all · {device} · {world} process{'es' * (world > 1)} · {torch.get_num_threads()} threads"
             )
             while step < total_steps:
                 augmented.set_epoch(epoch)
@@ -223,7 +224,8 @@ def _optimizer(model: SMCADETR, optim: OptimConfig, device: torch.device) -> tor
 def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average ← decay·average + (1 − decay)·model; whole numbers (batch counters) are copied."""
     pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
-    floats, others = [], []
+    floats: list[tuple[Tensor, Tensor]] = []
+    others: list[tuple[Tensor, Tensor]] = []
     for pair in pairs:
         (floats if pair[0].is_floating_point() else others).append(pair)
     torch._foreach_lerp_([a for a, _ in floats], [m for _, m in floats], 1 - decay)
@@ -250,16 +252,22 @@ def _with_classes(config: RunConfig, train_data: DetectionData, val_data: Detect
 def _prepare_output(config: RunConfig, rank: int) -> None:
     checkpoint = config.output / CHECKPOINT_FILE
     if checkpoint.exists() and not (config.resume or config.overwrite):
-        raise ValueError(f"{config.output} already holds a run: --resume goes on with it, --overwrite starts anew, --output puts it elsewhere")
+        raise ValueError(
+            f"{config.output} already holds a run: --resume goes on with it, --overwrite starts anew, --output puts it elsewhere"
+        )
     if rank == 0:
         config.output.mkdir(parents=True, exist_ok=True)
 
 
 def _check_resumable(state: dict[str, Any], config: RunConfig, path: Path) -> None:
     if state["config"] != config.model.to_json():
-        raise ValueError(f"{path} belongs to a model configured otherwise: resume with the settings it was started with, or use --overwrite")
+        raise ValueError(
+            f"{path} belongs to a model configured otherwise: resume with the settings it was started with, or use --overwrite"
+        )
     if (state["average"] is None) != (config.optim.ema_decay == 0):
-        raise ValueError(f"{path} was trained {'without' if state['average'] is None else 'with'} optim.ema_decay: resume likewise")
+        raise ValueError(
+            f"{path} was trained {'without' if state['average'] is None else 'with'} optim.ema_decay: resume likewise"
+        )
 
 
 @contextmanager
@@ -279,8 +287,9 @@ def _keep_bad_batch(batch: Batch, output: Path, rank: int) -> Iterator[None]:
         }
         write_atomically(path, lambda file: file.write(save({k: v.contiguous() for k, v in tensors.items()})))
         raise NonFiniteError(
-            f"{error}. Image ids of the batch: {batch.image_ids.tolist()}; the batch is kept in {path}, the last good state in "
-            f"{output / CHECKPOINT_FILE} (if an epoch was done). Look at these images and boxes; a lower --optim.lr often helps, then --resume"
+            f"{error}. Image ids of the batch: {batch.image_ids.tolist()}; the batch is kept in {path}, the last good state "
+            f"in {output / CHECKPOINT_FILE} (if an epoch was done). Look at these images and boxes; a lower --optim.lr often "
+            "helps, then --resume"
         ) from error
 
 
@@ -315,7 +324,8 @@ def _farewell(config: RunConfig, last: dict[str, Any]) -> str:
     ap, ap50 = ("–" if last[k] is None else f"{last[k]:.3f}" for k in ("ap", "ap50"))
     data = "" if config.data == "synthetic" else f" --data {config.data}"
     return (
-        f"\ndone: AP {ap}, AP50 {ap50} on the held-out images after {last['train_seconds']:.0f} s of training. In {config.output}:\n"
+        f"\ndone: AP {ap}, AP50 {ap50} on the held-out images after {last['train_seconds']:.0f} s of training.\n"
+        f"In {config.output}:\n"
         f"  model/            config.json + model.safetensors\n"
         f"  predictions.png   detections beside the truth\n"
         f"  curves.png        loss and AP by epoch (metrics.jsonl, tensorboard/)\n"

@@ -6,7 +6,9 @@ Names of parameters are the contract with ``smca.reference.model``, which runs o
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,17 @@ from torch.nn import functional
 
 from smca.gpu.attention import smca_attention
 from smca.gpu.config import ModelConfig
+from smca.gpu.position import sine_of_points
 
-import os
-RING = float(os.environ.get("RING", 1))
-SINE = int(os.environ.get("SINE", 0))
 CLASS_PRIOR = 0.01
 """π of docs/method.md §5: the score that every class starts from, so that the focal loss is not drowned by background."""
+START_SIZE_LOGIT = -1.5
+"""Logit of the width and height of every query's first box: 0.18 of the image."""
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, n, h·a] → [B, h, n, a]."""
+    return x.reshape(*x.shape[:-1], num_heads, -1).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -27,14 +34,18 @@ class MLP(nn.Module):
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., widths[0]] → [..., widths[-1]]."""
         for layer in self.layers[:-1]:
             x = functional.relu(layer(x))
-        out: Tensor = self.layers[-1](x)
-        return out
+        return cast(Tensor, self.last(x))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The output layer."""
+        return cast(nn.Linear, self.layers[-1])
 
 
 class Attention(nn.Module):
@@ -46,9 +57,6 @@ class Attention(nn.Module):
         dim = config.hidden_dim
         self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, n, C] -> [B, h, n, d]
 
     def forward(
         self,
@@ -62,14 +70,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """query [B, N, C], key and value [B, L, C], mask [B, L] True = padded, prior (centre, precision) each
         [B, h, N, 2] in cells of a map of `size` → [B, N, C]."""
-        q, k, v = self._heads(self.q_proj(query)), self._heads(self.k_proj(key)), self._heads(self.v_proj(value))
+        projected = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        q, k, v = (split_heads(x, self.num_heads) for x in projected)
         if prior is not None and size is not None:
             out = smca_attention(q, k, v, *prior, size, key_padding_mask, backend=backend)
         else:
             keep = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
             out = functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return projected
+        return cast(Tensor, self.out_proj(out.transpose(1, 2).flatten(2)))
 
 
 class EncoderLayer(nn.Module):
@@ -85,7 +93,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(functional.relu(self.linear1(x)))))  # type: ignore[no-any-return]
+        return cast(Tensor, self.dropout(self.linear2(self.dropout(functional.relu(self.linear1(x))))))
 
     def forward(self, x: Tensor, pos: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """x and pos [B, L, C], mask [B, L] → [B, L, C]."""
@@ -133,7 +141,7 @@ class Prior(nn.Module):
         """
         nn.init.zeros_(self.offset_head.weight)
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
-        ring = torch.stack([angle.cos(), angle.sin()], dim=-1) * RING / self.unit_precision**0.5  # [h, 2] in cells
+        ring = torch.stack([angle.cos(), angle.sin()], dim=-1) / self.unit_precision**0.5  # [h, 2] in cells
         with torch.no_grad():
             self.offset_head.bias.copy_(ring.flatten())
         if self.scale_head is not None:
@@ -147,15 +155,12 @@ class Prior(nn.Module):
 
     def forward(self, state: Tensor, center_cells: Tensor) -> tuple[Tensor, Tensor]:
         """state [B, N, C] and reference centre [B, N, 2] in cells → centre (cells) and precision (cells⁻²), [B, h, N, 2]."""
-        offset = self._per_head(self.offset_head(state))
+        offset = split_heads(self.offset_head(state), self.num_heads)  # [B, h, N, 2]
         center = center_cells[:, None] + offset
         if self.scale_head is None:
             return center, torch.full_like(center, self.unit_precision)
-        r = self._per_head(self.scale_head(state))  # inverse scale 1/s: 0 is plain attention
+        r = split_heads(self.scale_head(state), self.num_heads)  # inverse scale 1/s: 0 is plain attention
         return center, (self.unit_precision * r.square()).expand_as(center)
-
-    def _per_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, N, h·a] -> [B, h, N, a]
 
 
 class DecoderLayer(nn.Module):
@@ -175,8 +180,8 @@ class DecoderLayer(nn.Module):
         """The first block: content t and learned position, both [B, N, C] → [B, N, C]."""
         if self.pre_norm:
             y = self.norm1(t)
-            return t + self.dropout(self.self_attn(y + position, y + position, y))  # type: ignore[no-any-return]
-        return self.norm1(t + self.dropout(self.self_attn(t + position, t + position, t)))  # type: ignore[no-any-return]
+            return cast(Tensor, t + self.dropout(self.self_attn(y + position, y + position, y)))
+        return cast(Tensor, self.norm1(t + self.dropout(self.self_attn(t + position, t + position, t))))
 
     def attend_image(
         self,
@@ -196,10 +201,10 @@ class DecoderLayer(nn.Module):
         if self.pre_norm:
             return t + self._feed_forward(self.norm3(t))
         t = self.norm2(t)
-        return self.norm3(t + self._feed_forward(t))  # type: ignore[no-any-return]
+        return cast(Tensor, self.norm3(t + self._feed_forward(t)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(functional.relu(self.linear1(x)))))  # type: ignore[no-any-return]
+        return cast(Tensor, self.dropout(self.linear2(self.dropout(functional.relu(self.linear1(x))))))
 
 
 class Decoder(nn.Module):
@@ -213,28 +218,40 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(dim)
         self.class_head = nn.Linear(dim, config.num_classes)
-        self.box_head = MLP(dim, dim, dim, 4)
+        # One head for all layers, as published. Under refinement a layer's question changes from "where is the box" to "what is
+        # wrong with it", which one head cannot answer both of: then each layer has its own.
+        self.box_heads = nn.ModuleList(
+            MLP(dim, dim, dim, 4) for _ in range(config.decoder_layers if config.box_refinement else 1)
+        )
         smca = config.cross_attention == "smca"
         self.center_head = MLP(dim, dim, dim, 2) if smca else None
-        grid = smca and config.center_init == "grid"
+        self.query_init = config.query_init
+        grid = smca and config.query_init == "grid"
         self.query_center = nn.Parameter(torch.empty(config.num_queries, 2)) if grid else None
 
     def reset_parameters(self) -> None:
         """The starts that matter; everything else is Xavier-uniform (docs/deviations.md)."""
-        nn.init.normal_(self.query_position)
+        points_xy = _spread_points(len(self.query_position))
+        if self.query_init == "grid":
+            with torch.no_grad():
+                self.query_position.copy_(sine_of_points(points_xy, self.query_position.shape[1]))
+        else:
+            nn.init.normal_(self.query_position)
         nn.init.constant_(self.class_head.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
-        last = self.box_head.layers[-1]
-        nn.init.zeros_(last.weight)  # every query starts with the same box around its reference centre
-        with torch.no_grad():
-            last.bias.copy_(torch.tensor([0.0, 0.0, -1.5, -1.5]))  # sigmoid(−1.5) = 0.18 of the image
-        for layer in self.layers:
+        for index, head in enumerate(self.box_heads):
+            last = cast(MLP, head).last
+            nn.init.zeros_(last.weight)  # every query starts with the same box around its reference centre
+            nn.init.zeros_(last.bias)
+            if index == 0:  # later heads correct a box that has its size already
+                nn.init.constant_(last.bias[2:], START_SIZE_LOGIT)
+        for layer in cast("list[DecoderLayer]", self.layers):
             if layer.prior is not None:
                 layer.prior.reset_parameters()
         if self.query_center is not None and self.center_head is not None:
             with torch.no_grad():
-                self.query_center.copy_(_grid_logits(len(self.query_center)))
-                if SINE: self.query_position.copy_(_sine_of_points(self.query_center.sigmoid(), self.query_position.shape[1]))
-            nn.init.zeros_(self.center_head.layers[-1].weight)
+                self.query_center.copy_(points_xy.logit())
+            nn.init.zeros_(self.center_head.last.weight)
+            nn.init.zeros_(self.center_head.last.bias)
 
     def forward(
         self,
@@ -253,7 +270,7 @@ class Decoder(nn.Module):
         memory_pos = memory + pos
         reference_logits = position.new_zeros(*position.shape[:2], 4, dtype=valid_cells.dtype)
         all_logits, all_boxes = [], []
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(cast("list[DecoderLayer]", self.layers)):
             t = layer.attend_queries(t, position)
             prior = None
             if layer.prior is not None and self.center_head is not None:
@@ -267,7 +284,8 @@ class Decoder(nn.Module):
                 prior = layer.prior(state, center_cells)
             t = layer.attend_image(t, position, memory, memory_pos, key_padding_mask, prior, size, backend)
             decoded = self.norm(t)
-            box_logits = self.box_head(decoded).to(valid_cells.dtype) + reference_logits
+            box_head = self.box_heads[index if self.box_refinement else 0]
+            box_logits = box_head(decoded).to(valid_cells.dtype) + reference_logits
             all_logits.append(self.class_head(decoded))
             all_boxes.append(box_logits.sigmoid())
             if self.box_refinement:
@@ -275,18 +293,10 @@ class Decoder(nn.Module):
         return torch.stack(all_logits), torch.stack(all_boxes)
 
 
-def _grid_logits(count: int) -> Tensor:
-    """Logits [count, 2] of points (x, y) spread evenly over the unit square: the R2 low-discrepancy sequence, which
-    covers it for any count (a lattice would need a square number)."""
+def _spread_points(count: int) -> Tensor:
+    """Points (x, y) [count, 2] spread evenly over the unit square: the R2 low-discrepancy sequence, which covers it for
+    any count (a lattice would need a square number)."""
     plastic = 1.32471795724474602596  # the real root of x³ = x + 1
     index = torch.arange(1, count + 1, dtype=torch.float64)[:, None]
     points = (0.5 + index * torch.tensor([1 / plastic, 1 / plastic**2], dtype=torch.float64)) % 1.0
-    return points.clamp(0.02, 0.98).logit()
-
-
-def _sine_of_points(points: Tensor, dim: int) -> Tensor:
-    half = dim // 2
-    channel = torch.arange(half)
-    wavelength = 10000.0 ** (2 * (channel // 2) / half)
-    angle = points.flip(-1)[:, :, None] * (2 * math.pi) / wavelength
-    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).flatten(1)
+    return points.clamp(0.02, 0.98)

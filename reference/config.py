@@ -9,7 +9,7 @@ from typing import Protocol
 CHOICES = {
     "cross_attention": ("smca", "dense"),
     "prior_scale": ("fixed", "single", "independent"),
-    "center_init": ("learned", "grid"),
+    "query_init": ("random", "grid"),
 }
 
 
@@ -72,8 +72,8 @@ class ModelConfig(Protocol):
         ...
 
     @property
-    def center_init(self) -> str:
-        """ "learned", or "grid": a learned centre a query, which starts on a grid, is added to the centre head's."""
+    def query_init(self) -> str:
+        """ "random", or "grid": a learned centre a query, which starts on a grid, is added to the centre head's."""
         ...
 
     @property

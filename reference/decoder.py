@@ -18,10 +18,11 @@ With SMCA, X is modulated by a Gaussian a query and head i, made from the query'
     (5)  λ_i    = 2·r_i²/β = (r_i·stride/σ_px)²              β = 2·(σ_px/stride)²: σ_px is the prior's width in pixels
     (6)  X_i    = smca_attention(q_i, k_i, v_i, c_i, λ_i)    plain attention, and ref = 0 at first, if "dense"
 
-After every layer, the same heads decode it (method.md §5; paper, "SMCA box prediction"):
+After every layer, heads decode it, the same ones for all (method.md §5; paper, "SMCA box prediction"):
 
     (7)  D = norm(t);   logits = class_head(D);   box logits = box_head(D) + ref;   box = σ(box logits)
-    (8)  with box refinement, the next layer's ref = this layer's box logits (no gradient passes there in training)
+    (8)  with box refinement, every layer has a box_head of its own, and the next layer's ref = this layer's box logits
+         (no gradient passes there in training)
 
 Without refinement, (2) is the published method: one reference centre from the first layer, reused by all. What
 changes from layer to layer then is O, and so offsets and scales.
@@ -103,7 +104,8 @@ def decoder(
             t = layer_norm(t + feed_forward(t, params, name), params, f"{name}.norm3")
 
         decoded = layer_norm(t, params, "decoder.norm")  # D
-        box_logits = mlp(decoded, params, "decoder.box_head") + reference_logits
+        box_head = index if config.box_refinement else 0  # one for all, unless each layer corrects the one before
+        box_logits = mlp(decoded, params, f"decoder.box_heads.{box_head}") + reference_logits
         layer_logits.append(linear(decoded, params, "decoder.class_head"))
         layer_boxes.append(sigmoid(box_logits))
         if config.box_refinement:
@@ -115,11 +117,11 @@ def decoder(
 def initial_center_logits(state: FloatArray, params: Params, config: ModelConfig) -> FloatArray:
     """ĉ of every query: state O [B, N, C] → [B, N, 2], logits (x, y). Equation (2); method.md §1.
 
-    Paper, "Dynamic spatial weight maps". With `center_init="grid"` a learned centre of the query's own is added, which
+    Paper, "Dynamic spatial weight maps". With `query_init="grid"` a learned centre of the query's own is added, which
     training starts on a grid, so that the queries begin spread over the image.
     """
     center_logits = mlp(state, params, "decoder.center_head")
-    if config.center_init == "grid":
+    if config.query_init == "grid":
         center_logits = center_logits + params["decoder.query_center"]
     return center_logits
 

@@ -144,11 +144,12 @@ def parameter_shapes(config: ModelConfig, in_channels: int) -> dict[str, tuple[i
                 add_linear(f"{layer}.prior.scale_head", outputs, c)
     if uses_prior(config):
         add_mlp("decoder.center_head", 2)
-        if config.center_init == "grid":
+        if config.query_init == "grid":
             shapes["decoder.query_center"] = (config.num_queries, 2)
     add_norm("decoder.norm")
     add_linear("decoder.class_head", config.num_classes, c)
-    add_mlp("decoder.box_head", 4)
+    for index in range(config.decoder_layers if config.box_refinement else 1):
+        add_mlp(f"decoder.box_heads.{index}", 4)
     return shapes
 
 

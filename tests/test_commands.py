@@ -61,7 +61,7 @@ def test_weights_that_do_not_fit_are_named(model_dir: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"decoder\.query_position is \(6, 16\), the model needs \(7, 16\)"):
         SMCADETR.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_quarries": 7}))
-    with pytest.raises(ValueError, match="unknown keys .'num_quarries'"):
+    with pytest.raises(ValueError, match=r"unknown keys .'num_quarries'"):
         SMCADETR.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"lacks config\.json"):
@@ -121,11 +121,23 @@ def test_predict_turns_images_upright(tmp_path: Path) -> None:
 def test_evaluate_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results.json"
     evaluate.main(
-        [str(model_dir), "--synthetic.val-images", "3", "--synthetic.image-size", "64", "--workers", "0", "--output", str(results)]
+        [
+            str(model_dir),
+            "--synthetic.val-images",
+            "3",
+            "--synthetic.image-size",
+            "64",
+            "--workers",
+            "0",
+            "--output",
+            str(results),
+        ]
     )
     said = capsys.readouterr().out
     assert all(name in said for name in NAMES)
-    assert len(json.loads(results.read_text())) == 3 * 6 * 5, "every (query, class) pair of three images, at most 100 each"
+    assert len(json.loads(results.read_text())) == 3 * 6 * 5, (
+        "every (query, class) pair of three images, at most 100 each"
+    )
 
 
 def test_evaluate_refuses_other_categories(model_dir: Path, tmp_path: Path) -> None:

@@ -33,15 +33,15 @@ class Config:
     cross_attention: str = "smca"
     prior_scale: str = "independent"
     prior_sigma_px: float = 20.0
-    center_init: str = "learned"
+    query_init: str = "random"
     box_refinement: bool = False
     stride: int = 16
 
 
 ALL_CONFIGS = [
-    Config(pre_norm=pre, cross_attention="smca", prior_scale=scale, center_init=init, box_refinement=refine)
+    Config(pre_norm=pre, cross_attention="smca", prior_scale=scale, query_init=init, box_refinement=refine)
     for pre, scale, init, refine in itertools.product(
-        [False, True], ["fixed", "single", "independent"], ["learned", "grid"], [False, True]
+        [False, True], ["fixed", "single", "independent"], ["random", "grid"], [False, True]
     )
 ] + [
     Config(pre_norm=pre, cross_attention="dense", box_refinement=refine)
@@ -52,7 +52,7 @@ ALL_CONFIGS = [
 def config_id(config: Config) -> str:
     words = [config.cross_attention, "pre" if config.pre_norm else "post"]
     if config.cross_attention == "smca":
-        words += [config.prior_scale, config.center_init]
+        words += [config.prior_scale, config.query_init]
     return "-".join([*words, "refined"] if config.box_refinement else words)
 
 
@@ -138,7 +138,7 @@ def in_torch(params: Any, features: Any, valid_sizes: Any, config: Config) -> di
             o = norm(t + query, f"{n}.prior.norm")
             if i == 0:
                 center = mlp(o, "decoder.center_head")
-                if config.center_init == "grid":
+                if config.query_init == "grid":
                     center = center + p["decoder.query_center"]
                 reference = torch.cat([center, torch.zeros_like(center)], dim=-1)
             w_h = h_w.flip(-1)
@@ -163,7 +163,7 @@ def in_torch(params: Any, features: Any, valid_sizes: Any, config: Config) -> di
             t = norm(t + attend(t + query, x + pos, x, f"{n}.cross_attn", mask, bias), f"{n}.norm2")
             t = norm(t + ffn(t, n), f"{n}.norm3")
         d = norm(t, "decoder.norm")
-        box_logits = mlp(d, "decoder.box_head") + reference
+        box_logits = mlp(d, f"decoder.box_heads.{i if config.box_refinement else 0}") + reference
         all_logits.append(lin(d, "decoder.class_head"))
         all_boxes.append(box_logits.sigmoid())
         if config.box_refinement:
@@ -210,7 +210,7 @@ def test_an_image_does_not_depend_on_its_batch(config: Config) -> None:
 
 
 def test_queries_are_a_set() -> None:
-    config = Config(center_init="grid", box_refinement=True)
+    config = Config(query_init="grid", box_refinement=True)
     params, features = random_params(config), random_features()
     order = np.array([4, 0, 5, 2, 1, 3])
     turned = {k: v[order] if k.startswith("decoder.query_") else v for k, v in params.items()}
@@ -261,10 +261,10 @@ def test_sigma_is_in_pixels() -> None:
 
 def test_boxes_start_at_the_reference_centre() -> None:
     """A box head of zeros leaves the reference: the query's own centre, and half the image wide and high."""
-    config = Config(center_init="grid", box_refinement=True)
+    config = Config(query_init="grid", box_refinement=True)
     params = random_params(config)
     for key in params:
-        if "box_head.layers.2" in key or "center_head.layers.2" in key:
+        if ("box_heads" in key and "layers.2" in key) or "center_head.layers.2" in key:
             params[key] = np.zeros_like(params[key])
     params["decoder.query_center"] = np.log([[1 / 3, 3.0]] * 6)  # σ(ln ⅓) = ¼, σ(ln 3) = ¾
     boxes = forward(params, random_features(), VALID_SIZES, config)["boxes"]
@@ -357,7 +357,7 @@ def test_wrong_input_is_named() -> None:
     [
         ({"cross_attention": "sparse"}, r"config.cross_attention: expected one of \['smca', 'dense'\], got 'sparse'"),
         ({"prior_scale": "both"}, r"config.prior_scale: expected one of"),
-        ({"center_init": "random"}, r"config.center_init: expected one of"),
+        ({"query_init": "random"}, r"config.query_init: expected one of"),
         (
             {"hidden_dim": 12, "num_heads": 8},
             r"config.hidden_dim: expected a multiple of num_heads = 8 .* got 12",

@@ -144,7 +144,7 @@ def arguments(tests: types.ModuleType, given: tuple[Any, ...]) -> tuple[Any, ...
     configs = {}
     if hasattr(tests, "Config"):
         configs["post"] = tests.Config()
-        configs["pre"] = tests.Config(pre_norm=True, center_init="grid", box_refinement=True)
+        configs["pre"] = tests.Config(pre_norm=True, query_init="grid", box_refinement=True)
     return tuple(configs.get(item, item) if isinstance(item, str) else item for item in given)
 
 

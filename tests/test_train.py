@@ -57,7 +57,8 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFix
     assert {"epoch", "step", "loss", "ap", "ap50", "train_seconds"} <= metrics[0].keys()
     assert not list(tmp_path.glob("*.partial"))
     model = SMCADETR.from_pretrained(model_dir)
-    assert model.config.class_names and len(model.config.class_names) == model.config.num_classes
+    assert model.config.class_names
+    assert len(model.config.class_names) == model.config.num_classes
     said = capsys.readouterr().out
     assert f"smca evaluate {tmp_path}/model" in said, "the last lines say what to type next"
 
@@ -81,9 +82,10 @@ def test_resume_continues_exactly(tmp_path: Path) -> None:
         raise Stop
 
     config = tiny(tmp_path / "cut", epochs=3, max_steps=9)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "save_checkpoint", stop_after_first_checkpoint)
-        train.train(config)
+        with pytest.raises(Stop):
+            train.train(config)
     resumed = train.train(dataclasses.replace(config, resume=True))
     expected, got = weights_of(whole), weights_of(resumed)
     for name in expected:
@@ -178,7 +180,9 @@ def test_published_presets_stay_as_published() -> None:
         assert (run.model.hidden_dim, run.model.num_heads, run.model.stride) == (256, 8, 32)
         assert (run.optim.lr, run.optim.backbone_lr, run.optim.weight_decay) == (1e-4, 1e-5, 1e-4)
         assert (run.epochs, run.optim.drop_epoch, run.optim.clip_norm) == (50, 40, 0.1)
-        assert not (run.model.pre_norm or run.model.box_refinement or run.model.center_init == "grid")
+        assert not (run.model.pre_norm)
+        assert not (run.model.box_refinement)
+        assert run.model.query_init != "grid"
         assert 2 * (run.model.prior_sigma_px / run.model.stride) ** 2 == 8.0, "β = 8 cells² at stride 32"
 
 
@@ -190,7 +194,10 @@ def test_published_presets_stay_as_published() -> None:
         (["train", "small", "--data", "/nowhere"], "/nowhere"),
         (["train", "demo", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["train", "demo", "--model.hidden-dim", "30"], "model.hidden_dim must be a multiple of num_heads = 8"),
-        (["train", "demo", "--model.cross-attention", "dense"], "model.center_init must be left at its default"),
+        (
+            ["train", "demo", "--model.cross-attention", "dense", "--model.prior-scale", "fixed"],
+            "model.prior_scale must be left at its default",
+        ),
         (["train", "demo", "--model.stride", "5"], "has no stage of stride 5; it offers stage1: 4, stage2: 8"),
         (["train", "demo", "--device", "cuda"], "torch sees no CUDA GPU"),
         (["evaluate", "/nowhere/model"], "neither a folder nor a reachable repository"),
@@ -221,7 +228,11 @@ def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 def test_python_train_py_is_smca_train(tmp_path: Path) -> None:
     script = Path(train.__file__)
     done = subprocess.run(
-        [sys.executable, str(script), "demo", "--epochs", "0"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, str(script), "demo", "--epochs", "0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode != 0
     assert "epochs must be at least 1" in " ".join((done.stdout + done.stderr).split())
@@ -230,7 +241,18 @@ def test_python_train_py_is_smca_train(tmp_path: Path) -> None:
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """torchrun with two CPU processes: the same loop, batch split in two, one set of files."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ["--output", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+    options = [
+        "--output",
+        str(tmp_path / "run"),
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     options += ["--synthetic.train-images", "8", "--synthetic.val-images", "5", "--synthetic.image-size", "64"]
     done = subprocess.run(
         [*command, train.__file__, "demo", *options], capture_output=True, text=True, check=False, timeout=240
