@@ -93,11 +93,14 @@ def sigmoid_focal_loss(
     return np.where(targets == 1, positive, negative)
 
 
-def match(outputs: Mapping[str, npt.ArrayLike], targets: PaddedTargets, weights: Mapping[str, float]) -> IntArray:
+def match(
+    logits: npt.ArrayLike, boxes: npt.ArrayLike, targets: PaddedTargets, weights: Mapping[str, float]
+) -> IntArray:
     """The query of every object, for every decoder layer and image by itself. Matching (3); method.md §5.
 
     Args:
-        outputs: "logits" [M, B, N, K] and "boxes" [M, B, N, 4], as `model.forward` returns.
+        logits: [M, B, N, K], as `model.forward` returns them.
+        boxes: [M, B, N, 4], cxcywh in [0, 1], likewise.
         targets: of the batch.
         weights: "class", "l1" and "giou", of the match cost.
 
@@ -108,7 +111,7 @@ def match(outputs: Mapping[str, npt.ArrayLike], targets: PaddedTargets, weights:
     Raises:
         ValueError: shapes that don't fit, a label outside [0, K), predictions that aren't finite, wrong weights.
     """
-    logits, boxes, labels, target_boxes, valid = _arrays(outputs, targets)
+    logits, boxes, labels, target_boxes, valid = _arrays(logits, boxes, targets)
     layers, batch = logits.shape[:2]
     query_of_target = np.full((layers, batch, labels.shape[1]), -1)
     for layer in range(layers):
@@ -146,7 +149,7 @@ def set_loss(
     >>> outputs = {"logits": np.zeros((1, 1, 2, 1)), "boxes": boxes.reshape(1, 1, 2, 4)}
     >>> one = Targets(np.array([[0]]), np.array([[[0.5, 0.5, 0.5, 0.5]]]), np.array([[True]]))
     >>> weights = {"class": 2.0, "l1": 5.0, "giou": 2.0}
-    >>> match(outputs, one, weights).tolist()
+    >>> match(outputs["logits"], outputs["boxes"], one, weights).tolist()
     [[[1]]]
     >>> {name: round(value, 4) for name, value in set_loss(outputs, one, weights).items()}
     {'class/0': 0.3466, 'l1/0': 0.0, 'giou/0': 0.0, 'loss': 0.3466}
@@ -158,8 +161,8 @@ def set_loss(
     0.5199
     """
     check_weights(weights)
-    logits, boxes, labels, target_boxes, valid = _arrays(outputs, targets)
-    query_of_target = match(outputs, targets, weights)
+    logits, boxes, labels, target_boxes, valid = _arrays(outputs["logits"], outputs["boxes"], targets)
+    query_of_target = match(logits, boxes, targets, weights)
     num_boxes = max(1, int(valid.sum()))  # (1)
 
     terms: dict[str, float] = {}
@@ -181,17 +184,17 @@ def set_loss(
 
 
 def _arrays(
-    outputs: Mapping[str, npt.ArrayLike], targets: PaddedTargets
+    logits: npt.ArrayLike, boxes: npt.ArrayLike, targets: PaddedTargets
 ) -> tuple[FloatArray, FloatArray, IntArray, FloatArray, BoolArray]:
     """Convert and check: logits, boxes, labels, target boxes, valid."""
-    logits = np.asarray(outputs["logits"], dtype=np.float64)
-    boxes = np.asarray(outputs["boxes"], dtype=np.float64)
+    logits = np.asarray(logits, dtype=np.float64)
+    boxes = np.asarray(boxes, dtype=np.float64)
     labels = np.asarray(targets.labels, dtype=np.int64)
     target_boxes = np.asarray(targets.boxes, dtype=np.float64)
     valid = np.asarray(targets.valid, dtype=np.bool_)
-    require_shape('outputs["logits"]', logits, (None, None, None, None), "Give [M, B, N, K], all layers and images.")
+    require_shape("logits", logits, (None, None, None, None), "Give [M, B, N, K], all layers and images.")
     layers, batch, queries, _ = logits.shape
-    require_shape('outputs["boxes"]', boxes, (layers, batch, queries, 4), "Give one box for every query in logits.")
+    require_shape("boxes", boxes, (layers, batch, queries, 4), "Give one box for every query in logits.")
     require_shape("targets.valid", valid, (batch, None), "Give [B, T], as many images as the outputs have.")
     require_shape("targets.labels", labels, tuple(valid.shape), "Pad labels as valid is padded: [B, T].")
     require_shape("targets.boxes", target_boxes, (*valid.shape, 4), "Pad boxes as valid is padded: [B, T, 4].")

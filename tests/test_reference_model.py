@@ -357,7 +357,7 @@ def test_wrong_input_is_named() -> None:
     [
         ({"cross_attention": "sparse"}, r"config.cross_attention: expected one of \['smca', 'dense'\], got 'sparse'"),
         ({"prior_scale": "both"}, r"config.prior_scale: expected one of"),
-        ({"query_init": "random"}, r"config.query_init: expected one of"),
+        ({"query_init": "sobol"}, r"config.query_init: expected one of"),
         (
             {"hidden_dim": 12, "num_heads": 8},
             r"config.hidden_dim: expected a multiple of num_heads = 8 .* got 12",

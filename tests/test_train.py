@@ -193,7 +193,7 @@ def test_published_presets_stay_as_published() -> None:
         (["train", "small"], "no data given: pass --data DIR"),
         (["train", "small", "--data", "/nowhere"], "/nowhere"),
         (["train", "demo", "--epochs", "0"], "epochs must be at least 1, got 0"),
-        (["train", "demo", "--model.hidden-dim", "30"], "model.hidden_dim must be a multiple of num_heads = 8"),
+        (["train", "demo", "--model.hidden-dim", "30"], "model.hidden_dim must be a multiple of num_heads = 4"),
         (
             ["train", "demo", "--model.cross-attention", "dense", "--model.prior-scale", "fixed"],
             "model.prior_scale must be left at its default",
