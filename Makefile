@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PACKAGES := reference datasets gpu conformance
 
 .DEFAULT_GOAL := help
-.PHONY: help setup types demo test lint bench clean
+.PHONY: help setup types demo test lint bench figures clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
@@ -37,7 +37,7 @@ types:
 	@for package in $(PACKAGES); do ln -sfn ../../../$$package build/types/smca/$$package; done
 
 demo: setup  ## train on the built-in data and evaluate: minutes on a laptop; results in runs/demo
-	$(BIN)/smca train demo --output runs/demo
+	$(BIN)/smca train demo --output runs/demo --overwrite
 
 test: setup  ## run the tests and the conformance suite
 	$(BIN)/python -m pytest -q
@@ -49,6 +49,9 @@ lint: setup  ## check style, formatting and types
 
 bench: setup  ## measure attention backends and a training step on this machine
 	$(BIN)/smca benchmark
+
+figures: setup  ## redraw the pictures of docs/ from docs/results
+	$(BIN)/python docs/figures.py
 
 clean:  ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -54,7 +54,12 @@ def draw_prior(path: Path) -> None:
     """The Gaussian of one query on a map of 32 × 24 cells: three scales, and one with an axis switched off."""
     figure, axes = pyplot.subplots(1, 4, figsize=(12, 2.6), constrained_layout=True)
     center = np.array([20.0, 9.0])
-    cases = [((0.5, 0.5), "s = (½, ½)"), ((1.0, 1.0), "s = (1, 1): the start"), ((2.5, 1.0), "s = (2½, 1)"), ((1e6, 1.0), "s = (∞, 1): r_x = 0")]
+    cases = [
+        ((0.5, 0.5), "s = (½, ½)"),
+        ((1.0, 1.0), "s = (1, 1): the start"),
+        ((2.5, 1.0), "s = (2½, 1)"),
+        ((1e6, 1.0), "s = (∞, 1): r_x = 0"),
+    ]
     for axis, (scale, title) in zip(axes, cases, strict=True):
         axis.imshow(gaussian_weight_map(center, np.array(scale), 8.0, (24, 32)), cmap="magma", vmin=0, vmax=1)
         axis.plot(*(center - 0.5), "+", color="white")

@@ -22,11 +22,17 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
     except (ValueError, OSError) as error:
         if os.environ.get("SMCA_TRACEBACK"):
             raise
-        print(f"error: {error}\n(SMCA_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {_message(error)}\n(SMCA_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\nstopped; `smca train … --resume` goes on from the last finished epoch", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _message(error: Exception) -> str:
+    """What `error` says; of one that arose in a process that loads images, without the traceback that torch puts before it."""
+    text = str(error).rstrip()
+    return text.rpartition(f"{type(error).__name__}: ")[2] if text.startswith("Caught ") else text
 
 
 def main() -> None:

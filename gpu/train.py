@@ -20,6 +20,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from smca.datasets import Augmented, Batch, collate
+from smca.datasets import Augmented, Batch, collate, require_same_categories
 from smca.gpu.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint, write_atomically
 from smca.gpu.coco_eval import evaluate_detections
 from smca.gpu.config import OptimConfig, RunConfig
@@ -94,11 +95,12 @@ def train(config: RunConfig) -> Path:
         # Model, loss, optimiser.
         model = SMCADETR(config.model).to(device)
         model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
         average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
         criterion = SetCriterion(config.loss)
         optimizer = _optimizer(model, config.optim, device)
         base_lrs = [group["lr"] for group in optimizer.param_groups]
+        # After the optimiser, which may freeze the backbone: only what is trained is synchronised.
+        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
 
         step, epoch, train_seconds = 0, 0, 0.0
         checkpoint_path = config.output / CHECKPOINT_FILE
@@ -119,6 +121,11 @@ def train(config: RunConfig) -> Path:
                 f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(loader)} steps an epoch, "
                 f"{total_steps} in all · {device} · {world} process{'es' * (world > 1)} · {torch.get_num_threads()} threads"
             )
+            if (most := _most_objects(train_data)) > config.model.num_queries:
+                log.say(
+                    f"warning: an image has {most} objects, but the model has {config.model.num_queries} queries, one for each "
+                    f"object it can find: set --model.num-queries to {most * 3 // 2} or so"
+                )
             while step < total_steps:
                 augmented.set_epoch(epoch)
                 sampler.set_epoch(epoch)
@@ -236,10 +243,7 @@ def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 def _with_classes(config: RunConfig, train_data: DetectionData, val_data: DetectionData) -> RunConfig:
     """Set the head's size and names from the data; training and held-out data must agree."""
     categories = train_data.categories
-    if tuple(categories) != tuple(val_data.categories):
-        raise ValueError(
-            f"training and held-out annotations of {config.data} list different categories: {categories} and {val_data.categories}"
-        )
+    require_same_categories(categories, val_data.categories)
     model = dataclasses.replace(
         config.model,
         num_classes=len(categories),
@@ -247,6 +251,12 @@ def _with_classes(config: RunConfig, train_data: DetectionData, val_data: Detect
         category_ids=tuple(c.id for c in categories),
     )
     return dataclasses.replace(config, model=model)
+
+
+def _most_objects(data: DetectionData) -> int:
+    """Objects in the fullest image, crowds not counted."""
+    counts = Counter(a["image_id"] for a in data.ground_truth()["annotations"] if not a["iscrowd"])
+    return max(counts.values(), default=0)
 
 
 def _prepare_output(config: RunConfig, rank: int) -> None:

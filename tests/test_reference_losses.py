@@ -163,9 +163,9 @@ def test_predictions_that_are_not_finite_raise() -> None:
 
 def test_bad_input_is_named() -> None:
     outputs, targets = random_batch(9)
-    with pytest.raises(ValueError, match=r'boxes: expected shape \(3, 2, 6, 4\), got \(3, 2, 5, 4\)'):
+    with pytest.raises(ValueError, match=r"boxes: expected shape \(3, 2, 6, 4\), got \(3, 2, 5, 4\)"):
         set_loss({**outputs, "boxes": outputs["boxes"][:, :, :5]}, targets, WEIGHTS)
-    with pytest.raises(ValueError, match=r'logits: expected shape .* got \(2, 6, 5\)'):
+    with pytest.raises(ValueError, match=r"logits: expected shape .* got \(2, 6, 5\)"):
         set_loss({k: v[0] for k, v in outputs.items()}, targets, WEIGHTS)
     with pytest.raises(ValueError, match=r"targets.labels: expected shape \(2, 4\), got \(2, 3\)"):
         set_loss(outputs, Targets(targets.labels[:, :3], targets.boxes, targets.valid), WEIGHTS)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from smca.datasets import SyntheticShapes
 from smca.gpu import cli, train
 from smca.gpu.checkpoint import load_checkpoint
 from smca.gpu.config import RunConfig
@@ -132,6 +133,66 @@ def test_non_finite_numbers_stop_training(
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["epoch"] == 1
     assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_bf16_trains_with_losses_in_float32(tmp_path: Path) -> None:
+    train.train(tiny(tmp_path, precision="bf16", epochs=1))
+    (metrics,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert 0 < metrics["loss"] < 30
+
+
+def coco_folder(root: Path) -> Path:
+    """The built-in data as files: 8 images to train on, 4 held out."""
+    for split, count, seed in (("train", 8, 0), ("val", 4, 1)):
+        SyntheticShapes(count, seed, image_size=64).export_coco(root, split)  # type: ignore[arg-type]
+    return root
+
+
+def test_any_coco_folder_trains_without_editing_code(tmp_path: Path) -> None:
+    """Other category ids and names, one class fewer: head, names and ids follow from the data."""
+    root = coco_folder(tmp_path / "data")
+    for file in (root / "annotations").iterdir():
+        coco = json.loads(file.read_text())
+        coco["categories"] = [{"id": 10 * c["id"], "name": f"my {c['name']}"} for c in coco["categories"][:4]]
+        coco["annotations"] = [
+            {**a, "category_id": 10 * a["category_id"]} for a in coco["annotations"] if a["category_id"] < 5
+        ]
+        file.write_text(json.dumps(coco))
+    model_dir = train.train(tiny(tmp_path / "run", data=str(root), epochs=1, cache_images=False))
+    config = SMCADETR.from_pretrained(model_dir).config
+    assert config.category_ids == (10, 20, 30, 40)
+    assert config.class_names == ("my disc", "my rectangle", "my triangle", "my ring")
+
+
+def test_a_corrupt_image_is_named_also_from_a_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = coco_folder(tmp_path / "data")
+    bad = sorted((root / "train").iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:200])
+    for workers in (0, 1):
+        config = tiny(tmp_path / f"run{workers}", data=str(root), workers=workers)
+        with pytest.raises(SystemExit):
+            cli.run(lambda _, config=config: train.train(config) and None, [])  # type: ignore[misc]
+        said = capsys.readouterr().err
+        assert bad.name in said
+        assert "Traceback (most" not in said
+
+
+def test_more_objects_than_queries_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(tmp_path, epochs=1)
+    train.train(dataclasses.replace(config, model=dataclasses.replace(config.model, num_queries=2)))
+    assert "queries, one for each object it can find: set --model.num-queries to" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_bccd_trains(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2] / "shared" / "data" / "bccd"
+    if not root.is_dir():
+        pytest.skip(f"the BCCD photographs are not at {root}")
+    train.train(tiny(tmp_path, data=str(root), max_steps=2, epochs=1))
+    (metrics,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert metrics["step"] == 2
+    assert {"RBC", "WBC", "Platelets"} <= set(str(metrics).replace("'", " ").replace("/", " ").split())
 
 
 def test_an_existing_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:
