@@ -8,12 +8,12 @@ from pathlib import Path
 from smca.datasets import Augmentation
 from smca.gpu.config import BackboneConfig, ModelConfig, OptimConfig, RunConfig, SyntheticConfig
 
-TINY_RESNET = BackboneConfig(
-    name="resnet",
-    options={"embedding_size": 32, "hidden_sizes": [32, 96], "depths": [2, 3], "layer_type": "basic"},
-    frozen_norm=False,
-)
-"""Five residual blocks, stride 8: what trains from scratch on a laptop's CPU."""
+
+def tiny_resnet(*depths: int) -> BackboneConfig:
+    """A ResNet of two stages (strides 4 and 8) with so many blocks each: what trains from scratch on a laptop's CPU."""
+    options = {"embedding_size": 32, "hidden_sizes": [32, 96], "depths": list(depths), "layer_type": "basic"}
+    return BackboneConfig(name="resnet", options=options, frozen_norm=False)
+
 
 RESNET50 = BackboneConfig(name="resnet", weights="microsoft/resnet-50", frozen_norm=True, frozen_stages=2)
 """ResNet-50 with ImageNet weights, batch norm fixed, stem and first stage untrained: the published setting."""
@@ -25,14 +25,14 @@ def demo() -> RunConfig:
         data="synthetic",
         output=Path("runs/demo"),
         model=ModelConfig(
-            backbone=TINY_RESNET,
+            backbone=tiny_resnet(1, 3),
             stride=8,
             hidden_dim=128,
             num_heads=4,
             num_queries=30,
             encoder_layers=1,
             decoder_layers=3,
-            feedforward_dim=512,
+            feedforward_dim=256,
             dropout=0.0,
             prior_sigma_px=11.3,
             query_init="grid",
@@ -46,7 +46,7 @@ def demo() -> RunConfig:
         synthetic=SyntheticConfig(image_size=128, train_images=6000, val_images=300),
         epochs=4,
         batch_size=8,
-        workers=1,
+        workers=0,
         cache_images=True,
     )
 
@@ -57,7 +57,7 @@ def small() -> RunConfig:
     return RunConfig(
         output=Path("runs/small"),
         model=ModelConfig(
-            backbone=TINY_RESNET,
+            backbone=tiny_resnet(2, 3),
             stride=8,
             hidden_dim=128,
             num_heads=4,

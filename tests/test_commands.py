@@ -15,7 +15,7 @@ from smca.gpu import evaluate, predict
 from smca.gpu.backbone import Backbone, FrozenBatchNorm
 from smca.gpu.config import BackboneConfig, ModelConfig
 from smca.gpu.model import SMCADETR
-from smca.gpu.presets import TINY_RESNET
+from smca.gpu.presets import tiny_resnet
 
 NAMES = ("disc", "rectangle", "triangle", "ring", "cross")
 
@@ -28,7 +28,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_classes=5,
         class_names=NAMES,
         category_ids=(1, 2, 3, 4, 5),
-        backbone=TINY_RESNET,
+        backbone=tiny_resnet(1, 1),
         stride=8,
         hidden_dim=16,
         num_heads=2,
