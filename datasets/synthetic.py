@@ -51,7 +51,7 @@ class SyntheticShapes:
         empty_fraction: float = 0.04,
         min_side: float = 12 / 128,
         max_side: float = 64 / 128,
-        min_visible: float = 0.4,
+        min_visible: float = 0.6,
         noise: float = 10.0,
         cache: bool = False,
     ) -> None:
