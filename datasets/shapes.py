@@ -73,7 +73,7 @@ def place_shapes(
 
 def _shape(rng: np.random.Generator, size: int, label: int, sides: tuple[float, float]) -> tuple[Shape, int]:
     """A random object and the number of its pixels, those beyond the border included."""
-    side = np.exp(rng.uniform(*np.log(sides)))
+    side = rng.uniform(*sides)
     aspect = np.exp(rng.uniform(-1, 1) * np.log(_MAX_ASPECT))
     half_u, half_v = (max(side * factor, _MIN_SHORT_SIDE_PX) / 2 for factor in (aspect**0.5, aspect**-0.5))
     angle = rng.uniform(-_MAX_TURN, _MAX_TURN)

@@ -32,8 +32,8 @@ class SyntheticShapes:
     image_size: side in pixels, at least 32; object sizes grow with it.
     max_objects: an image has 1 to `max_objects` (as many as there is room for), or none.
     empty_fraction: fraction of images without an object.
-    min_side, max_side: geometric mean of an object's sides as a fraction of the image's side, drawn evenly on a
-        logarithmic scale.
+    min_side, max_side: geometric mean of an object's sides as a fraction of the image's side, drawn evenly
+        between the two.
     min_visible: see above.
     noise: standard deviation of the sensor noise, of 255.
     cache: keep rendered images in memory (`cache_bytes` when full).

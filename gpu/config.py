@@ -223,7 +223,7 @@ class SyntheticConfig:
 
     image_size: int = 128
     """Side of the square images in pixels."""
-    train_images: int = 5600
+    train_images: int = 5200
     """Training images."""
     val_images: int = 300
     """Held-out images."""

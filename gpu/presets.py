@@ -43,7 +43,7 @@ def demo() -> RunConfig:
         ),
         optim=OptimConfig(lr=4e-4, backbone_lr=4e-4, warmup_steps=100, schedule="cosine"),
         augmentation=Augmentation(short_sides=(128,), max_size=128, horizontal_flip=0.5),
-        synthetic=SyntheticConfig(image_size=128, train_images=5600, val_images=300),
+        synthetic=SyntheticConfig(image_size=128, train_images=5200, val_images=300),
         epochs=4,
         batch_size=8,
         workers=0,
