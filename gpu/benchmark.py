@@ -209,7 +209,8 @@ def measure(cases: dict[str, Callable[[], Step]], repeats: int, threads: int, pr
         ratios = [a / b for a, b in zip(result["seconds"], results[first]["seconds"], strict=True)]
         result["times_as_long"] = statistics.median(ratios)
         result["times_as_long_spread"] = [min(ratios), max(ratios)]
-        result["times_the_memory"] = result["peak_mib"] / results[first]["peak_mib"]
+        # A case smaller than a MiB hides in what importing took: no ratio can be read off it.
+        result["times_the_memory"] = max(result["peak_mib"], 1.0) / max(results[first]["peak_mib"], 1.0)
         result["difference"] = {
             key: float(((values[name][key] - b) ** 2).sum() ** 0.5 / max((b**2).sum() ** 0.5, 1e-30))
             for key, b in values[first].items()

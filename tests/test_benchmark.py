@@ -17,7 +17,7 @@ def test_attention_part_runs_and_writes_a_table(tmp_path: Path, capsys: pytest.C
     assert list(record) == ["lifted", "eager"]
     for result in record.values():
         assert len(result["seconds"]) == 2, "the warm-up is not counted"
-        assert result["peak_mib"] > 0
+        assert result["peak_mib"] >= 0
     assert set(record["eager"]["difference"]) == {
         "out",
         *(f"grad {n}" for n in ("q", "k", "v", "center_xy", "precision_xy")),
