@@ -135,6 +135,7 @@ def transformers_step_case(name: Literal["Detr", "ConditionalDetr"], image_size:
         num_queries=300,
         num_labels=80,
         auxiliary_loss=True,
+        activation_dropout=0.1,  # as DETR was published, and as ours has it: transformers' default leaves that work out
     )
     model = getattr(transformers, f"{name}ForObjectDetection")(config).train()
     images, labels, boxes = _two_images(image_size)
