@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from smca.datasets import Augmentation
@@ -56,24 +57,8 @@ def small() -> RunConfig:
     base = demo()
     return RunConfig(
         output=Path("runs/small"),
-        model=ModelConfig(
-            backbone=tiny_resnet(2, 3),
-            stride=8,
-            hidden_dim=128,
-            num_heads=4,
-            num_queries=60,
-            encoder_layers=1,
-            decoder_layers=3,
-            feedforward_dim=512,
-            dropout=0.0,
-            prior_sigma_px=11.3,
-            query_init="grid",
-            box_refinement=True,
-            pre_norm=True,
-            image_short_side=192,
-            image_max_size=256,
-        ),
-        optim=OptimConfig(lr=4e-4, backbone_lr=4e-4, warmup_steps=100, schedule="cosine", ema_decay=0.998),
+        model=replace(base.model, num_queries=60, feedforward_dim=512, image_short_side=192, image_max_size=256),
+        optim=replace(base.optim, ema_decay=0.998),
         augmentation=Augmentation(
             short_sides=(192,),
             max_size=256,
@@ -108,13 +93,7 @@ def smca_r50() -> RunConfig:
 def detr_r50() -> RunConfig:
     """The baseline: DETR with every setting of ``smca_r50`` but the prior."""
     run = smca_r50()
-    return RunConfig(
-        output=Path("runs/detr_r50"),
-        model=ModelConfig(backbone=RESNET50, cross_attention="dense"),
-        optim=run.optim,
-        augmentation=run.augmentation,
-        epochs=run.epochs,
-    )
+    return replace(run, output=Path("runs/detr_r50"), model=replace(run.model, cross_attention="dense"))
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {f.__name__: f for f in (demo, small, smca_r50, detr_r50)}
