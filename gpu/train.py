@@ -166,9 +166,9 @@ def train(config: RunConfig) -> Path:
                 train_seconds += seconds
 
                 if epoch % config.eval_every == 0 or step >= total_steps:
-                    results = detect(average or model, val_loader)
-                    if rank == 0 or world > 1:
-                        metrics = evaluate_detections(val_data.ground_truth(), _gather(results, world))
+                    results = _gather(detect(average or model, val_loader), world)
+                    if rank == 0:
+                        metrics = evaluate_detections(val_data.ground_truth(), results)
                         log.evaluation(
                             {
                                 "epoch": epoch,
