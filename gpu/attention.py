@@ -141,13 +141,13 @@ def _lifted(
         key_terms = torch.cat([key_terms.expand(batch, -1, -1), mask_term], dim=-1)[:, None]  # [B, 1, L, 5]
         q_channels.append(q.new_ones(()).expand(batch, heads, queries, 1))
     # A width that is a multiple of 8 keeps the fused CUDA kernels' alignment; the CPU kernel takes any.
-    terms = key_terms.shape[-1]
-    align = -(channels + terms) % 8 if q.is_cuda else 0
-    k_lifted = torch.cat([k, key_terms.expand(batch, heads, -1, -1)], dim=-1)
+    extra = key_terms.shape[-1]
+    align = -(channels + extra) % 8 if q.is_cuda else 0
+    q_channels.append(q.new_zeros(()).expand(batch, heads, queries, align))
+    key_terms = functional.pad(key_terms, (0, align)).expand(batch, heads, -1, -1)
+    q_lifted, k_lifted = torch.cat(q_channels, dim=-1), torch.cat([k, key_terms], dim=-1)
     # Fused kernels want q, k and v equally wide; the extra value channels are zeros and are cut off again.
-    q_lifted = functional.pad(torch.cat(q_channels, dim=-1), (0, align))
-    k_lifted = functional.pad(k_lifted, (0, align))
-    v_lifted = functional.pad(v, (0, terms + align))
+    v_lifted = functional.pad(v, (0, extra + align))
     out = functional.scaled_dot_product_attention(q_lifted, k_lifted, v_lifted, scale=1.0)
     return out[..., :channels]
 

@@ -35,7 +35,8 @@ class FrozenBatchNorm(nn.Module):
         """[B, C, H, W] → [B, C, H, W]."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+        # In x's own dtype, or the map would leave a half-precision network twice as large; x itself is not kept for backward.
+        return torch.addcmul(shift[:, None, None].to(x.dtype), x, scale[:, None, None].to(x.dtype))
 
 
 def freeze_batch_norm(module: nn.Module) -> None:

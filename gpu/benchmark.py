@@ -138,6 +138,10 @@ def transformers_step_case(name: Literal["Detr", "ConditionalDetr"], image_size:
         activation_dropout=0.1,  # as DETR was published, and as ours has it: transformers' default leaves that work out
     )
     model = getattr(transformers, f"{name}ForObjectDetection")(config).train()
+    # Train what DETR trains and what ours trains, all but the stem and the first stage: transformers means to, but looks for
+    # "stage.1" where its own ResNet says "stages.1", and so leaves the whole backbone out of the backward pass.
+    for parameter_name, parameter in model.model.backbone.named_parameters():
+        parameter.requires_grad_(not any(part in parameter_name for part in ("embedder", "stages.0")))
     images, labels, boxes = _two_images(image_size)
     targets = [{"class_labels": c, "boxes": b} for c, b in zip(labels, boxes, strict=True)]
 

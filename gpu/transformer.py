@@ -269,7 +269,7 @@ class Decoder(nn.Module):
         t = torch.zeros_like(position)
         memory_pos = memory + pos
         reference_logits = position.new_zeros(*position.shape[:2], 4, dtype=valid_cells.dtype)
-        all_logits, all_boxes = [], []
+        states, refined = [], []
         for index, layer in enumerate(cast("list[DecoderLayer]", self.layers)):
             t = layer.attend_queries(t, position)
             prior = None
@@ -283,14 +283,16 @@ class Decoder(nn.Module):
                 center_cells = reference_logits[..., :2].sigmoid() * valid_cells.flip(-1)[:, None]
                 prior = layer.prior(state, center_cells)
             t = layer.attend_image(t, position, memory, memory_pos, key_padding_mask, prior, size, backend)
-            decoded = self.norm(t)
-            box_head = self.box_heads[index if self.box_refinement else 0]
-            box_logits = box_head(decoded).to(valid_cells.dtype) + reference_logits
-            all_logits.append(self.class_head(decoded))
-            all_boxes.append(box_logits.sigmoid())
+            states.append(self.norm(t))
             if self.box_refinement:
-                reference_logits = box_logits.detach()
-        return torch.stack(all_logits), torch.stack(all_boxes)
+                refined.append(self.box_heads[index](states[-1]).to(valid_cells.dtype) + reference_logits)
+                reference_logits = refined[-1].detach()
+        decoded = torch.stack(states)  # [M, B, N, C]
+        if self.box_refinement:
+            box_logits = torch.stack(refined)
+        else:
+            box_logits = self.box_heads[0](decoded).to(valid_cells.dtype) + reference_logits
+        return self.class_head(decoded), box_logits.sigmoid()
 
 
 def _spread_points(count: int) -> Tensor:
