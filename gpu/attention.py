@@ -143,11 +143,12 @@ def _lifted(
     # A width that is a multiple of 8 keeps the fused CUDA kernels' alignment; the CPU kernel takes any.
     extra = key_terms.shape[-1]
     align = -(channels + extra) % 8 if q.is_cuda else 0
-    q_channels.append(q.new_zeros(()).expand(batch, heads, queries, align))
+    zero = q.new_zeros(())
+    q_lifted = torch.cat([*q_channels, zero.expand(batch, heads, queries, align)], dim=-1)
     key_terms = functional.pad(key_terms, (0, align)).expand(batch, heads, -1, -1)
-    q_lifted, k_lifted = torch.cat(q_channels, dim=-1), torch.cat([k, key_terms], dim=-1)
+    k_lifted = torch.cat([k, key_terms], dim=-1)
     # Fused kernels want q, k and v equally wide; the extra value channels are zeros and are cut off again.
-    v_lifted = functional.pad(v, (0, extra + align))
+    v_lifted = torch.cat([v, zero.expand(*v.shape[:-1], extra + align)], dim=-1)
     out = functional.scaled_dot_product_attention(q_lifted, k_lifted, v_lifted, scale=1.0)
     return out[..., :channels]
 
