@@ -19,7 +19,7 @@ BACKBONE = BackboneConfig(
 )
 SMALL: dict[str, Any] = {
     "backbone": BACKBONE,
-    "stride": 8,
+    "strides": (8,),
     "num_classes": 3,
     "hidden_dim": 24,
     "num_heads": 3,
@@ -38,8 +38,24 @@ SMCA: list[dict[str, Any]] = [
         (False, True), ((False, "random"), (True, "grid")), ("fixed", "single", "independent")
     )
 ]
+# Two levels of the backbone and one made beyond them; images of 33×47 pixels have maps of 9×12, 5×6 and 3×3 cells: no nesting.
+MULTI: list[dict[str, Any]] = [
+    {"strides": (4, 8, 16), **options}
+    for options in (
+        {"cross_level_blocks": (1,)},
+        {"cross_level_blocks": (0, 1), "cross_attention": "dense"},
+        {"cross_attention": "dense", "scale_selection": False, "pre_norm": True},
+        {"encoder": "conv"},
+        {"encoder": "conv", "pre_norm": True, "query_init": "grid", "box_refinement": True},
+        {"scale_selection": False, "prior_scale": "fixed"},
+        {"prior_heads": "shared", "prior_scale": "single", "cross_level_blocks": (0,)},
+        {"strides": (4, 8, 16, 32), "pre_norm": True, "box_refinement": True},
+        {"strides": (8, 16), "encoder": "conv"},
+    )
+]
+ONE_LEVEL: list[dict[str, Any]] = [{"encoder": "conv"}, {"prior_heads": "shared"}]
 # Sizes in pixels of the unpadded images in a batch: padded in both directions, not multiples of the stride; and unpadded.
-BATCHES = {"padded": [(37, 61), (64, 24), (8, 8)], "unpadded": [(40, 56), (40, 56)]}
+BATCHES = {"padded": [(37, 61), (64, 24), (8, 8)], "unpadded": [(40, 56), (40, 56)], "odd": [(33, 47), (17, 47)]}
 
 
 def random_model(options: dict[str, Any], backend: str, dtype: torch.dtype) -> SMCADETR:
@@ -64,16 +80,16 @@ def random_batch(sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("backend", ["eager", "lifted"])
-@pytest.mark.parametrize("options", DENSE + SMCA, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("options", DENSE + SMCA + ONE_LEVEL + MULTI, ids=lambda o: "-".join(map(str, o.values())))
 def test_logits_and_boxes_equal_the_oracle(options: dict[str, Any], backend: str, batch: str) -> None:
     images, mask = random_batch(BATCHES[batch])
     expected = None
     for dtype in ("float64", "float32"):
         model = random_model(options, backend, getattr(torch, dtype))
         with torch.no_grad():
-            got = model(images.to(getattr(torch, dtype)), mask if batch == "padded" else None)
+            got = model(images.to(getattr(torch, dtype)), mask if mask.any() else None)
             if expected is None:
-                features = model.backbone(model.normalize(images, mask)).numpy()
+                features = [f.numpy() for f in model.backbone(model.normalize(images, mask))]
                 params = {name: value.numpy() for name, value in model.state_dict().items()}
                 expected = forward(params, features, np.array(BATCHES[batch]), model.config)
         for name in ("logits", "boxes"):
@@ -97,7 +113,7 @@ def test_padded_cells_change_nothing() -> None:
     padded[:, :, :2, :3] = features
     valid_sizes = torch.tensor([[13, 24]])
     with torch.no_grad():
-        alone, beside = model.detect(features, valid_sizes), model.detect(padded, valid_sizes)
+        alone, beside = model.detect([features], valid_sizes), model.detect([padded], valid_sizes)
     assert_close(beside["boxes"], alone["boxes"].numpy(), "model", "float64", "padding changes no box")
 
 
@@ -106,7 +122,7 @@ def test_the_comparison_can_fail() -> None:
     model = random_model({}, "eager", torch.float64)
     images, mask = random_batch(BATCHES["padded"])
     with torch.no_grad():
-        features = model.backbone(model.normalize(images, mask)).numpy()
+        features = [f.numpy() for f in model.backbone(model.normalize(images, mask))]
         params = {name: value.numpy() for name, value in model.state_dict().items()}
         bias = "decoder.layers.0.prior.offset_head.bias"
         params[bias] = params[bias].reshape(3, 2).T.reshape(-1)

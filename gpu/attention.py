@@ -17,6 +17,9 @@ Shape letters: B images, N queries, h heads, d channels a head, size = (H, W) of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -69,6 +72,58 @@ def smca_attention(
     if backend == "lifted":
         return _lifted(q, k, v, center_xy, precision_xy, size, key_padding_mask)
     raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+
+
+class Level(NamedTuple):
+    """Keys, values and priors of one feature level; shapes as in ``smca_attention``, centre and precision in its own cells."""
+
+    k: Tensor
+    v: Tensor
+    center_xy: Tensor
+    precision_xy: Tensor
+    size: tuple[int, int]
+    key_padding_mask: Tensor | None = None
+
+
+def multi_scale_smca_attention(
+    q: Tensor, levels: Sequence[Level], level_weights: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Σ_j α_j · SMCA attention over the keys of level j: each level has a softmax of its own (docs/method.md §4).
+
+    Args:
+        q: [B, h, N, d] queries, not yet divided by √d.
+        levels: J feature levels, at least one.
+        level_weights: [B, N, J] α, how much each query takes from each level; shared by the heads.
+        backend: of ``smca_attention``.
+
+    Returns:
+        [B, h, N, d]; differentiable in q, in every level's k, v, centre and precision, and in level_weights.
+
+    Raises:
+        ValueError: shapes that do not fit each other, no level, or an unknown backend.
+    """
+    expected = (q.shape[0], q.shape[2], len(levels)) if q.dim() == 4 else None
+    if not levels or tuple(level_weights.shape) != expected:
+        raise ValueError(
+            f"level_weights must be [B, N, J] = {expected} for q {tuple(q.shape)} and {len(levels)} levels (at least one), "
+            f"got {tuple(level_weights.shape)}"
+        )
+    out: Tensor | None = None
+    for level, weight in zip(levels, level_weights.unbind(-1), strict=True):
+        found = smca_attention(
+            q,
+            level.k,
+            level.v,
+            level.center_xy,
+            level.precision_xy,
+            level.size,
+            level.key_padding_mask,
+            backend=backend,
+        )
+        weighted = found * weight[:, None, :, None].to(found.dtype)
+        out = weighted if out is None else out + weighted
+    assert out is not None
+    return out
 
 
 def _choose_backend(q: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> str:

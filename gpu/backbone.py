@@ -1,7 +1,10 @@
-"""The feature extractor: any ``transformers.AutoBackbone``, its stage of the wanted stride found by measuring."""
+"""The feature extractor: any ``transformers.AutoBackbone``, its stages of the wanted strides found by measuring."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,6 +15,17 @@ from smca.gpu.config import BackboneConfig
 
 _PROBE_PIXELS = 256
 """Side of the blank image with which strides are measured; a multiple of every stride in use."""
+
+_NOT_ARCHITECTURE = (
+    "architectures",
+    "dtype",
+    "model_type",
+    "out_features",
+    "out_indices",
+    "stage_names",
+    "transformers_version",
+)
+"""Keys of a transformers configuration that say where it came from or what is read from it, not what is built."""
 
 
 class FrozenBatchNorm(nn.Module):
@@ -49,52 +63,67 @@ def freeze_batch_norm(module: nn.Module) -> None:
 
 
 class Backbone(nn.Module):
-    """Images in, one feature map out.
+    """Images in, one feature map a level out, as far as the network's own stages reach.
 
     Attributes:
-        channels: channels of the feature map.
-        stride: pixels of the input per cell.
+        channels: channels of each feature map.
+        strides: pixels of the input per cell of each, finest first.
     """
 
-    def __init__(self, config: BackboneConfig, stride: int, *, download: bool = True) -> None:
-        """Build the network and find the stage of the wanted stride.
+    def __init__(self, config: BackboneConfig, strides: Sequence[int], *, download: bool = True) -> None:
+        """Build the network and find the stages of the wanted strides.
 
         Args:
             config: which network, with which weights.
-            stride: wanted pixels per cell.
+            strides: wanted pixels per cell of each level, finest first. Levels beyond the deepest stage are left to the caller;
+                each must have twice the stride of the one before it.
             download: False builds the network without published weights (they are about to be loaded from elsewhere).
 
         Raises:
-            ValueError: the network has no stage of that stride (names those it has), or its weights cannot be had.
+            ValueError: the network has no stage of a wanted stride (names those it has), or its weights cannot be had.
         """
         super().__init__()
         settings = _backbone_settings(config)
-        strides = _measure_strides(settings)
-        if stride not in strides.values():
-            offered = ", ".join(f"{name}: {value}" for name, value in strides.items())
+        offered = _measure_strides(settings)
+        taken = [stride for stride in strides if stride <= max(offered.values())]
+        absent = [stride for stride in taken if stride not in offered.values()]
+        if absent or not taken:
+            listing = ", ".join(f"{name}: {value}" for name, value in offered.items())
             raise ValueError(
-                f"backbone {config.name!r} has no stage of stride {stride}; it offers {offered}. Set model.stride."
+                f"backbone {config.name!r} has no stage of stride {(absent or strides)[0]}; it offers {listing}. "
+                "Set model.strides."
             )
-        # The last stage of that stride is the deepest: the most context at the same resolution.
-        stage = [name for name, value in strides.items() if value == stride][-1]
-        settings.out_features = [stage]
+        for before, stride in itertools.pairwise(strides[len(taken) - 1 :]):
+            if stride != 2 * before:
+                raise ValueError(
+                    f"backbone {config.name!r} has no stage of stride {stride}, and a level beyond its stages has twice the stride "
+                    f"of the level before it, here {2 * before}. Set model.strides."
+                )
+        # The last stage of a stride is the deepest: the most context at the same resolution.
+        settings.out_features = [[name for name, value in offered.items() if value == stride][-1] for stride in taken]
         self.body = _load_weights(config, settings) if config.weights and download else _build(settings)
-        self.stride = stride
-        self.channels = int(cast(Any, self.body).channels[0])
+        self.strides = tuple(taken)
+        self.channels = tuple(int(channels) for channels in cast(Any, self.body).channels)
         if config.frozen_norm:
             freeze_batch_norm(self.body)
         if config.frozen_stages:
             _freeze_stages(self.body, config)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W] → features [B, channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
-        return cast(Tensor, self.body(images).feature_maps[0])
+    def resolved(self, config: BackboneConfig) -> BackboneConfig:
+        """`config` with what was built written out, so that it can be rebuilt without the published weights' repository."""
+        settings = cast(Any, self.body).config
+        options = {key: value for key, value in settings.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
+        return replace(config, name=settings.model_type, options=options, weights=None)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images [B, 3, H, W] → for each level features [B, channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
+        return list(self.body(images).feature_maps)
 
 
 def _backbone_settings(config: BackboneConfig) -> Any:
-    if config.weights is not None:
+    if config.weights is not None and not config.options:
         try:
-            return AutoConfig.from_pretrained(config.weights, **config.options)
+            return AutoConfig.from_pretrained(config.weights)
         except OSError as error:
             raise ValueError(
                 f"backbone weights {config.weights!r} are neither a local folder nor reachable on the hub: download them first "
@@ -122,8 +151,11 @@ def _build(settings: Any) -> nn.Module:
 
 
 def _load_weights(config: BackboneConfig, settings: Any) -> nn.Module:
+    with torch.device("meta"):
+        network: Any = type(_build(settings))
     try:
-        return cast(nn.Module, AutoBackbone.from_pretrained(config.weights, config=settings, use_safetensors=True))  # type: ignore[no-untyped-call]
+        # Not AutoBackbone.from_pretrained: it asks the hub even for a local folder or for what is already downloaded.
+        return cast(nn.Module, network.from_pretrained(config.weights, config=settings, use_safetensors=True))
     except OSError as error:
         raise ValueError(f"no safetensors weights for backbone {config.weights!r}: {error}") from error
 

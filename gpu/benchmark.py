@@ -1,7 +1,8 @@
 """Measure speed and memory on this machine.
 
     smca benchmark                    all of it
-    smca benchmark --only attention   the SMCA attention backends against each other
+    smca benchmark --only attention   the SMCA attention backends against each other, over one level
+    smca benchmark --only multi-scale the same over three levels
     smca benchmark --only step        a whole training step against transformers' DETR and Conditional DETR
 
 Every case runs in a process of its own and the processes take turns (A B C, A B C …), so that a machine whose speed drifts
@@ -18,7 +19,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from multiprocessing.connection import Connection
@@ -32,7 +33,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from smca.datasets import Targets
-from smca.gpu.attention import smca_attention
+from smca.gpu.attention import Level, multi_scale_smca_attention, smca_attention
 from smca.gpu.config import BackboneConfig, LossConfig, ModelConfig
 from smca.gpu.criterion import SetCriterion
 from smca.gpu.model import SMCADETR
@@ -51,7 +52,7 @@ STEP_BACKBONE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the compared attention: published single scale at stride 16 of an 800×1344 image by default."""
+    """Sizes of the compared attention."""
 
     batch: int = 2
     """B, images."""
@@ -59,19 +60,17 @@ class Size:
     """h, attention heads."""
     queries: int = 300
     """N, object queries."""
-    height: int = 50
-    """H, rows of the map."""
-    width: int = 84
-    """W, columns of the map."""
     channels: int = 32
     """d, channels a head."""
+    maps: tuple[tuple[int, int], ...] = ((50, 84), (25, 42), (13, 21))
+    """(H, W) of each level, finest first: strides 16, 32 and 64 of an 800×1344 image. The single-scale part takes the first."""
 
 
 @dataclass(frozen=True)
 class BenchmarkArgs:
     """Measure speed and memory on this machine."""
 
-    only: Literal["attention", "step"] | None = None
+    only: Literal["attention", "multi-scale", "step"] | None = None
     """Measure this part alone."""
     repeats: int = 7
     """Counted turns of each case, after one that is not counted."""
@@ -86,22 +85,41 @@ class BenchmarkArgs:
 
 
 def attention_case(backend: str, size: Size) -> Step:
-    """Forward and backward of SMCA attention in float32; compares output and all five gradients."""
+    """Forward and backward of SMCA attention over every level in float32; compares output and all gradients."""
     generator = torch.Generator().manual_seed(0)
-    b, h, n, hw, d = size.batch, size.heads, size.queries, (size.height, size.width), size.channels
-    keys = hw[0] * hw[1]
+    b, h, n, d = size.batch, size.heads, size.queries, size.channels
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).requires_grad_()
 
-    inputs = {"q": leaf(b, h, n, d), "k": leaf(b, h, keys, d), "v": leaf(b, h, keys, d)}
-    spread = torch.tensor([hw[1], hw[0]], dtype=torch.float32)
-    inputs["center_xy"] = (torch.rand(b, h, n, 2, generator=generator) * spread).requires_grad_()
-    inputs["precision_xy"] = (torch.rand(b, h, n, 2, generator=generator) * 0.25).requires_grad_()
+    inputs = {"q": leaf(b, h, n, d)}
+    levels = []
+    for index, (height, width) in enumerate(size.maps):
+        keys = height * width
+        center = torch.rand(b, h, n, 2, generator=generator) * torch.tensor([width, height])
+        precision = (
+            torch.rand(b, h, n, 2, generator=generator) * 0.25 * 4.0**index
+        )  # the same width in pixels on every level
+        level = Level(
+            leaf(b, h, keys, d),
+            leaf(b, h, keys, d),
+            center.requires_grad_(),
+            precision.requires_grad_(),
+            (height, width),
+        )
+        levels.append(level)
+        suffix = f" of level {index}" * (len(size.maps) > 1)
+        inputs |= {f"{name}{suffix}": value for name, value in level._asdict().items() if isinstance(value, Tensor)}
+    weights = torch.rand(b, n, len(levels), generator=generator).softmax(dim=-1).requires_grad_()
+    if len(levels) > 1:
+        inputs["level_weights"] = weights
     grad_out = torch.randn(b, h, n, d, generator=generator)
 
     def step() -> dict[str, Tensor]:
-        out = smca_attention(**inputs, size=hw, backend=backend)
+        if len(levels) == 1:
+            out = smca_attention(inputs["q"], *levels[0], backend=backend)
+        else:
+            out = multi_scale_smca_attention(inputs["q"], levels, weights, backend=backend)
         grads = torch.autograd.grad(out, list(inputs.values()), grad_out)
         return {"out": out.detach(), **{f"grad {name}": grad for name, grad in zip(inputs, grads, strict=True)}}
 
@@ -250,14 +268,20 @@ def table(title: str, results: dict[str, Any], *, differences: bool) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``smca benchmark``."""
     args = tyro.cli(BenchmarkArgs, args=argv, prog="smca benchmark")
-    a = args.attention
+    sizes = {
+        "attention": ("SMCA attention", replace(args.attention, maps=args.attention.maps[:1])),
+        "multi-scale": ("Multi-scale SMCA attention", args.attention),
+    }
     parts: dict[str, tuple[str, dict[str, Callable[[], Step]], bool]] = {
-        "attention": (
-            f"SMCA attention, forward and backward (B={a.batch}, h={a.heads}, N={a.queries}, {a.height}×{a.width} keys, "
-            f"d={a.channels})",
+        name: (
+            f"{title}, forward and backward (B={a.batch}, h={a.heads}, N={a.queries}, d={a.channels}, keys: "
+            f"{', '.join(f'{height}×{width}' for height, width in a.maps)})",
             {backend: partial(attention_case, backend, a) for backend in ("lifted", "eager")},
             True,
-        ),
+        )
+        for name, (title, a) in sizes.items()
+    }
+    parts |= {
         "step": (
             f"Training step: forward, loss, backward (two {args.image_size[0]}×{args.image_size[1]} images, 6+6 layers, "
             "300 queries)",

@@ -4,6 +4,7 @@ line overrides single fields; impossible combinations fail in ``__post_init__``,
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from typing import Any, Literal
 from smca.datasets import Augmentation
 
 CrossAttention = Literal["smca", "dense"]
+EncoderKind = Literal["attention", "conv"]
 PriorScale = Literal["fixed", "single", "independent"]
+PriorHeads = Literal["shared", "independent"]
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -30,7 +33,8 @@ class BackboneConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of that model type's transformers configuration, e.g. {"depths": [3, 4, 6, 3]}."""
     weights: str | None = None
-    """Hub name or local folder of published weights, e.g. "microsoft/resnet-50"; None trains from random weights."""
+    """Hub name or local folder of published weights, e.g. "microsoft/resnet-50"; None trains from random weights. With `options`
+    empty they also say what to build; otherwise they must fit it."""
     frozen_norm: bool = True
     """Turn every batch norm into a fixed affine map (as DETR does: batches are too small to re-estimate statistics)."""
     frozen_stages: int = 0
@@ -52,16 +56,23 @@ class ModelConfig:
     """COCO category id of each class, in label order; empty = the labels themselves. The trainer sets it from the data."""
     backbone: BackboneConfig = BackboneConfig()
     """The feature extractor."""
-    stride: int = 32
-    """Pixels of the input per cell of the feature map; the backbone must have a stage of that stride."""
+    strides: tuple[int, ...] = (32,)
+    """Pixels of the input per cell of each feature map ("level"), finest first. The backbone must have a stage of each
+    stride; beyond its deepest stage, levels of twice the stride of the one before are made by strided convolutions."""
     hidden_dim: int = 256
     """C, channels of the transformer; a multiple of num_heads and of 4."""
     num_heads: int = 8
     """h, attention heads; each is hidden_dim / num_heads channels wide."""
     num_queries: int = 300
     """N, object queries: the most objects that can be found in one image."""
+    encoder: EncoderKind = "attention"
+    """What mixes the cells in an encoder layer: self-attention, or depthwise convolutions that also exchange between
+    neighbouring levels ("conv")."""
     encoder_layers: int = 6
-    """Transformer encoder layers; 0 hands the projected features straight to the decoder."""
+    """Encoder layers, each with one set of parameters for all levels; 0 hands the projected features to the decoder."""
+    cross_level_blocks: tuple[int, ...] = ()
+    """Which encoder layers, counted from 0, let the keys of all levels attend to each other; in the others each level attends
+    to itself. The published multi-scale encoder has five layers, of which the middle one (2) crosses levels."""
     decoder_layers: int = 6
     """M, transformer decoder layers; each is supervised."""
     feedforward_dim: int = 2048
@@ -72,9 +83,14 @@ class ModelConfig:
     """"smca" modulates the decoder's cross-attention with each query's Gaussian; "dense" is DETR, the baseline."""
     prior_scale: PriorScale = "independent"
     """Width of the Gaussian: predicted per axis ("independent"), one for both axes ("single"), or not predicted ("fixed")."""
+    prior_heads: PriorHeads = "independent"
+    """Whether each attention head has a Gaussian of its own, or all heads share one."""
+    scale_selection: bool = True
+    """With several levels: each query weighs the levels by a softmax it predicts; False weighs all alike."""
     prior_sigma_px: float = 64.0
     """Standard deviation of the Gaussian before training, in pixels of the network's input: about half the side of a
-    typical object. The paper's β in cells² follows from it, β = 2·(prior_sigma_px / stride)² (64 px at stride 32: β = 8)."""
+    typical object, the same at every level. The paper's β in cells² follows from it, β = 2·(prior_sigma_px / stride)²
+    (64 px at stride 32: β = 8)."""
     query_init: Literal["random", "grid"] = "random"
     """Where the queries start: anywhere ("random"), or spread over the image ("grid"), their positions and, with
     cross_attention="smca", their reference centres."""
@@ -95,7 +111,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in (
             "num_classes",
-            "stride",
             "hidden_dim",
             "num_heads",
             "num_queries",
@@ -103,7 +118,14 @@ class ModelConfig:
             "feedforward_dim",
         ):
             _require(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
+        _require(
+            len(self.strides) >= 1 and self.strides[0] >= 1 and all(a < b for a, b in itertools.pairwise(self.strides)),
+            "model.strides",
+            "at least one stride, from the finest to the coarsest",
+            self.strides,
+        )
         _require(self.encoder_layers >= 0, "model.encoder_layers", "0 or more", self.encoder_layers)
+        self._check_levels()
         _require(0.0 <= self.dropout < 1.0, "model.dropout", "in [0, 1)", self.dropout)
         _require(self.prior_sigma_px > 0, "model.prior_sigma_px", "positive", self.prior_sigma_px)
         _require(
@@ -127,11 +149,42 @@ class ModelConfig:
                 given,
             )
         if self.cross_attention == "dense":
+            for name in ("prior_scale", "prior_heads"):
+                _require(
+                    getattr(self, name) == "independent",
+                    f"model.{name}",
+                    'left at its default with cross_attention="dense", which has no prior',
+                    getattr(self, name),
+                )
+
+    def _check_levels(self) -> None:
+        """What only makes sense with several levels."""
+        crossing = self.cross_level_blocks
+        _require(
+            all(0 <= layer < self.encoder_layers for layer in crossing) and len(set(crossing)) == len(crossing),
+            "model.cross_level_blocks",
+            f"different numbers from 0 to encoder_layers − 1 = {self.encoder_layers - 1}",
+            crossing,
+        )
+        _require(
+            not crossing or self.encoder == "attention",
+            "model.cross_level_blocks",
+            'empty with encoder="conv", in which every layer exchanges between neighbouring levels',
+            crossing,
+        )
+        _require(
+            self.encoder == "attention" or all(b % a == 0 for a, b in itertools.pairwise(self.strides)),
+            "model.strides",
+            'multiples of one another with encoder="conv", whose coarse cells cover whole finer ones',
+            self.strides,
+        )
+        if len(self.strides) == 1:
+            _require(not crossing, "model.cross_level_blocks", "empty with a single level (model.strides)", crossing)
             _require(
-                self.prior_scale == "independent",
-                "model.prior_scale",
-                'left at its default with cross_attention="dense", which has no prior',
-                self.prior_scale,
+                self.scale_selection,
+                "model.scale_selection",
+                "left at its default with a single level (model.strides)",
+                self.scale_selection,
             )
 
     @property
@@ -158,7 +211,7 @@ class ModelConfig:
             raise ValueError(
                 f"{source}: unknown keys {unknown}; written by another version of smca-detr? Known: {sorted(known)}"
             )
-        tuples = ("class_names", "category_ids", "pixel_mean", "pixel_std")
+        tuples = ("class_names", "category_ids", "strides", "cross_level_blocks", "pixel_mean", "pixel_std")
         values = {k: tuple(v) if k in tuples else v for k, v in values.items()}
         if "backbone" in values:
             values["backbone"] = BackboneConfig(**values["backbone"])
@@ -227,10 +280,20 @@ class SyntheticConfig:
     """Training images."""
     val_images: int = 300
     """Held-out images."""
+    max_objects: int = 6
+    """Most objects in an image."""
+    min_side: float = 12 / 128
+    """Side of the smallest objects (geometric mean of the two) as a fraction of the image's."""
+    max_side: float = 64 / 128
+    """Side of the largest objects likewise; sizes between the two are equally frequent."""
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            _require(getattr(self, f.name) >= 1, f"synthetic.{f.name}", "at least 1", getattr(self, f.name))
+        for name in ("image_size", "train_images", "val_images", "max_objects"):
+            _require(getattr(self, name) >= 1, f"synthetic.{name}", "at least 1", getattr(self, name))
+        sides = (self.min_side, self.max_side)
+        _require(
+            0 < sides[0] <= sides[1] <= 1, "synthetic.min_side", "above 0, at most max_side, which is at most 1", sides
+        )
 
 
 @dataclass(frozen=True)
@@ -271,6 +334,8 @@ class RunConfig:
     """Arithmetic of the network; losses are always computed in float32."""
     seed: int = 0
     """Seeds weights, data order and augmentation."""
+    dry_run: bool = False
+    """Only print what would be trained: parameters, multiply-adds, levels. Reads no data, writes nothing."""
     resume: bool = False
     """Go on from the checkpoint in `output`."""
     overwrite: bool = False

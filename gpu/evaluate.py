@@ -32,7 +32,15 @@ def open_split(data: str | None, split: Split, synthetic: SyntheticConfig, *, ca
         )
     if data == "synthetic":
         count, seed = {"train": (synthetic.train_images, 0), "val": (synthetic.val_images, 1)}[split]
-        return SyntheticShapes(count, seed, image_size=synthetic.image_size, cache=cache)
+        return SyntheticShapes(
+            count,
+            seed,
+            image_size=synthetic.image_size,
+            max_objects=synthetic.max_objects,
+            min_side=synthetic.min_side,
+            max_side=synthetic.max_side,
+            cache=cache,
+        )
     return CocoDetection(*find_split(Path(data), split), cache=cache)
 
 

@@ -1,6 +1,6 @@
 """SMCA-DETR: images in, class logits and boxes out.
 
-    images → backbone → 1×1 convolution → encoder → decoder (Gaussian-modulated cross-attention) → shared heads
+    images → backbone → a projection a level → encoder → decoder (Gaussian-modulated cross-attention) → heads
 
     model = SMCADETR.from_pretrained("runs/demo/model")
     detections = model.predict([PIL.Image.open("photo.jpg")])
@@ -10,6 +10,7 @@ The same parameters, exported with ``state_dict()``, drive ``smca.reference.mode
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 from smca.datasets import Augmentation, Sample, collate
 from smca.gpu.backbone import Backbone
 from smca.gpu.config import ModelConfig
+from smca.gpu.decoder import Decoder
+from smca.gpu.encoder import Encoder
+from smca.gpu.layers import Grid
 from smca.gpu.position import sine_position
-from smca.gpu.transformer import Decoder, Encoder
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -60,8 +63,11 @@ class SMCADETR(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend = attention_backend
-        self.backbone = Backbone(config.backbone, config.stride, download=download)
-        self.input_proj = nn.Conv2d(self.backbone.channels, config.hidden_dim, kernel_size=1)
+        self.backbone = Backbone(config.backbone, config.strides, download=download)
+        self.input_proj = _projections(self.backbone.channels, config)
+        # Read by the encoder's attention alone: in the decoder it would add the same to all keys of a softmax.
+        levels, read = len(config.strides), config.encoder == "attention" and config.encoder_layers > 0
+        self.level_embed = nn.Parameter(torch.zeros(levels, config.hidden_dim)) if levels > 1 and read else None
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
@@ -97,24 +103,33 @@ class SMCADETR(nn.Module):
         pixels = (images.to(self.pixel_mean.dtype) * scale - self.pixel_mean) / self.pixel_std
         return pixels if padding_mask is None else pixels.masked_fill(padding_mask[:, None], 0.0)
 
-    def detect(self, features: Tensor, valid_sizes: Tensor, *, padded: bool = True) -> dict[str, Tensor]:
+    def detect(self, features: Sequence[Tensor], valid_sizes: Tensor, *, padded: bool = True) -> dict[str, Tensor]:
         """The part that ``smca.reference.model.forward`` specifies: backbone features to logits and boxes.
 
         Args:
-            features: [B, channels, H, W] from the backbone.
+            features: from the backbone, [B, channels, H, W] for each level it has.
             valid_sizes: [B, 2] (height, width) of the unpadded images in pixels of the network's input.
-            padded: False promises that no cell is padding, which spares the mask.
+            padded: False promises that no cell is padding, which spares the masks.
         """
-        size = (features.shape[-2], features.shape[-1])
         # Positions and boxes stay in at least float32 under autocast; in a float64 model all is float64.
-        valid_cells = valid_sizes.to(self.input_proj.weight.dtype) / self.config.stride
-        key_padding_mask = _key_padding_mask(valid_cells, size) if padded else None
-        pos = sine_position(valid_cells, size, self.config.hidden_dim)
-        x = self.input_proj(features).flatten(2).transpose(1, 2)
-        if key_padding_mask is not None:
-            x = x.masked_fill(key_padding_mask[..., None], 0.0)
-        memory = self.encoder(x, pos, key_padding_mask)
-        logits, boxes = self.decoder(memory, pos, key_padding_mask, size, valid_cells, self.attention_backend)
+        valid_sizes = valid_sizes.to(self.decoder.query_position.dtype)
+        grids, tokens, positions = [], [], []
+        level_map = features[0]
+        for level, (projection, stride) in enumerate(zip(self.input_proj, self.config.strides, strict=True)):
+            # A level that the backbone lacks comes from the one before it, whose padded cells are zero by then.
+            level_map = projection(features[level] if level < len(features) else level_map)
+            size = (level_map.shape[-2], level_map.shape[-1])
+            valid_cells = valid_sizes / stride
+            mask = _key_padding_mask(valid_cells, size) if padded else None  # [B, H, W]
+            if mask is not None:
+                level_map = level_map.masked_fill(mask[:, None], 0.0)
+            pos = sine_position(valid_cells, size, self.config.hidden_dim)
+            grids.append(Grid(size, valid_cells, None if mask is None else mask.flatten(1)))
+            tokens.append(level_map.flatten(2).transpose(1, 2))
+            positions.append(pos if self.level_embed is None else pos + self.level_embed[level])
+        x, pos = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
+        memory = self.encoder(x, pos, grids)
+        logits, boxes = self.decoder(memory, pos, grids, self.attention_backend)
         return {"logits": logits, "boxes": boxes}
 
     @torch.inference_mode()
@@ -160,7 +175,8 @@ class SMCADETR(nn.Module):
         """Write config.json and model.safetensors into `directory`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_FILE).write_text(self.config.to_json() + "\n")
+        config = dataclasses.replace(self.config, backbone=self.backbone.resolved(self.config.backbone))
+        (directory / CONFIG_FILE).write_text(config.to_json() + "\n")
         save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, directory / WEIGHTS_FILE)
 
     @classmethod
@@ -216,6 +232,14 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
     model.load_state_dict(weights)
 
 
+def _projections(channels: Sequence[int], config: ModelConfig) -> nn.ModuleList:
+    """From each level's features to C channels: a 1×1 convolution. A level that the backbone lacks is made from the projected
+    level before it by a 3×3 convolution of stride 2."""
+    dim, missing = config.hidden_dim, len(config.strides) - len(channels)
+    own = [nn.Conv2d(width, dim, kernel_size=1) for width in channels]
+    return nn.ModuleList([*own, *(nn.Conv2d(dim, dim, kernel_size=3, stride=2, padding=1) for _ in range(missing))])
+
+
 def valid_sizes_of(padding_mask: Tensor) -> Tensor:
     """[B, H, W] bool, True = padded → [B, 2] (height, width) of the unpadded images in pixels."""
     valid = ~padding_mask
@@ -223,11 +247,11 @@ def valid_sizes_of(padding_mask: Tensor) -> Tensor:
 
 
 def _key_padding_mask(valid_cells: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, H·W] bool: a cell is padding if it holds no pixel of the image."""
+    """[B, H, W] bool: a cell is padding if it holds no pixel of the image."""
     height, width = size
     rows = torch.arange(height, device=valid_cells.device) >= valid_cells[:, :1]
     columns = torch.arange(width, device=valid_cells.device) >= valid_cells[:, 1:]
-    return (rows[:, :, None] | columns[:, None, :]).flatten(1)
+    return rows[:, :, None] | columns[:, None, :]
 
 
 def _resolve(name: str | Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from smca.datasets import Augmentation
 from smca.gpu.config import BackboneConfig, ModelConfig, OptimConfig, RunConfig, SyntheticConfig
@@ -16,8 +17,15 @@ def tiny_resnet(*depths: int) -> BackboneConfig:
     return BackboneConfig(name="resnet", options=options, frozen_norm=False)
 
 
-RESNET50 = BackboneConfig(name="resnet", weights="microsoft/resnet-50", frozen_norm=True, frozen_stages=2)
-"""ResNet-50 with ImageNet weights, batch norm fixed, stem and first stage untrained: the published setting."""
+def resnet(*depths: int, weights: str) -> BackboneConfig:
+    """A ResNet with ImageNet weights, batch norm fixed, stem and first stage untrained: the published setting."""
+    return BackboneConfig(
+        name="resnet", options={"depths": list(depths)}, weights=weights, frozen_norm=True, frozen_stages=2
+    )
+
+
+RESNET50 = resnet(3, 4, 6, 3, weights="microsoft/resnet-50")
+RESNET101 = resnet(3, 4, 23, 3, weights="microsoft/resnet-101")
 
 
 def demo() -> RunConfig:
@@ -27,7 +35,7 @@ def demo() -> RunConfig:
         output=Path("runs/demo"),
         model=ModelConfig(
             backbone=tiny_resnet(2, 3),
-            stride=8,
+            strides=(8,),
             hidden_dim=128,
             num_heads=4,
             num_queries=30,
@@ -79,8 +87,49 @@ def small() -> RunConfig:
     )
 
 
+def small_objects() -> RunConfig:
+    """``demo`` on built-in data with up to 12 objects of 5 to 40 pixels: single scale, for comparison."""
+    run = demo()
+    return replace(
+        run,
+        output=Path("runs/small_objects"),
+        synthetic=replace(run.synthetic, train_images=2000, max_objects=12, min_side=5 / 128, max_side=40 / 128),
+        epochs=5,
+    )
+
+
+def small_objects_multiscale() -> RunConfig:
+    """``small_objects`` with three levels, strides 4, 8 and 16, and an encoder that crosses them."""
+    run = small_objects()
+    return _with_model(run, "small_objects_multiscale", strides=(4, 8, 16), cross_level_blocks=(0,))
+
+
+def ablation_fixed_scale() -> RunConfig:
+    """``small_objects_multiscale`` with Gaussians of one width that is not predicted."""
+    return _with_model(small_objects_multiscale(), "ablation_fixed_scale", prior_scale="fixed")
+
+
+def ablation_single_scale() -> RunConfig:
+    """``small_objects_multiscale`` with one predicted width for both axes of a Gaussian."""
+    return _with_model(small_objects_multiscale(), "ablation_single_scale", prior_scale="single")
+
+
+def ablation_shared_heads() -> RunConfig:
+    """``small_objects_multiscale`` with one Gaussian for all attention heads."""
+    return _with_model(small_objects_multiscale(), "ablation_shared_heads", prior_heads="shared")
+
+
+def ablation_no_selection() -> RunConfig:
+    """``small_objects_multiscale`` without scale selection: every level weighs the same."""
+    return _with_model(small_objects_multiscale(), "ablation_no_selection", scale_selection=False)
+
+
+def _with_model(run: RunConfig, name: str, **changes: Any) -> RunConfig:
+    return replace(run, output=Path("runs") / name, model=replace(run.model, **changes))
+
+
 def smca_r50() -> RunConfig:
-    """SMCA as published: ResNet-50, stride 32, 300 queries, 6 + 6 layers, 50 epochs (arXiv 2101.07448, section 4)."""
+    """SMCA as published: ResNet-50, stride 32, 300 queries, 6 + 6 layers, 50 epochs (arXiv 2101.07448)."""
     return RunConfig(
         output=Path("runs/smca_r50"),
         model=ModelConfig(backbone=RESNET50),
@@ -92,9 +141,41 @@ def smca_r50() -> RunConfig:
 
 def detr_r50() -> RunConfig:
     """The baseline: DETR with every setting of ``smca_r50`` but the prior."""
-    run = smca_r50()
-    return replace(run, output=Path("runs/detr_r50"), model=replace(run.model, cross_attention="dense"))
+    return _with_model(smca_r50(), "detr_r50", cross_attention="dense")
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {f.__name__: f for f in (demo, small, smca_r50, detr_r50)}
+def smca_r50_multiscale() -> RunConfig:
+    """Multi-scale SMCA as published: strides 16, 32, 64; five encoder layers, the middle one crosses levels."""
+    levels = {"strides": (16, 32, 64), "encoder_layers": 5, "cross_level_blocks": (2,)}
+    return _with_model(smca_r50(), "smca_r50_multiscale", **levels)
+
+
+def smca_r50_multiscale_conv() -> RunConfig:
+    """The authors' later variant: depthwise convolutions in place of the encoder's attention."""
+    return _with_model(smca_r50_multiscale(), "smca_r50_multiscale_conv", encoder="conv", cross_level_blocks=())
+
+
+def smca_r101_multiscale() -> RunConfig:
+    """``smca_r50_multiscale`` with a ResNet-101."""
+    return _with_model(smca_r50_multiscale(), "smca_r101_multiscale", backbone=RESNET101)
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    f.__name__: f
+    for f in (
+        demo,
+        small,
+        smca_r50,
+        detr_r50,
+        smca_r50_multiscale,
+        smca_r50_multiscale_conv,
+        smca_r101_multiscale,
+        small_objects,
+        small_objects_multiscale,
+        ablation_fixed_scale,
+        ablation_single_scale,
+        ablation_shared_heads,
+        ablation_no_selection,
+    )
+}
 """Every preset by the name that ``smca train`` takes."""

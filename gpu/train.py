@@ -5,6 +5,7 @@
     smca train smca_r50 --data coco --device cuda     the published setting on one GPU
     torchrun --nproc-per-node 8 gpu/train.py smca_r50 --data coco
     smca train small --data DIR --resume              go on where it stopped
+    smca train smca_r50_multiscale --dry-run          parameters and multiply-adds; trains nothing
     smca train small --help                           every knob with its default
 
 ``python gpu/train.py`` and ``smca train`` are the same. A run leaves in its --output folder: checkpoint.pt, metrics.jsonl,
@@ -45,6 +46,7 @@ from smca.gpu.model import SMCADETR
 from smca.gpu.pictures import draw_run
 from smca.gpu.presets import PRESETS
 from smca.gpu.run_log import RunLog
+from smca.gpu.summary import summarize
 
 LOG_EVERY = 10
 """Steps between updates of the progress bar and TensorBoard."""
@@ -352,7 +354,8 @@ def parse(argv: list[str]) -> RunConfig:
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("small", argv)
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
-    listing = "\n".join(f"  {n:10} {(f.__doc__ or '').strip()}" for n, f in PRESETS.items())
+    width = max(map(len, PRESETS))
+    listing = "\n".join(f"  {n:{width}} {(f.__doc__ or '').strip()}" for n, f in PRESETS.items())
     return tyro.cli(
         RunConfig,
         args=rest,
@@ -364,7 +367,11 @@ def parse(argv: list[str]) -> RunConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``smca train``."""
-    train(parse(sys.argv[1:] if argv is None else argv))
+    config = parse(sys.argv[1:] if argv is None else argv)
+    if config.dry_run:
+        print(summarize(config.model))
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Array types of the specification, and the one way in which a wrong shape is reported.
+"""Array types of the specification, and the one way in which a wrong shape or mask is reported.
 
 The dtype in a type is what the specification computes in; every function also takes what converts to it. The checks
 look at `.shape` alone, so that they hold for any array that speaks NumPy's protocols.
@@ -31,3 +31,24 @@ def require_shape(name: str, array: npt.NDArray[Any], expected: tuple[int | None
         wanted = ", ".join("any" if want is None else str(want) for want in expected)
         comma = "," if len(expected) == 1 else ""
         raise ValueError(f"{name}: expected shape ({wanted}{comma}), got {actual}. {mend}")
+
+
+def require_padding_mask(key_padding_mask: BoolArray, expected: tuple[int, int], mend: str) -> None:
+    """Raise a ValueError unless it is a mask [B, L], True where padded, that leaves every image a key.
+
+    >>> require_padding_mask(np.array([[False, True], [True, True]]), (2, 2), "One row an image.")
+    Traceback (most recent call last):
+    ValueError: key_padding_mask: expected a key that is not padded in every image, got an image with none. Check that \
+valid_sizes are (height, width) in pixels and that padding is True.
+    """
+    require_shape("key_padding_mask", key_padding_mask, expected, mend)
+    if key_padding_mask.dtype != np.bool_:
+        raise ValueError(
+            f"key_padding_mask: expected dtype bool (True = padded), got {key_padding_mask.dtype}. "
+            "An additive mask is not one; compare it with 0 first."
+        )
+    if bool(np.any(np.all(key_padding_mask, axis=-1))):
+        raise ValueError(
+            "key_padding_mask: expected a key that is not padded in every image, got an image with none. "
+            "Check that valid_sizes are (height, width) in pixels and that padding is True."
+        )

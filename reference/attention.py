@@ -1,16 +1,13 @@
-"""Spatially modulated co-attention of one feature level: the method itself, forward and backward.
+"""Spatially modulated co-attention: the method itself, forward and backward, over one feature level and over several.
 
-A query has a reference centre c and a relative scale s. From them comes a Gaussian over the map, and its logarithm is
-added to the query's attention logits (method.md §1 to §3). With keys at l, cells (x, y) = (column + ½, row + ½):
+The logarithm of a query's Gaussian, equations (1) to (3) of `gaussian`, is added to its attention logits (method.md §2
+and §3). With keys at l:
 
-    (1)  G(x, y) = exp( −(x − c_x)² / (β·s_x²) − (y − c_y)² / (β·s_y²) )      β: bandwidth in cells²
-    (2)  λ = 2 / (β·s²)                                                       precision per axis, in cells⁻²
-    (3)  log G = −½·λ_x·(x − c_x)² − ½·λ_y·(y − c_y)²                         the same Gaussian, without division
     (4)  S_nl = q_n·k_l / √d + log G_n(l)                                     −∞ where key l is padded
     (5)  A_nl = exp(S_nl) / Σ_l' exp(S_nl')                                   softmax over the keys
     (6)  O_n = Σ_l A_nl·v_l
 
-and, for a gradient Ō of the loss with respect to O, by the chain rule from (6) back to (2):
+and, for a gradient Ō of the loss with respect to O, by the chain rule from (6) back to (3):
 
     (7)  v̄_l  = Σ_n A_nl·Ō_n                                                  from (6)
     (8)  Ā_nl = Ō_n·v_l                                                       from (6)
@@ -19,79 +16,48 @@ and, for a gradient Ō of the loss with respect to O, by the chain rule from (6)
     (11) c̄_n  = Σ_l S̄_nl·λ_n·(p_l − c_n)                                      from (3), per axis, p_l = (x, y) of key l
     (12) λ̄_n  = Σ_l S̄_nl·( −½·(p_l − c_n)² )                                  from (3), per axis
 
+Several levels (method.md §4) are that for each level j by itself, mixed by weights α that the query gives the levels:
+
+    (13) O_n = Σ_j α_nj·O_nj               O_nj from (4) to (6): each softmax is over its own level
+    (14) Ō_nj = α_nj·Ō_n                   with which (7) to (12) hold in every level; q̄_n sums over them
+    (15) ᾱ_nj = Σ_heads Ō_n·O_nj           α is shared by the heads
+
 Three things to notice. λ = 0 makes (4) DETR's plain attention, exactly. G enters its own head only, so "one head" is
 h = 1 and "multi-head modulation" is every h. And what softmax drops in (5) is dropped in (9): S̄ sums to 0 over the
 keys, so a term that is the same for all keys gets no gradient.
 
 Everything here speaks NumPy's dispatch protocols and never converts its inputs: given CuPy arrays, the same code runs
 on a GPU. Cell coordinates are float64, so float32 inputs are promoted when they meet them. Paper: "Dynamic spatial
-weight maps", "Spatially-modulated co-attention", "SMCA with multi-head modulation".
+weight maps", "Spatially-modulated co-attention", "SMCA with multi-head modulation", "SMCA with multi-scale visual
+features".
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from smca.reference.arrays import BoolArray, FloatArray, require_shape
+from smca.reference.arrays import BoolArray, FloatArray, require_padding_mask, require_shape
+from smca.reference.gaussian import gaussian_weight_map as gaussian_weight_map  # part of this module's interface
+from smca.reference.gaussian import key_minus_center
+from smca.reference.gaussian import precision_from_scale as precision_from_scale
 
 
-def gaussian_weight_map(center_xy: FloatArray, scale_xy: FloatArray, beta: float, size: tuple[int, int]) -> FloatArray:
-    """The Gaussian of each query over the map. Equation (1); method.md §1; paper, "Dynamic spatial weight maps".
+class Level(NamedTuple):
+    """One feature level: what `smca_attention` takes after q, in that order."""
 
-    Args:
-        center_xy: [..., 2], (x, y) in cells. May lie outside the map.
-        scale_xy: [..., 2], relative width and height, > 0: the standard deviation is s·√(β/2) cells.
-        beta: bandwidth in cells², > 0.
-        size: (H, W) of the map.
-
-    Returns:
-        [..., H, W], 1 at the centre, in (0, 1] (far away it underflows to 0).
-
-    Raises:
-        ValueError: a last axis other than 2, leading axes that don't broadcast, or a scale or bandwidth ≤ 0.
-
-    A query at the centre of a 1 × 3 map, with β = 2 and s = 1, so with a standard deviation of one cell, gives its
-    neighbours exp(−½):
-
-    >>> gaussian_weight_map(np.array([1.5, 0.5]), np.array([1.0, 1.0]), 2.0, (1, 3)).round(4).tolist()
-    [[0.6065, 1.0, 0.6065]]
-    """
-    _check_scale(scale_xy, beta)
-    _check_pairs("center_xy", center_xy)
-    try:
-        np.broadcast_shapes(center_xy.shape, scale_xy.shape)
-    except ValueError as error:
-        raise ValueError(
-            f"center_xy and scale_xy: expected shapes that broadcast, got {center_xy.shape} and {scale_xy.shape}. "
-            "Give every centre its own scale, or all the same."
-        ) from error
-    height, width = size
-    column_x = np.arange(width, like=center_xy) + 0.5  # [W]
-    row_y = np.arange(height, like=center_xy) + 0.5  # [H]
-    distance_x = (column_x - center_xy[..., 0, None]) ** 2 / (beta * scale_xy[..., 0, None] ** 2)  # [..., W]
-    distance_y = (row_y - center_xy[..., 1, None]) ** 2 / (beta * scale_xy[..., 1, None] ** 2)  # [..., H]
-    weights: FloatArray = np.exp(-distance_x[..., None, :] - distance_y[..., :, None])
-    return weights
-
-
-def precision_from_scale(scale_xy: FloatArray, beta: float) -> FloatArray:
-    """The precision (inverse variance) λ of the Gaussian. Equation (2); method.md §1.
-
-    Args:
-        scale_xy: [..., 2], relative width and height, > 0.
-        beta: bandwidth in cells², > 0.
-
-    Returns:
-        [..., 2] in cells⁻². The model predicts r = 1/s instead and uses λ = 2·r²/β, which is also defined at r = 0.
-
-    Raises:
-        ValueError: a last axis other than 2, or a scale or bandwidth ≤ 0.
-
-    With β = 8 the standard deviation at s = 1 is √(8/2) = 2 cells, and the precision 1/2² = 0.25:
-
-    >>> precision_from_scale(np.array([1.0, 2.0]), 8.0).tolist()
-    [0.25, 0.0625]
-    """
-    _check_scale(scale_xy, beta)
-    return 2.0 / (beta * scale_xy**2)
+    k: FloatArray
+    """[B, h, H·W, d]"""
+    v: FloatArray
+    """[B, h, H·W, d]"""
+    center_xy: FloatArray
+    """[B, h, N, 2], (x, y) in cells of this level."""
+    precision_xy: FloatArray
+    """[B, h, N, 2], in this level's cells⁻²."""
+    size: tuple[int, int]
+    """(H, W) of this level."""
+    key_padding_mask: BoolArray | None = None
+    """[B, H·W], True = padded. In every image, some key of every level must not be."""
 
 
 def smca_attention(
@@ -190,10 +156,77 @@ def smca_attention_vjp(
     dlogits = weights * (dweights - np.sum(weights * dweights, axis=-1, keepdims=True))  # (9) [B, h, N, L]
     dq = dlogits @ k / root_d  # (10)
     dk = np.swapaxes(dlogits, -1, -2) @ q / root_d  # (10)
-    difference_xy = _key_minus_center(center_xy, size)  # [B, h, N, L, 2]
+    difference_xy = key_minus_center(center_xy, size)  # [B, h, N, L, 2]
     dcenter_xy = precision_xy * np.einsum("bhnl,bhnla->bhna", dlogits, difference_xy)  # (11)
     dprecision_xy = np.einsum("bhnl,bhnla->bhna", dlogits, -0.5 * difference_xy**2)  # (12)
     return dq, dk, dv, dcenter_xy, dprecision_xy
+
+
+def multi_scale_smca_attention(q: FloatArray, levels: Sequence[Level], level_weights: FloatArray) -> FloatArray:
+    """Attention over several feature levels, mixed by each query's weights. Equation (13); method.md §4.
+
+    Args:
+        q: [B, h, N, d], the same for all levels.
+        levels: J of them, each with a size, keys and Gaussians of its own.
+        level_weights: [B, N, J], α, shared by the heads. The model gives numbers ≥ 0 that sum to 1; any will do.
+
+    Returns:
+        [B, h, N, d].
+
+    Raises:
+        ValueError: no level, shapes that don't fit each other, or an image with a level whose keys are all padded.
+            (A cell that holds any pixel of the image is not padding, so the model never has one.)
+
+    The example of `smca_attention`, whose answer is 5, beside a level of one cell with the value 9. With weights ¾ and
+    ¼ the answer is ¾·5 + ¼·9:
+
+    >>> q, k, v = np.zeros((1, 1, 1, 1)), np.ones((1, 1, 3, 1)), np.array([4.0, 8.0, 0.0]).reshape(1, 1, 3, 1)
+    >>> center, precision = np.array([1.5, 0.5]).reshape(1, 1, 1, 2), np.full((1, 1, 1, 2), 2 * np.log(2))
+    >>> levels = [Level(k, v, center, precision, (1, 3)), Level(q, q + 9.0, center / 3, precision, (1, 1))]
+    >>> round(multi_scale_smca_attention(q, levels, np.array([[[0.75, 0.25]]])).item(), 12)
+    6.0
+    """
+    _check_levels(q, levels, level_weights)
+    weighted = [_of_level(level_weights, j) * smca_attention(q, *level) for j, level in enumerate(levels)]
+    mixed: FloatArray = np.sum(np.stack(weighted), axis=0)  # (13)
+    return mixed
+
+
+def multi_scale_smca_attention_vjp(
+    grad_out: FloatArray, q: FloatArray, levels: Sequence[Level], level_weights: FloatArray
+) -> tuple[FloatArray, list[tuple[FloatArray, FloatArray, FloatArray, FloatArray]], FloatArray]:
+    """The backward pass of `multi_scale_smca_attention`. Equations (14) and (15), around (7) to (12).
+
+    Args:
+        grad_out: [B, h, N, d], the gradient of a scalar with respect to the output.
+        q, levels, level_weights: as given to `multi_scale_smca_attention`.
+
+    Returns:
+        dq [B, h, N, d]; per level its dk, dv, dcenter_xy, dprecision_xy, shaped as in `Level`; dlevel_weights
+        [B, N, J].
+
+    Raises:
+        ValueError: as `multi_scale_smca_attention`, or a `grad_out` that hasn't the shape of `q`.
+
+    In the example above the weights' gradients are the levels' answers, and level 0's values get ¾ of (¼, ½, ¼):
+
+    >>> q, k, v = np.zeros((1, 1, 1, 1)), np.ones((1, 1, 3, 1)), np.array([4.0, 8.0, 0.0]).reshape(1, 1, 3, 1)
+    >>> center, precision = np.array([1.5, 0.5]).reshape(1, 1, 1, 2), np.full((1, 1, 1, 2), 2 * np.log(2))
+    >>> levels = [Level(k, v, center, precision, (1, 3)), Level(q, q + 9.0, center / 3, precision, (1, 1))]
+    >>> dq, per_level, dw = multi_scale_smca_attention_vjp(np.ones_like(q), q, levels, np.array([[[0.75, 0.25]]]))
+    >>> dw.ravel().round(12).tolist(), per_level[0][1].ravel().round(12).tolist()
+    ([5.0, 9.0], [0.1875, 0.375, 0.1875])
+    """
+    _check_levels(q, levels, level_weights)
+    require_shape("grad_out", grad_out, tuple(q.shape), "It is the gradient of the output, which has the shape of q.")
+    dqs, per_level, dweights = [], [], []
+    for j, level in enumerate(levels):
+        grad_of_level = _of_level(level_weights, j) * grad_out  # (14)
+        dq, dk, dv, dcenter_xy, dprecision_xy = smca_attention_vjp(grad_of_level, q, *level)
+        dqs.append(dq)
+        per_level.append((dk, dv, dcenter_xy, dprecision_xy))
+        dweights.append(np.einsum("bhnd,bhnd->bn", grad_out, smca_attention(q, *level)))  # (15)
+    return np.sum(np.stack(dqs), axis=0), per_level, np.stack(dweights, axis=-1)
 
 
 def _attention_weights(
@@ -204,8 +237,8 @@ def _attention_weights(
     size: tuple[int, int],
     key_padding_mask: BoolArray | None,
 ) -> FloatArray:
-    """A [B, h, N, L]: equations (3), (4) and (5). `k` is 0 at padded keys."""
-    squared_xy = _key_minus_center(center_xy, size) ** 2  # [B, h, N, L, 2]
+    """A [B, h, N, L]: equations (4) and (5), with (3) of `gaussian`. `k` is 0 at padded keys."""
+    squared_xy = key_minus_center(center_xy, size) ** 2  # [B, h, N, L, 2]
     log_prior = -0.5 * np.einsum("bhna,bhnla->bhnl", precision_xy, squared_xy)  # (3)
     logits = q @ np.swapaxes(k, -1, -2) / q.shape[-1] ** 0.5 + log_prior  # (4)
     if key_padding_mask is not None:
@@ -216,37 +249,12 @@ def _attention_weights(
     return weights
 
 
-def _key_minus_center(center_xy: FloatArray, size: tuple[int, int]) -> FloatArray:
-    """p_l − c_n in cells: [..., N, 2] and a map of L = H·W keys → [..., N, L, 2]."""
-    height, width = size
-    key = np.arange(height * width, like=center_xy)  # row-major
-    key_xy = np.stack([key % width + 0.5, key // width + 0.5], axis=-1)  # [L, 2]
-    difference_xy: FloatArray = key_xy - center_xy[..., None, :]
-    return difference_xy
-
-
 def _zero_padded(keys: FloatArray, key_padding_mask: BoolArray | None) -> FloatArray:
     """Put 0 where a key is padded. A weight of 0 alone would not do: 0·NaN is NaN."""
     if key_padding_mask is None:
         return keys
     zeroed: FloatArray = np.where(key_padding_mask[:, None, :, None], 0.0, keys)
     return zeroed
-
-
-def _check_pairs(name: str, pairs_xy: FloatArray) -> None:
-    if pairs_xy.ndim == 0 or pairs_xy.shape[-1] != 2:
-        raise ValueError(f"{name}: expected shape (..., 2), got {pairs_xy.shape}. Put x and y on the last axis.")
-
-
-def _check_scale(scale_xy: FloatArray, beta: float) -> None:
-    _check_pairs("scale_xy", scale_xy)
-    if not beta > 0:
-        raise ValueError(f"beta: expected a bandwidth > 0 in cells², got {beta}.")
-    if bool(np.any(scale_xy <= 0)):
-        raise ValueError(
-            "scale_xy: expected every scale > 0, got one that is not. A Gaussian of no width has no weight map; for "
-            "no modulation at all, give smca_attention a precision of 0."
-        )
 
 
 def _check_attention_shapes(
@@ -270,14 +278,23 @@ def _check_attention_shapes(
     require_shape("center_xy", center_xy, (b, h, n, 2), mend)
     require_shape("precision_xy", precision_xy, (b, h, n, 2), mend)
     if key_padding_mask is not None:
-        require_shape("key_padding_mask", key_padding_mask, (b, keys), mend)
-        if key_padding_mask.dtype != np.bool_:
-            raise ValueError(
-                f"key_padding_mask: expected dtype bool (True = padded), got {key_padding_mask.dtype}. "
-                "An additive mask is not one; compare it with 0 first."
-            )
-        if bool(np.any(np.all(key_padding_mask, axis=-1))):
-            raise ValueError(
-                "key_padding_mask: expected a key that is not padded in every image, got an image with none. "
-                "Check that valid_sizes are (height, width) in pixels and that padding is True."
-            )
+        require_padding_mask(key_padding_mask, (b, keys), mend)
+
+
+def _of_level(level_weights: FloatArray, j: int) -> FloatArray:
+    """α of level j for every head and channel: [B, N, J] → [B, 1, N, 1]."""
+    return level_weights[:, None, :, j, None]
+
+
+def _check_levels(q: FloatArray, levels: Sequence[Level], level_weights: FloatArray) -> None:
+    if len(levels) == 0:
+        raise ValueError("levels: expected at least one feature level, got none.")
+    for j, level in enumerate(levels):
+        try:
+            _check_attention_shapes(q, *level)
+        except ValueError as error:
+            raise ValueError(f"levels[{j}]: {error}") from error
+    expected = (q.shape[0], q.shape[2], len(levels))
+    require_shape(
+        "level_weights", level_weights, expected, "Give [B, N, J]: a weight a query and level, for all heads."
+    )

@@ -1,41 +1,45 @@
 """The decoder: where object queries meet the image, and the only place in which SMCA differs from DETR.
 
-t [B, N, C] is the queries' content, 0 at first; p [N, C] their learned position; x [B, L, C] the encoded map with its
-position encoding pos; A multi-head self-attention, X cross-attention, ffn the feed-forward network. A layer is
+t [B, N, C] is the queries' content, 0 at first; p [N, C] their learned position; x_j [B, L_j, C] the encoded cells of
+level j and pos_j their position; A multi-head self-attention, X cross-attention, ffn the feed-forward network. A layer
+is
 
     (1)  post-norm   t = norm1(t + A(t + p, t + p, t))
-                     O = prior.norm(t + p)
+                     O = state_norm(t + p)
                      t = norm2(t + X(t + p, x + pos, x));   t = norm3(t + ffn(t))
          pre-norm    y = norm1(t);   t = t + A(y + p, y + p, y)
-                     O = prior.norm(t + p)
+                     O = state_norm(t + p)
                      y = norm2(t);   t = t + X(y + p, x + pos, x);   t = t + ffn(norm3(t))
 
-With SMCA, X is modulated by a Gaussian a query and head i, made from the query's state O (method.md §1 and §3):
+With SMCA, X is modulated by a Gaussian a query, head i and level j, made from the query's state O (method.md §1, §3):
 
     (2)  ref    = [ĉ_x, ĉ_y, 0, 0],   ĉ = center_head(O of the first layer) (+ query_center)      logits, for all layers
-    (3)  c_i    = σ(ref_xy)·(w, h) + offset_i(O)             in cells; (w, h): the unpadded image in cells, fractional
-    (4)  r_i    = scale head(O)                              1 / relative scale; 1 if fixed; one, or one an axis
-    (5)  λ_i    = 2·r_i²/β = (r_i·stride/σ_px)²              β = 2·(σ_px/stride)²: σ_px is the prior's width in pixels
-    (6)  X_i    = smca_attention(q_i, k_i, v_i, c_i, λ_i)    plain attention, and ref = 0 at first, if "dense"
+    (3)  c_ij   = σ(ref_xy)·(w_j, h_j) + offset_ij(O)        in cells; (w_j, h_j): the unpadded image in cells of level j
+    (4)  r_ij   = scale head(O)                              1 / relative scale; 1 if fixed; one, or one an axis
+    (5)  λ_ij   = 2·r_ij²/β_j = (r_ij·stride_j/σ_px)²        β_j = 2·(σ_px/stride_j)²: σ_px is the prior's width in pixels
+    (6)  α      = softmax over levels of level_head(O)       one for all heads (method.md §4); 1/J without scale selection
+    (7)  X_i    = Σ_j α_j·smca_attention(q_i, k_ij, v_ij, c_ij, λ_ij)        λ = 0, and ref = 0 at first, if "dense"
 
+One level is the case J = 1: α = 1, and there is no level head. A plain DETR has no head that reads O, so no state_norm.
 After every layer, heads decode it, the same ones for all (method.md §5; paper, "SMCA box prediction"):
 
-    (7)  D = norm(t);   logits = class_head(D);   box logits = box_head(D) + ref;   box = σ(box logits)
-    (8)  with box refinement, every layer has a box_head of its own, and the next layer's ref = this layer's box logits
+    (8)  D = norm(t);   logits = class_head(D);   box logits = box_head(D) + ref;   box = σ(box logits)
+    (9)  with box refinement, every layer has a box_head of its own, and the next layer's ref = this layer's box logits
          (no gradient passes there in training)
 
 Without refinement, (2) is the published method: one reference centre from the first layer, reused by all. What
-changes from layer to layer then is O, and so offsets and scales.
+changes from layer to layer then is O, and so offsets, scales and level weights.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from smca.reference.arrays import BoolArray, FloatArray
-from smca.reference.attention import smca_attention
-from smca.reference.config import ModelConfig, uses_prior
+from smca.reference.arrays import FloatArray
+from smca.reference.attention import Level, multi_scale_smca_attention
+from smca.reference.config import ModelConfig, selects_scales, uses_prior
 from smca.reference.layers import (
     Params,
-    dot_product_attention,
     feed_forward,
     layer_norm,
     linear,
@@ -43,27 +47,20 @@ from smca.reference.layers import (
     mlp,
     multi_head_attention,
     sigmoid,
+    softmax,
     split_heads,
 )
+from smca.reference.position import Grid
 
 
 def decoder(
-    memory: FloatArray,
-    position: FloatArray,
-    valid_cells: FloatArray,
-    size: tuple[int, int],
-    key_padding_mask: BoolArray,
-    params: Params,
-    config: ModelConfig,
+    memory: Sequence[FloatArray], grids: Sequence[Grid], params: Params, config: ModelConfig
 ) -> tuple[FloatArray, FloatArray]:
-    """All layers and their decoded outputs. Equations (1), (2), (7), (8).
+    """All layers and their decoded outputs. Equations (1), (2), (8), (9).
 
     Args:
-        memory: [B, L, C], the encoder's output.
-        position: [B, L, C], the cells' sine encoding.
-        valid_cells: [B, 2], (height, width) of the unpadded image in cells, fractional.
-        size: (H, W), H·W = L.
-        key_padding_mask: [B, L], True = padded.
+        memory: the encoder's output, J arrays [B, L_j, C].
+        grids: where their cells are.
         params: with the names of `model.parameter_shapes`.
         config: as configured.
 
@@ -71,7 +68,7 @@ def decoder(
         logits [M, B, N, K], boxes [M, B, N, 4] (cxcywh in [0, 1] of the unpadded image).
     """
     query_position = params["decoder.query_position"]  # p [N, C]
-    batch = memory.shape[0]
+    batch = memory[0].shape[0]
     t = np.zeros((batch, *query_position.shape))
     reference_logits = np.zeros((batch, query_position.shape[0], 4))  # ref [B, N, 4]
     layer_logits, layer_boxes = [], []
@@ -85,18 +82,18 @@ def decoder(
         if not config.pre_norm:
             t = layer_norm(t, params, f"{name}.norm1")
 
-        center_xy = precision_xy = None
-        if uses_prior(config):
-            state = layer_norm(t + query_position, params, f"{name}.prior.norm")  # O
-            if index == 0:
-                reference_logits[..., :2] = initial_center_logits(state, params, config)
-            center_xy, precision_xy = spatial_prior(state, reference_logits, valid_cells, params, name, config)
+        state = t + query_position
+        if uses_prior(config) or selects_scales(config):
+            state = layer_norm(state, params, f"{name}.state_norm")  # O
+        if uses_prior(config) and index == 0:
+            reference_logits[..., :2] = initial_center_logits(state, params, config)
+        priors = spatial_prior(state, reference_logits, grids, params, name, config)
+        level_weights = scale_selection(state, params, name, config)
 
         y = layer_norm(t, params, f"{name}.norm2") if config.pre_norm else t
         t = t + cross_attention(
-            y + query_position, memory + position, memory, center_xy, precision_xy, size, key_padding_mask,
-            params, f"{name}.cross_attn", config,
-        )  # fmt: skip
+            y + query_position, memory, grids, priors, level_weights, params, f"{name}.cross_attn", config
+        )
         if config.pre_norm:
             t = t + feed_forward(layer_norm(t, params, f"{name}.norm3"), params, name)
         else:
@@ -109,7 +106,7 @@ def decoder(
         layer_logits.append(linear(decoded, params, "decoder.class_head"))
         layer_boxes.append(sigmoid(box_logits))
         if config.box_refinement:
-            reference_logits = box_logits  # (8)
+            reference_logits = box_logits  # (9)
 
     return np.stack(layer_logits), np.stack(layer_boxes)
 
@@ -129,73 +126,99 @@ def initial_center_logits(state: FloatArray, params: Params, config: ModelConfig
 def spatial_prior(
     state: FloatArray,
     reference_logits: FloatArray,
-    valid_cells: FloatArray,
+    grids: Sequence[Grid],
     params: Params,
     name: str,
     config: ModelConfig,
-) -> tuple[FloatArray, FloatArray]:
-    """Centre and precision of every query's Gaussian, in every head. Equations (3), (4), (5); method.md §1 and §3.
+) -> list[tuple[FloatArray, FloatArray]]:
+    """Centre and precision of every query's Gaussians. Equations (3), (4), (5); method.md §1, §3 and §4.
 
     Args:
         state: O, [B, N, C].
         reference_logits: [B, N, 4]; only x and y matter here.
-        valid_cells: [B, 2], (height, width) of the unpadded image in cells.
-        params, name: `name`.prior.offset_head [2h, C] and, unless fixed, `name`.prior.scale_head [h or 2h, C]. Of 2h
-            outputs, 2i and 2i + 1 are x and y of head i.
+        grids: the J levels.
+        params, name: `name`.prior.offset_head and, unless fixed, `name`.prior.scale_head. Their outputs are, in this
+            order, [g, J, 2] and [g, J, 1 or 2]: head first, then level, then x and y; g = h, or 1 if heads share.
         config: as configured.
 
     Returns:
-        center_xy [B, h, N, 2] in cells, precision_xy [B, h, N, 2] in cells⁻².
+        For each level center_xy [B, h, N, 2] in cells and precision_xy [B, h, N, 2] in cells⁻². Precisions of 0, and no
+        parameter is read, if there is no prior.
     """
     batch, queries, _ = state.shape
-    per_head = (batch, queries, config.num_heads, 2)
-    valid_wh = valid_cells[:, None, ::-1]  # [B, 1, 2]
-    center_xy = sigmoid(reference_logits[..., :2]) * valid_wh  # [B, N, 2]
-    offset_xy = linear(state, params, f"{name}.prior.offset_head").reshape(per_head)
-    center_per_head_xy = center_xy[:, :, None, :] + offset_xy  # (3) [B, N, h, 2]
+    if not uses_prior(config):
+        none = np.zeros((batch, config.num_heads, queries, 2))
+        return [(none, none)] * len(grids)
 
+    groups = 1 if config.prior_heads == "shared" else config.num_heads
+    each = (batch, queries, groups, len(grids))
+    offset_xy = linear(state, params, f"{name}.prior.offset_head").reshape(*each, 2)
     if config.prior_scale == "fixed":
-        inverse_scale_xy = np.ones(per_head)  # (4)
-    elif config.prior_scale == "single":
-        inverse_scale = linear(state, params, f"{name}.prior.scale_head")  # [B, N, h]
-        inverse_scale_xy = np.broadcast_to(inverse_scale[..., None], per_head)
+        inverse_scale = np.ones((*each, 1))  # (4)
     else:
-        inverse_scale_xy = linear(state, params, f"{name}.prior.scale_head").reshape(per_head)
-    precision_xy = (inverse_scale_xy * config.stride / config.prior_sigma_px) ** 2  # (5)
-    return center_per_head_xy.transpose(0, 2, 1, 3), precision_xy.transpose(0, 2, 1, 3)
+        inverse_scale = linear(state, params, f"{name}.prior.scale_head").reshape(*each, -1)
+
+    priors = []
+    for j, grid in enumerate(grids):
+        center_xy = sigmoid(reference_logits[..., :2]) * grid.valid_cells[:, None, ::-1]  # [B, N, 2]
+        center_xy = center_xy[:, :, None, :] + offset_xy[:, :, :, j]  # (3) [B, N, g, 2]
+        precision_xy = (inverse_scale[:, :, :, j] * grid.stride / config.prior_sigma_px) ** 2  # (5) [B, N, g, 1 or 2]
+        priors.append((_for_heads(center_xy, config.num_heads), _for_heads(precision_xy, config.num_heads)))
+    return priors
+
+
+def scale_selection(state: FloatArray, params: Params, name: str, config: ModelConfig) -> FloatArray:
+    """How much each query takes from each level. Equation (6); paper, "SMCA with multi-scale visual features".
+
+    Args:
+        state: O, [B, N, C].
+        params, name: `name`.level_head, linear, C → J, if the configuration selects scales.
+        config: as configured.
+
+    Returns:
+        α, [B, N, J], ≥ 0, with a sum of 1 over the levels.
+    """
+    levels = len(config.strides)
+    if not selects_scales(config):
+        return np.full((*state.shape[:2], levels), 1.0 / levels)
+    return softmax(linear(state, params, f"{name}.level_head"))
 
 
 def cross_attention(
     query: FloatArray,
-    key: FloatArray,
-    value: FloatArray,
-    center_xy: FloatArray | None,
-    precision_xy: FloatArray | None,
-    size: tuple[int, int],
-    key_padding_mask: BoolArray,
+    memory: Sequence[FloatArray],
+    grids: Sequence[Grid],
+    priors: Sequence[tuple[FloatArray, FloatArray]],
+    level_weights: FloatArray,
     params: Params,
     name: str,
     config: ModelConfig,
 ) -> FloatArray:
-    """X: project, attend with the prior, or without where it is None, project back. Equation (6); method.md §2.
+    """X: project, attend to every level with its prior, mix the levels, project back. Equation (7); method.md §2, §4.
 
     Args:
         query: [B, N, C].
-        key, value: [B, L, C].
-        center_xy, precision_xy: [B, h, N, 2], or both None.
-        size: (H, W), H·W = L.
-        key_padding_mask: [B, L], True = padded.
-        params, name: `name`.q_proj, k_proj, v_proj and out_proj.
+        memory: J arrays [B, L_j, C]: the values, and with their position the keys.
+        grids: where the cells are.
+        priors: center_xy and precision_xy for each level, each [B, h, N, 2].
+        level_weights: [B, N, J].
+        params, name: `name`.q_proj, k_proj, v_proj and out_proj, the same for all levels.
         config: as configured.
 
     Returns:
         [B, N, C].
     """
     q = split_heads(linear(query, params, f"{name}.q_proj"), config.num_heads)
-    k = split_heads(linear(key, params, f"{name}.k_proj"), config.num_heads)
-    v = split_heads(linear(value, params, f"{name}.v_proj"), config.num_heads)
-    if center_xy is None or precision_xy is None:
-        attended = dot_product_attention(q, k, v, key_padding_mask)
-    else:
-        attended = smca_attention(q, k, v, center_xy, precision_xy, size, key_padding_mask)
+    levels = []
+    for x, grid, (center_xy, precision_xy) in zip(memory, grids, priors, strict=True):
+        k = split_heads(linear(x + grid.position, params, f"{name}.k_proj"), config.num_heads)
+        v = split_heads(linear(x, params, f"{name}.v_proj"), config.num_heads)
+        levels.append(Level(k, v, center_xy, precision_xy, grid.size, grid.padding))
+    attended = multi_scale_smca_attention(q, levels, level_weights)
     return linear(merge_heads(attended), params, f"{name}.out_proj")
+
+
+def _for_heads(values: FloatArray, num_heads: int) -> FloatArray:
+    """[B, N, h or 1, 2 or 1] → [B, h, N, 2]: one value serves all heads, or both axes."""
+    batch, queries = values.shape[:2]
+    return np.broadcast_to(values, (batch, queries, num_heads, 2)).transpose(0, 2, 1, 3)

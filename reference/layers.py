@@ -4,13 +4,15 @@
     (2)  linear(x) = x·Wᵀ + b             W is [out, in], as PyTorch stores it
     (3)  layer_norm(x) = (x − mean) / √(variance + 10⁻⁵) · weight + bias      over the last axis, biased variance
     (4)  attention(q, k, v) = softmax(q·kᵀ/√d)·v                              −∞ at padded keys
-    (5)  encoder layer, with A = multi-head attention and ffn(x) = linear2(relu(linear1(x))):
-           post-norm   x = norm1(x + A(x + pos, x + pos, x));              x = norm2(x + ffn(x))
-           pre-norm    y = norm1(x);  x = x + A(y + pos, y + pos, y);      x = x + ffn(norm2(x))
+    (5)  ffn(x) = linear2(relu(linear1(x)))
+    (6)  conv(x)_o(i, j) = b_o + Σ_c Σ_st W_oc(s, t)·x_c(S·i + s, S·j + t)    stride S; 0 outside the map
+         depthwise(x)_c(i, j) = Σ_st W_c(s, t)·x_c(S·i + s, S·j + t)          each channel by itself, no bias
+         k × k taps, k odd: s and t from −(k − 1)/2 to (k − 1)/2, s along rows
 
-The position encoding is added to queries and keys, never to values, and again in every layer (DETR, "Transformer").
 Dropout is absent: this is the model in evaluation mode. Padded cells do attend (their rows are computed and ignored),
-but nothing attends to them, so whatever stands there, NaN included, stays there.
+but nothing attends to them, so whatever stands there, NaN included, stays there. A convolution does read what lies
+beside a cell: who calls it puts 0 into padded cells first (`zero_padded`), so that an image's edge is the same whether
+the map ends there or padding begins.
 """
 
 from collections.abc import Mapping
@@ -54,6 +56,19 @@ def relu(x: FloatArray) -> FloatArray:
     """
     result: FloatArray = np.maximum(x, 0.0)
     return result
+
+
+def softmax(x: FloatArray) -> FloatArray:
+    """e^x over its sum along the last axis. Equation (4).
+
+    It doesn't see a constant, so the largest x is taken off, and no exponential overflows; −∞ becomes 0.
+
+    >>> softmax(np.array([-np.inf, 1000.0, 1000.0])).tolist()
+    [0.0, 0.5, 0.5]
+    """
+    exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
+    weights: FloatArray = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return weights
 
 
 def linear(x: FloatArray, params: Params, name: str) -> FloatArray:
@@ -107,7 +122,7 @@ def merge_heads(x: FloatArray) -> FloatArray:
 def dot_product_attention(
     q: FloatArray, k: FloatArray, v: FloatArray, key_padding_mask: BoolArray | None = None
 ) -> FloatArray:
-    """Plain attention. Equation (4); DETR's, and SMCA's at a precision of 0.
+    """Plain attention. Equation (4); DETR's.
 
     Args:
         q: [B, h, N, d].
@@ -121,9 +136,7 @@ def dot_product_attention(
     if key_padding_mask is not None:
         logits = np.where(key_padding_mask[:, None, None, :], -np.inf, logits)
         v = np.where(key_padding_mask[:, None, :, None], 0.0, v)  # a weight of 0 alone would not stop a NaN
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights: FloatArray = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return weights @ v
+    return softmax(logits) @ v
 
 
 def multi_head_attention(
@@ -135,7 +148,7 @@ def multi_head_attention(
     num_heads: int,
     key_padding_mask: BoolArray | None = None,
 ) -> FloatArray:
-    """Project, attend in every head, project back: A of equation (5).
+    """Project, attend in every head, project back.
 
     Args:
         query: [B, N, C].
@@ -153,32 +166,63 @@ def multi_head_attention(
     return linear(merge_heads(dot_product_attention(q, k, v, key_padding_mask)), params, f"{name}.out_proj")
 
 
-def encoder_layer(
-    x: FloatArray,
-    position: FloatArray,
-    key_padding_mask: BoolArray,
-    params: Params,
-    name: str,
-    num_heads: int,
-    pre_norm: bool,
-) -> FloatArray:
-    """One layer of the encoder. Equation (5); method.md, opening ("everything else of DETR stays").
+def convolution(x: FloatArray, params: Params, name: str, stride: int = 1) -> FloatArray:
+    """A k × k convolution with zeros outside the map. Equation (6). `name`.weight [out, in, k, k], `name`.bias [out].
 
-    Args:
-        x: [B, L, C], the cells of the map, row-major.
-        position: [B, L, C], the sine encoding of the cells.
-        key_padding_mask: [B, L], True = padded.
-        params, name: `name`.self_attn, norm1, norm2, linear1, linear2.
-        num_heads, pre_norm: as configured.
-
-    Returns:
-        [B, L, C].
+    [B, in, H, W] → [B, out, ⌈H/stride⌉, ⌈W/stride⌉]; output cell (i, j) has its middle tap on input cell
+    (stride·i, stride·j).
     """
-    y = layer_norm(x, params, f"{name}.norm1") if pre_norm else x
-    x = x + multi_head_attention(
-        y + position, y + position, y, params, f"{name}.self_attn", num_heads, key_padding_mask
+    weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+    read = _read_by_taps(x, weight.shape[-1], stride)
+    mixed: FloatArray = np.einsum("ocst,stbchw->bohw", weight, read, optimize=True)
+    return mixed + bias[:, None, None]
+
+
+def depthwise_convolution(x: FloatArray, params: Params, name: str, stride: int = 1) -> FloatArray:
+    """As `convolution`, but each channel by itself and without bias. Equation (6). `name`.weight [C, 1, k, k].
+
+    Kernels of three ones in a row add up neighbours; with a stride of 2, those around cells 0 and 2:
+
+    >>> ones_in_a_row = {"f.weight": np.array([0, 0, 0, 1, 1, 1, 0, 0, 0.0]).reshape(1, 1, 3, 3)}
+    >>> row = np.array([1.0, 2.0, 4.0]).reshape(1, 1, 1, 3)
+    >>> depthwise_convolution(row, ones_in_a_row, "f").ravel().tolist()
+    [3.0, 7.0, 6.0]
+    >>> depthwise_convolution(row, ones_in_a_row, "f", stride=2).ravel().tolist()
+    [3.0, 6.0]
+    """
+    weight = params[f"{name}.weight"]
+    read = _read_by_taps(x, weight.shape[-1], stride)
+    mixed: FloatArray = np.einsum("cst,stbchw->bchw", weight[:, 0], read)
+    return mixed
+
+
+def zero_padded(x: FloatArray, padding: BoolArray) -> FloatArray:
+    """0 in place of padded cells: a map [B, C, H, W] and its mask [B, H·W] → [B, C, H, W]."""
+    batch, _, height, width = x.shape
+    zeroed: FloatArray = np.where(padding.reshape(batch, 1, height, width), 0.0, x)
+    return zeroed
+
+
+def cells_of_map(x: FloatArray) -> FloatArray:
+    """[B, C, H, W] → [B, H·W, C], row-major."""
+    batch, channels, height, width = x.shape
+    return x.reshape(batch, channels, height * width).transpose(0, 2, 1)
+
+
+def map_of_cells(x: FloatArray, size: tuple[int, int]) -> FloatArray:
+    """[B, H·W, C] → [B, C, H, W], the inverse of `cells_of_map`."""
+    batch, _, channels = x.shape
+    return x.transpose(0, 2, 1).reshape(batch, channels, *size)
+
+
+def _read_by_taps(x: FloatArray, kernel: int, stride: int) -> FloatArray:
+    """What each tap of a kernel reads for each output cell: [B, C, H, W] → [k, k, B, C, ⌈H/stride⌉, ⌈W/stride⌉]."""
+    height, width = x.shape[2:]
+    margin = kernel // 2
+    framed = np.pad(x, ((0, 0), (0, 0), (margin, margin), (margin, margin)))
+    return np.stack(
+        [
+            np.stack([framed[..., s : s + height : stride, t : t + width : stride] for t in range(kernel)])
+            for s in range(kernel)
+        ]
     )
-    if pre_norm:
-        return x + feed_forward(layer_norm(x, params, f"{name}.norm2"), params, name)
-    x = layer_norm(x, params, f"{name}.norm1")
-    return layer_norm(x + feed_forward(x, params, name), params, f"{name}.norm2")

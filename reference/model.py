@@ -1,38 +1,47 @@
 """From a backbone's features to class logits and boxes.
 
-    (1)  (h, w) = valid size / stride                                the unpadded image in cells, fractional
-    (2)  cell (i, j) is padded if i ≥ w or j ≥ h                     it holds no pixel of the image
-    (3)  x = input_proj(features)                                    1 × 1 convolution: a linear map of each cell
-    (4)  pos = sine encoding of the cells (`position`)
-    (5)  x = encoder layers (`layers` (5)); then encoder.norm(x) if pre-norm
+    (1)  (h_j, w_j) = valid size / stride_j, padding_j               the image in cells of level j (`position` (1), (2))
+    (2)  x_j = input_proj_j(features_j)                              1 × 1 convolution: a linear map of each cell
+    (3)  x_j = input_proj_j(x_{j−1})                                 levels beyond the backbone's: 3 × 3, stride 2
+    (4)  pos_j = sine encoding of the cells (`position` (3) to (5))  + level_embed_j, where attention mixes several levels
+    (5)  x = encoder (`encoder`)
     (6)  logits, boxes = decoder (`decoder`)
 
+A backbone gives a map for each of the first levels. Each level beyond them is made from the level before it (3), with 0
+in place of padded cells, and has twice its stride. (Of the projected level, C → C. Read from a ResNet-50's last stage,
+2048 → C, this convolution alone would have 4.7 M parameters, more than the published 40 M leave room for.)
+
 The parameters are those of the production model's state_dict, by name and shape (`parameter_shapes` is the list), so
-that one set of weights drives both. Weights are [out, in], those of the 1 × 1 convolution [out, in, 1, 1]. Names that
-begin with "backbone." are not read: the specification starts from features. Sources: method.md; DETR, "DETR
-architecture"; paper, the whole of its method section for one scale.
+that one set of weights drives both. Weights are [out, in], those of convolutions [out, in, k, k]. Names that begin
+with "backbone." are not read: the specification starts from features. Sources: method.md; DETR, "DETR architecture";
+paper, the whole of its method section.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from smca.reference.arrays import BoolArray, FloatArray, require_shape
-from smca.reference.config import ModelConfig, check_config, uses_prior
+from smca.reference.arrays import FloatArray, require_shape
+from smca.reference.config import ModelConfig, check_config, embeds_levels, selects_scales, uses_prior
 from smca.reference.decoder import decoder
-from smca.reference.layers import Params, encoder_layer, layer_norm
-from smca.reference.position import sine_position_encoding
+from smca.reference.encoder import encoder
+from smca.reference.layers import Params, cells_of_map, convolution, zero_padded
+from smca.reference.position import Grid, key_padding_mask, sine_position_encoding
 
 
 def forward(
-    params: Mapping[str, npt.ArrayLike], features: npt.ArrayLike, valid_sizes: npt.ArrayLike, config: ModelConfig
+    params: Mapping[str, npt.ArrayLike],
+    features: Sequence[npt.ArrayLike],
+    valid_sizes: npt.ArrayLike,
+    config: ModelConfig,
 ) -> dict[str, FloatArray]:
-    """The model in evaluation mode, single scale. Equations (1) to (6).
+    """The model in evaluation mode. Equations (1) to (6).
 
     Args:
         params: named and shaped as `parameter_shapes` says. Keys that begin with "backbone." are ignored.
-        features: [B, C_in, H, W], the backbone's map. Padded cells may hold anything, NaN included.
+        features: the backbone's maps, [B, C_j, H_j, W_j], for the first of config.strides, at least one. Padded cells
+            may hold anything, NaN included.
         valid_sizes: [B, 2], (height, width) of the unpadded images in pixels of the network's input.
         config: as configured.
 
@@ -42,63 +51,55 @@ def forward(
 
     Raises:
         ValueError: a value that the configuration can't have; a parameter missing, misshapen or not of this
-            configuration; features or valid sizes of another shape; an image that doesn't fit the map.
+            configuration; features or valid sizes of another number or shape; an image that doesn't fit a map.
     """
     check_config(config)
-    features = np.asarray(features, dtype=np.float64)
-    require_shape("features", features, (None, None, None, None), "Give the backbone's map, [B, C_in, H, W].")
-    batch, in_channels, height, width = features.shape
-    weights = _checked_params(params, parameter_shapes(config, in_channels))
-    valid_cells = _valid_cells(np.asarray(valid_sizes, dtype=np.float64), batch, (height, width), config.stride)
-    padding = key_padding_mask(valid_cells, (height, width))
-
-    cells = features.reshape(batch, in_channels, height * width).transpose(0, 2, 1)  # [B, L, C_in], row-major
-    x = cells @ weights["input_proj.weight"][:, :, 0, 0].T + weights["input_proj.bias"]  # (3) [B, L, C]
-    position = sine_position_encoding((height, width), valid_cells, config.hidden_dim)  # (4)
-    memory = encoder(x, position, padding, weights, config)  # (5)
-    logits, boxes = decoder(memory, position, valid_cells, (height, width), padding, weights, config)  # (6)
+    maps = [np.asarray(each, dtype=np.float64) for each in features]
+    for j, each in enumerate(maps):
+        require_shape(f"features[{j}]", each, (len(maps[0]), None, None, None), "Give maps, each [B, C_j, H_j, W_j].")
+    weights = _checked_params(params, parameter_shapes(config, [each.shape[1] for each in maps]))
+    sizes = [(each.shape[2], each.shape[3]) for each in maps]
+    while len(sizes) < len(config.strides):
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))  # what a stride of 2 leaves
+    grids = _grids(np.asarray(valid_sizes, dtype=np.float64), len(maps[0]), sizes, weights, config)  # (1), (4)
+    memory = encoder(project(maps, grids, weights), grids, weights, config)  # (5)
+    logits, boxes = decoder(memory, grids, weights, config)  # (6)
     return {"logits": logits, "boxes": boxes}
 
 
-def encoder(
-    x: FloatArray, position: FloatArray, key_padding_mask: BoolArray, params: Params, config: ModelConfig
-) -> FloatArray:
-    """All layers of the encoder, [B, L, C] → [B, L, C]. Equation (5).
-
-    In pre-norm a layer adds to x without normalising the sum, so the last sum is normalised once.
-    """
-    for index in range(config.encoder_layers):
-        name = f"encoder.layers.{index}"
-        x = encoder_layer(x, position, key_padding_mask, params, name, config.num_heads, config.pre_norm)
-    return layer_norm(x, params, "encoder.norm") if config.pre_norm else x
-
-
-def key_padding_mask(valid_cells: FloatArray, size: tuple[int, int]) -> BoolArray:
-    """[B, H·W], True where a cell holds no pixel of the image. Equation (2).
+def project(features: Sequence[FloatArray], grids: Sequence[Grid], params: Params) -> list[FloatArray]:
+    """Every level with C channels. Equations (2) and (3).
 
     Args:
-        valid_cells: [B, 2], (height, width) of the unpadded image in cells, fractional.
-        size: (H, W) of the map.
+        features: [B, C_j, H_j, W_j] for the first levels.
+        grids: where the cells of all J levels are.
+        params: input_proj.0 and on.
 
-    An image one cell high and 1½ wide, on a map of 2 × 3: its second column is half covered, and so not padded.
-
-    >>> key_padding_mask(np.array([[1.0, 1.5]]), (2, 3)).astype(int).tolist()
-    [[0, 0, 1, 1, 1, 1]]
+    Returns:
+        J arrays [B, L_j, C].
     """
-    height, width = size
-    row_padded = np.arange(height) >= valid_cells[:, :1]  # [B, H]
-    column_padded = np.arange(width) >= valid_cells[:, 1:]  # [B, W]
-    return (row_padded[:, :, None] | column_padded[:, None, :]).reshape(-1, height * width)
+    maps: list[FloatArray] = []
+    for j in range(len(grids)):
+        if j < len(features):
+            maps.append(convolution(features[j], params, f"input_proj.{j}"))  # (2)
+        else:
+            source = zero_padded(maps[-1], grids[j - 1].padding)
+            maps.append(convolution(source, params, f"input_proj.{j}", stride=2))  # (3)
+    return [cells_of_map(x) for x in maps]
 
 
-def parameter_shapes(config: ModelConfig, in_channels: int) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: ModelConfig, channels: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Every parameter that a configuration has, by name, with its shape.
 
     Args:
         config: as configured.
-        in_channels: C_in, channels of the backbone's features.
+        channels: C_j, channels of each of the backbone's maps: the first levels. The others are made from the last.
+
+    Raises:
+        ValueError: no map, more maps than levels, or a level beyond the maps without twice the stride.
     """
-    c, f, heads = config.hidden_dim, config.feedforward_dim, config.num_heads
+    _check_maps(config, len(channels))
+    c, f, levels = config.hidden_dim, config.feedforward_dim, len(config.strides)
     shapes: dict[str, tuple[int, ...]] = {}
 
     def add_linear(name: str, out_channels: int, in_channels: int) -> None:
@@ -115,11 +116,21 @@ def parameter_shapes(config: ModelConfig, in_channels: int) -> dict[str, tuple[i
         for index, channels in enumerate((c, c, out_channels)):
             add_linear(f"{name}.layers.{index}", channels, c)
 
-    shapes["input_proj.weight"], shapes["input_proj.bias"] = (c, in_channels, 1, 1), (c,)
+    for j in range(levels):
+        in_channels = channels[j] if j < len(channels) else c
+        kernel = (1, 1) if j < len(channels) else (3, 3)
+        shapes[f"input_proj.{j}.weight"], shapes[f"input_proj.{j}.bias"] = (c, in_channels, *kernel), (c,)
+    if embeds_levels(config):
+        shapes["level_embed"] = (levels, c)
 
     for index in range(config.encoder_layers):
         layer = f"encoder.layers.{index}"
-        add_attention(f"{layer}.self_attn")
+        if config.encoder == "conv":
+            for taken_from in ("own", "finer", "coarser") if levels > 1 else ("own",):
+                shapes[f"{layer}.conv.{taken_from}.weight"] = (c, 1, 3, 3)
+            add_linear(f"{layer}.conv.out_proj", c, c)
+        else:
+            add_attention(f"{layer}.self_attn")
         add_norm(f"{layer}.norm1")
         add_norm(f"{layer}.norm2")
         add_linear(f"{layer}.linear1", f, c)
@@ -136,12 +147,15 @@ def parameter_shapes(config: ModelConfig, in_channels: int) -> dict[str, tuple[i
             add_norm(f"{layer}.{norm}")
         add_linear(f"{layer}.linear1", f, c)
         add_linear(f"{layer}.linear2", c, f)
+        if uses_prior(config) or selects_scales(config):
+            add_norm(f"{layer}.state_norm")
         if uses_prior(config):
-            add_norm(f"{layer}.prior.norm")
-            add_linear(f"{layer}.prior.offset_head", 2 * heads, c)
+            priors = levels * (1 if config.prior_heads == "shared" else config.num_heads)
+            add_linear(f"{layer}.prior.offset_head", 2 * priors, c)
             if config.prior_scale != "fixed":
-                outputs = heads if config.prior_scale == "single" else 2 * heads
-                add_linear(f"{layer}.prior.scale_head", outputs, c)
+                add_linear(f"{layer}.prior.scale_head", (1 if config.prior_scale == "single" else 2) * priors, c)
+        if selects_scales(config):
+            add_linear(f"{layer}.level_head", levels, c)
     if uses_prior(config):
         add_mlp("decoder.center_head", 2)
         if config.query_init == "grid":
@@ -153,26 +167,49 @@ def parameter_shapes(config: ModelConfig, in_channels: int) -> dict[str, tuple[i
     return shapes
 
 
-def _valid_cells(valid_sizes: FloatArray, batch: int, size: tuple[int, int], stride: int) -> FloatArray:
-    """(1), with a check that the images and the map belong together. [B, 2] pixels → [B, 2] cells."""
+def _grids(
+    valid_sizes: FloatArray, batch: int, sizes: Sequence[tuple[int, int]], params: Params, config: ModelConfig
+) -> list[Grid]:
+    """(1) and (4), with a check that images and maps belong together: [B, 2] pixels → where the cells of each level are."""
     require_shape("valid_sizes", valid_sizes, (batch, 2), "Give (height, width) in pixels, one row an image.")
-    valid_cells = valid_sizes / stride
-    # A backbone may drop up to the last cell where a side is no multiple of the stride, but not more than that.
-    fits = (valid_cells > 0) & (valid_cells < np.array(size) + 1)
-    if not fits.all():
-        image = int(np.argwhere(~fits)[0, 0])
+    grids = []
+    for j, (size, stride) in enumerate(zip(sizes, config.strides, strict=True)):
+        valid_cells = valid_sizes / stride
+        # A backbone may drop up to the last cell where a side is no multiple of the stride, but not more than that.
+        fits = (valid_cells > 0) & (valid_cells < np.array(size) + 1)
+        if not fits.all():
+            image = int(np.argwhere(~fits)[0, 0])
+            raise ValueError(
+                f"valid_sizes[{image}]: expected (height, width) in pixels of an image that a map of {size} cells with "
+                f"a stride of {stride} (level {j}) can hold, got {valid_sizes[image].tolist()}. Check the order, the "
+                "unit and config.strides."
+            )
+        position = sine_position_encoding(size, valid_cells, config.hidden_dim)
+        if embeds_levels(config):
+            position = position + params["level_embed"][j]
+        grids.append(Grid(size, stride, valid_cells, key_padding_mask(valid_cells, size), position))
+    return grids
+
+
+def _check_maps(config: ModelConfig, given: int) -> None:
+    strides = config.strides
+    if not 1 <= given <= len(strides):
         raise ValueError(
-            f"valid_sizes[{image}]: expected (height, width) in pixels of an image that a map of {size} cells with a "
-            f"stride of {stride} can hold, got {valid_sizes[image].tolist()}. Check the order, the unit and "
-            "config.stride."
+            f"features: expected 1 to {len(strides)} maps for config.strides = {strides}, got {given}. Give a sequence "
+            "of the backbone's maps, finest first."
         )
-    return valid_cells
+    for j in range(given, len(strides)):
+        if strides[j] != 2 * strides[j - 1]:
+            raise ValueError(
+                f"config.strides[{j}]: expected {2 * strides[j - 1]}, twice the stride before it, for a level beyond "
+                f"the {given} that the backbone gives, got {strides[j]}."
+            )
 
 
 def _checked_params(params: Mapping[str, npt.ArrayLike], shapes: dict[str, tuple[int, ...]]) -> Params:
     """The parameters that `shapes` lists, as float64, each with the shape that it lists."""
     for key in params:
-        if key not in shapes and key.startswith(("input_proj.", "encoder.", "decoder.")):
+        if key not in shapes and key.startswith(("input_proj.", "level_embed", "encoder.", "decoder.")):
             raise ValueError(
                 f"params[{key!r}]: expected no such parameter under this configuration, got one of shape "
                 f"{np.shape(params[key])}. Use the configuration that the parameters were made with."

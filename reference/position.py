@@ -1,25 +1,64 @@
-"""The 2D sine position encoding, which tells the encoder and the keys where a cell is.
+"""Where the cells of a feature level are: which of them hold the image, and the 2D sine encoding of their places.
 
-For the cell in column i and row j of an image whose unpadded part is w × h cells (fractional), C channels in all:
+For an image whose unpadded part is H_px × W_px pixels, and a level with a stride of S pixels a cell:
 
-    (1)  u_x = 2π·(i + ½)/w          u_y = 2π·(j + ½)/h                       0 to 2π over the unpadded image
-    (2)  f_t(u) = sin(u / 10000^(2·⌊t/2⌋/(C/2)))  for even t
+    (1)  (h, w) = (H_px, W_px) / S                                            the unpadded image in cells, fractional
+    (2)  the cell in column i and row j is padded if i ≥ w or j ≥ h           it holds no pixel of the image
+    (3)  u_x = 2π·(i + ½)/w          u_y = 2π·(j + ½)/h                       0 to 2π over the unpadded image
+    (4)  f_t(u) = sin(u / 10000^(2·⌊t/2⌋/(C/2)))  for even t
                   cos(u / 10000^(2·⌊t/2⌋/(C/2)))  for odd t                   t = 0 … C/2 − 1
-    (3)  encoding = [ f_0(u_y) … f_{C/2−1}(u_y), f_0(u_x) … f_{C/2−1}(u_x) ]  y first
+    (5)  encoding = [ f_0(u_y) … f_{C/2−1}(u_y), f_0(u_x) … f_{C/2−1}(u_x) ]  y first
 
-Source: DETR, appendix "Spatial positional encoding", with coordinates normalised by the unpadded image. DETR's code
-counts cells from 1, which puts a cell at its far edge; here it is at its centre, as everywhere else in this package.
+Source of the encoding: DETR, appendix "Spatial positional encoding", with coordinates normalised by the unpadded
+image. DETR's code counts cells from 1, which puts a cell at its far edge; here it is at its centre, as everywhere else
+in this package. One place in an image has one encoding, then, in every level; a learned embedding tells levels apart
+in the encoder (`model` (4)).
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
-from smca.reference.arrays import FloatArray, require_shape
+from smca.reference.arrays import BoolArray, FloatArray, require_shape
 
 TEMPERATURE = 10000.0
 
 
+class Grid(NamedTuple):
+    """The cells of one feature level, for every image of a batch."""
+
+    size: tuple[int, int]
+    """(H, W): rows and columns, L = H·W cells, row-major."""
+    stride: int
+    """Pixels of the network's input a cell."""
+    valid_cells: FloatArray
+    """[B, 2], (height, width) of the unpadded images in cells, fractional."""
+    padding: BoolArray
+    """[B, L], True where a cell holds no pixel of the image. No image has all its cells padded."""
+    position: FloatArray
+    """[B, L, C], what is added to queries and keys so that they know their place, and in which level it is."""
+
+
+def key_padding_mask(valid_cells: FloatArray, size: tuple[int, int]) -> BoolArray:
+    """[B, H·W], True where a cell holds no pixel of the image. Equation (2).
+
+    Args:
+        valid_cells: [B, 2], (height, width) of the unpadded image in cells, fractional.
+        size: (H, W) of the map.
+
+    An image one cell high and 1½ wide, on a map of 2 × 3: its second column is half covered, and so not padded.
+
+    >>> key_padding_mask(np.array([[1.0, 1.5]]), (2, 3)).astype(int).tolist()
+    [[0, 0, 1, 1, 1, 1]]
+    """
+    height, width = size
+    row_padded = np.arange(height) >= valid_cells[:, :1]  # [B, H]
+    column_padded = np.arange(width) >= valid_cells[:, 1:]  # [B, W]
+    return (row_padded[:, :, None] | column_padded[:, None, :]).reshape(-1, height * width)
+
+
 def sine_position_encoding(size: tuple[int, int], valid_cells: FloatArray, channels: int) -> FloatArray:
-    """The encoding of every cell of every image. Equations (1) to (3); method.md, Notation (cell centres).
+    """The encoding of every cell of every image. Equations (3) to (5); method.md, Notation (cell centres).
 
     Args:
         size: (H, W) of the map.
@@ -48,15 +87,15 @@ def sine_position_encoding(size: tuple[int, int], valid_cells: FloatArray, chann
     height, width = size
     half = channels // 2
     batch = valid_cells.shape[0]
-    angle_y = 2 * np.pi * (np.arange(height) + 0.5) / valid_cells[:, :1]  # (1) [B, H]
-    angle_x = 2 * np.pi * (np.arange(width) + 0.5) / valid_cells[:, 1:]  # (1) [B, W]
+    angle_y = 2 * np.pi * (np.arange(height) + 0.5) / valid_cells[:, :1]  # (3) [B, H]
+    angle_x = 2 * np.pi * (np.arange(width) + 0.5) / valid_cells[:, 1:]  # (3) [B, W]
     encoded_y = np.broadcast_to(_waves(angle_y, half)[:, :, None, :], (batch, height, width, half))
     encoded_x = np.broadcast_to(_waves(angle_x, half)[:, None, :, :], (batch, height, width, half))
-    return np.concatenate([encoded_y, encoded_x], axis=-1).reshape(batch, height * width, channels)  # (3)
+    return np.concatenate([encoded_y, encoded_x], axis=-1).reshape(batch, height * width, channels)  # (5)
 
 
 def _waves(angle: FloatArray, channels: int) -> FloatArray:
-    """[..., ] → [..., channels]: equation (2)."""
+    """[..., ] → [..., channels]: equation (4)."""
     t = np.arange(channels)
     scaled = angle[..., None] / TEMPERATURE ** (2 * (t // 2) / channels)
     return np.where(t % 2 == 0, np.sin(scaled), np.cos(scaled))

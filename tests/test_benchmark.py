@@ -10,18 +10,21 @@ import pytest
 from smca.gpu import benchmark
 
 
-def test_attention_part_runs_and_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--attention.queries", "5", "--attention.height", "4", "--attention.width", "6", "--attention.heads", "2"]
-    benchmark.main(["--only", "attention", "--repeats", "2", "--threads", "1", "--output", str(tmp_path), *sizes])
-    record = json.loads((tmp_path / "benchmark.json").read_text())["parts"]["attention"]
+@pytest.mark.parametrize("part", ["attention", "multi-scale"])
+def test_attention_parts_run_and_write_a_table(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--attention.queries", "5", "--attention.maps", "4", "6", "2", "3", "--attention.heads", "2"]
+    benchmark.main(["--only", part, "--repeats", "2", "--threads", "1", "--output", str(tmp_path), *sizes])
+    record = json.loads((tmp_path / "benchmark.json").read_text())["parts"][part]
     assert list(record) == ["lifted", "eager"]
     for result in record.values():
         assert len(result["seconds"]) == 2, "the warm-up is not counted"
         assert result["peak_mib"] >= 0
-    assert set(record["eager"]["difference"]) == {
-        "out",
-        *(f"grad {n}" for n in ("q", "k", "v", "center_xy", "precision_xy")),
-    }
+    names = [f"{n}{level}" for n in ("k", "v", "center_xy", "precision_xy") for level in (" of level 0", " of level 1")]
+    if part == "attention":
+        names = ["k", "v", "center_xy", "precision_xy"]
+    else:
+        names.append("level_weights")
+    assert set(record["eager"]["difference"]) == {"out", "grad q", *(f"grad {n}" for n in names)}
     assert max(record["eager"]["difference"].values()) < 1e-4
     table = (tmp_path / "benchmark.md").read_text()
     assert "| eager |" in table

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from smca.gpu import evaluate, predict
-from smca.gpu.backbone import Backbone, FrozenBatchNorm
-from smca.gpu.config import BackboneConfig, ModelConfig
+from smca.gpu.config import ModelConfig
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import tiny_resnet
 
@@ -29,7 +27,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         class_names=NAMES,
         category_ids=(1, 2, 3, 4, 5),
         backbone=tiny_resnet(1, 1),
-        stride=8,
+        strides=(8,),
         hidden_dim=16,
         num_heads=2,
         num_queries=6,
@@ -146,38 +144,3 @@ def test_evaluate_refuses_other_categories(model_dir: Path, tmp_path: Path) -> N
     (tmp_path / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="are not those of synthetic"):
         evaluate.main([str(tmp_path), "--synthetic.val-images", "2", "--workers", "0"])
-
-
-@pytest.mark.parametrize(("stride", "channels"), [(4, 8), (8, 16), (16, 32), (32, 64)])
-def test_the_stage_of_a_stride_is_found_by_measuring(stride: int, channels: int) -> None:
-    options = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "layer_type": "basic"}
-    backbone = Backbone(BackboneConfig(options=options), stride)
-    assert backbone.channels == channels
-    assert backbone(torch.zeros(1, 3, 64, 96)).shape == (1, channels, 64 // stride, 96 // stride)
-
-
-def test_other_backbones_of_transformers_work() -> None:
-    options = {"num_channels": 3, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]}
-    backbone = Backbone(BackboneConfig(name="convnext", options=options), 16)
-    assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 4, 4)
-    with pytest.raises(ValueError, match="knows no model type 'resnext'"):
-        Backbone(BackboneConfig(name="resnext"), 16)
-
-
-def test_frozen_batch_norm_is_batch_norm_in_evaluation() -> None:
-    norm = nn.BatchNorm2d(5)
-    for tensor in (norm.weight, norm.bias, norm.running_mean):
-        nn.init.normal_(tensor)  # type: ignore[arg-type]
-    nn.init.uniform_(norm.running_var, 0.5, 2.0)  # type: ignore[arg-type]
-    x = torch.randn(2, 5, 3, 4)
-    frozen = FrozenBatchNorm(norm)
-    torch.testing.assert_close(frozen(x), norm.eval()(x))
-    assert not list(frozen.parameters())
-
-
-def test_frozen_stages_have_no_gradient() -> None:
-    options = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    body = Backbone(BackboneConfig(options=options, frozen_norm=True, frozen_stages=2), 8).body
-    trained = {name for name, p in body.named_parameters() if p.requires_grad}
-    assert trained
-    assert all(name.startswith("encoder.stages.1.") for name in trained)

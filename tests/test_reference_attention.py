@@ -10,7 +10,15 @@ import pytest
 import torch
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from smca.reference.attention import gaussian_weight_map, precision_from_scale, smca_attention, smca_attention_vjp
+from smca.reference.attention import (
+    Level,
+    gaussian_weight_map,
+    multi_scale_smca_attention,
+    multi_scale_smca_attention_vjp,
+    precision_from_scale,
+    smca_attention,
+    smca_attention_vjp,
+)
 from smca.reference.layers import dot_product_attention
 
 SIZE = (3, 4)
@@ -240,6 +248,15 @@ def test_runs_on_foreign_arrays_through_numpys_protocols() -> None:
     for got, want in zip(gradients, smca_attention_vjp(grad_out, *arrays, SIZE, mask), strict=True):
         assert isinstance(got, OnlyProtocols)
         np.testing.assert_array_equal(got.inner, want)
+    weights = np.full((2, 4, 2), 0.5)
+    own, foreign_levels = Level(*arrays[1:], SIZE, mask), [Level(*foreign[1:], SIZE, foreign_mask)] * 2
+    foreign_weights: Any = OnlyProtocols(weights)
+    mixed: Any = multi_scale_smca_attention(foreign[0], foreign_levels, foreign_weights)
+    np.testing.assert_array_equal(mixed.inner, multi_scale_smca_attention(arrays[0], [own, own], weights))
+    dweights: Any = multi_scale_smca_attention_vjp(foreign_grad, foreign[0], foreign_levels, foreign_weights)[2]
+    np.testing.assert_array_equal(
+        dweights.inner, multi_scale_smca_attention_vjp(grad_out, arrays[0], [own, own], weights)[2]
+    )
     g: Any = gaussian_weight_map(foreign[3], foreign[4], 2.0, SIZE)
     assert isinstance(g, OnlyProtocols)
     assert isinstance(precision_from_scale(foreign[4], 2.0), OnlyProtocols)

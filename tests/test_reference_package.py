@@ -52,7 +52,7 @@ def test_worked_examples(module: str) -> None:
 
 
 def test_every_numeric_module_has_worked_examples() -> None:
-    for module in ("attention", "boxes", "matching", "losses", "layers", "position", "model"):
+    for module in ("gaussian", "attention", "boxes", "matching", "losses", "layers", "position", "encoder"):
         assert doctest.testmod(importlib.import_module(f"smca.reference.{module}")).attempted > 0, module
 
 

@@ -238,13 +238,34 @@ def test_published_presets_stay_as_published() -> None:
         run = PRESETS[name]()
         assert run.model.cross_attention == attention
         assert (run.model.num_queries, run.model.encoder_layers, run.model.decoder_layers) == (300, 6, 6)
-        assert (run.model.hidden_dim, run.model.num_heads, run.model.stride) == (256, 8, 32)
+        assert (run.model.hidden_dim, run.model.num_heads, run.model.strides) == (256, 8, (32,))
         assert (run.optim.lr, run.optim.backbone_lr, run.optim.weight_decay) == (1e-4, 1e-5, 1e-4)
         assert (run.epochs, run.optim.drop_epoch, run.optim.clip_norm) == (50, 40, 0.1)
         assert not (run.model.pre_norm)
         assert not (run.model.box_refinement)
         assert run.model.query_init != "grid"
-        assert 2 * (run.model.prior_sigma_px / run.model.stride) ** 2 == 8.0, "β = 8 cells² at stride 32"
+        assert 2 * (run.model.prior_sigma_px / run.model.strides[0]) ** 2 == 8.0, "β = 8 cells² at stride 32"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "macs"),
+    [("smca_r50", 41.76, 83.98), ("smca_r50_multiscale", 41.40, 145.76), ("smca_r101_multiscale", 60.34, 209.21)],
+)
+def test_a_dry_run_says_how_large_the_model_is(
+    name: str,
+    parameters: float,
+    macs: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train.main([name, "--dry-run"])
+    out = capsys.readouterr().out
+    (total,) = [line for line in out.splitlines() if line.startswith("all")]
+    assert float(total.split()[1]) == pytest.approx(parameters, abs=0.01)
+    assert float(total.split()[5]) == pytest.approx(macs, abs=0.01)
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +280,13 @@ def test_published_presets_stay_as_published() -> None:
             ["train", "demo", "--model.cross-attention", "dense", "--model.prior-scale", "fixed"],
             "model.prior_scale must be left at its default",
         ),
-        (["train", "demo", "--model.stride", "5"], "has no stage of stride 5; it offers stage1: 4, stage2: 8"),
+        (["train", "demo", "--model.strides", "5"], "has no stage of stride 5; it offers stage1: 4, stage2: 8"),
+        (["train", "demo", "--model.strides", "8", "4"], "model.strides must be at least one stride, from the finest"),
+        (
+            ["train", "demo", "--model.no-scale-selection"],
+            "model.scale_selection must be left at its default with a single",
+        ),
+        (["train", "smca_r50_multiscale_conv", "--model.cross-level-blocks", "2"], 'must be empty with encoder="conv"'),
         (["train", "demo", "--device", "cuda"], "torch sees no CUDA GPU"),
         (["evaluate", "/nowhere/model"], "neither a folder nor a reachable repository"),
     ],

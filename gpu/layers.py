@@ -1,0 +1,105 @@
+"""The parts of which encoder and decoder are made.
+
+Shape letters: B images, h heads, d channels a head, C = h·d; one level's map has size (H, W) and L = H·W cells, row-major;
+tokens of several levels stand one level after the other, ΣL in all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from smca.gpu.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of one feature level."""
+
+    size: tuple[int, int]
+    """(H, W) of the map."""
+    valid_cells: Tensor
+    """[B, 2] (h, w) of the unpadded images in cells; fractional where they are no multiple of the stride."""
+    key_padding_mask: Tensor | None
+    """[B, L] bool, True = the cell holds no pixel of the image; None = no cell of the batch is padding."""
+
+    @property
+    def cells(self) -> int:
+        """L."""
+        return self.size[0] * self.size[1]
+
+
+def split_levels(tokens: Tensor, grids: Sequence[Grid], dim: int = 1) -> tuple[Tensor, ...]:
+    """Tokens of all levels along `dim` → views of each level's."""
+    return torch.split(tokens, [grid.cells for grid in grids], dim=dim)
+
+
+def joint_padding_mask(grids: Sequence[Grid]) -> Tensor | None:
+    """The levels' padding masks one after the other: [B, ΣL] bool, or None."""
+    masks = [grid.key_padding_mask for grid in grids if grid.key_padding_mask is not None]
+    return torch.cat(masks, dim=1) if masks else None
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, n, h·a] → [B, h, n, a]."""
+    return x.reshape(*x.shape[:-1], num_heads, -1).transpose(1, 2)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ/√d)·v without the padded keys: q [B, h, N, d], k and v [B, h, L, d], mask [B, L] → [B, h, N, d]."""
+    keep = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., widths[0]] → [..., widths[-1]]."""
+        for layer in self.layers[:-1]:
+            x = functional.relu(layer(x))
+        return cast(Tensor, self.last(x))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The output layer."""
+        return cast(nn.Linear, self.layers[-1])
+
+
+class Attention(nn.Module):
+    """The projections around an attention kernel."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        dim = config.hidden_dim
+        self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """query [B, N, C], key and value [B, L, C] → q [B, h, N, d], k and v [B, h, L, d]."""
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+
+    def merge(self, out: Tensor) -> Tensor:
+        """What each head found, [B, h, N, d] → [B, N, C]."""
+        return cast(Tensor, self.out_proj(out.transpose(1, 2).flatten(2)))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Plain attention: query [B, N, C], key and value [B, L, C], mask [B, L] True = padded → [B, N, C]."""
+        return self.merge(plain_attention(*self.project(query, key, value), key_padding_mask))
+
+
+def feed_forward(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Module) -> Tensor:
+    """linear2(relu(linear1(x))) with dropout after each: [..., C] → [..., C]."""
+    return cast(Tensor, dropout(linear2(dropout(functional.relu(linear1(x))))))

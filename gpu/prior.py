@@ -1,0 +1,73 @@
+"""From a query's state to its Gaussians: one a head and level (docs/method.md §1, §3, §4).
+
+Shape letters: B images, N queries, h heads, C channels, J levels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from smca.gpu.config import ModelConfig
+from smca.gpu.layers import Grid
+
+_AXES = {"fixed": 0, "single": 1, "independent": 2}
+"""Scales that the head predicts for each Gaussian."""
+
+
+class Prior(nn.Module):
+    """Offset of the centre and precision, for each head and level."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.gaussians = 1 if config.prior_heads == "shared" else config.num_heads
+        # λ at r = 1 on each level, in its cells⁻²: 2/β. The same width in pixels on all of them.
+        self.unit_precision = [(stride / config.prior_sigma_px) ** 2 for stride in config.strides]
+        outputs = self.gaussians * len(config.strides)
+        self.offset_head = nn.Linear(config.hidden_dim, outputs * 2)
+        axes = _AXES[config.prior_scale]
+        self.scale_head = nn.Linear(config.hidden_dim, outputs * axes) if axes else None
+
+    def reset_parameters(self) -> None:
+        """Start the heads as broad Gaussians (r = 1) on a ring of radius 1σ around the reference centre, whatever the query.
+
+        Values carry no position, so it is the difference between heads that look to different sides which tells a query
+        where in its neighbourhood the object lies; with all heads on the same spot that has to be learned first. (Heads that
+        share one Gaussian have no choice: it starts on the centre.)
+        """
+        nn.init.zeros_(self.offset_head.weight)
+        nn.init.zeros_(self.offset_head.bias)
+        if self.gaussians > 1:
+            angle = torch.arange(self.gaussians) * (2 * math.pi / self.gaussians)
+            sigma = torch.tensor(self.unit_precision)[:, None] ** -0.5
+            ring = torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None] * sigma
+            with torch.no_grad():
+                self.offset_head.bias.copy_(ring.flatten())  # [h, J, 2] in cells
+        if self.scale_head is not None:
+            nn.init.zeros_(self.scale_head.weight)
+            nn.init.ones_(self.scale_head.bias)
+
+    def forward(self, state: Tensor, reference_xy: Tensor, grids: Sequence[Grid]) -> list[tuple[Tensor, Tensor]]:
+        """O [B, N, C] and reference centres [B, N, 2] in 0–1 of the unpadded image → for each level centre (its cells) and
+        precision (its cells⁻²), each [B, h, N, 2]."""
+        # [B, h or 1, N, J, 2]; in the centres' precision, which under autocast is more than the network's.
+        offsets = self._by_level(self.offset_head(state)).to(reference_xy.dtype)
+        # r is the inverse scale 1/s: at 0 attention is plain.
+        r = None if self.scale_head is None else self._by_level(self.scale_head(state)).to(reference_xy.dtype)
+        priors = []
+        for level, grid in enumerate(grids):
+            center = (reference_xy * grid.valid_cells.flip(-1)[:, None])[:, None] + offsets[..., level, :]
+            unit = self.unit_precision[level]
+            precision = torch.full_like(center, unit) if r is None else unit * r[..., level, :].square()
+            shape = (len(state), self.num_heads, state.shape[1], 2)
+            priors.append((center.expand(shape), precision.expand(shape)))
+        return priors
+
+    def _by_level(self, x: Tensor) -> Tensor:
+        """[B, N, g·J·a] → [B, g, N, J, a]."""
+        levels = len(self.unit_precision)
+        return x.reshape(*x.shape[:2], self.gaussians, levels, -1).transpose(1, 2)
