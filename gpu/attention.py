@@ -30,7 +30,7 @@ _PADDED_LOGIT = -1e30
 """Logit that the lifted form gives padded keys: exp underflows to exactly 0 beside any real logit, while 0·(−1e30) stays 0
 (−inf would turn it into NaN). Representable in bfloat16, float32 and float64."""
 
-_LIFTED_LOGIT_LIMIT = 512.0
+LIFTED_LOGIT_LIMIT = 512.0
 """Largest λ·(extent/2)² at which ``auto`` still takes the lifted form in float32. There x²·λ cancels against x·λ·c, which
 costs about unit roundoff × that product: 512 × 6e-8 = 3e-5 in a logit, no more than the rounding of q·k in common use."""
 
@@ -134,7 +134,7 @@ def _choose_backend(q: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> s
         return "eager"
     if q.device.type == "cpu":  # reading one number is free here; on a GPU it would wait for the device
         reach = precision_xy.detach().amax().item() * (max(size) / 2) ** 2 if precision_xy.numel() else 0.0
-        return "lifted" if reach <= _LIFTED_LOGIT_LIMIT else "eager"
+        return "lifted" if reach <= LIFTED_LOGIT_LIMIT else "eager"
     return "lifted"
 
 
@@ -165,7 +165,8 @@ def _eager(
     if key_padding_mask is not None:
         padded = key_padding_mask[:, None, :, None]
         k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)  # 0 · NaN would leak through A·V
-    logits = (q @ k.transpose(-1, -2)).to(logit_dtype) / q.shape[-1] ** 0.5 + log_g
+    # Scaled before the product: q·k alone leaves the range of float16 at logits of a few thousand.
+    logits = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).to(logit_dtype) + log_g
     if key_padding_mask is not None:
         logits = logits.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
     out: Tensor = logits.softmax(dim=-1).to(v.dtype) @ v

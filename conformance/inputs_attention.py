@@ -1,0 +1,193 @@
+"""Inputs of attention: recipes of a few numbers, drawn by Hypothesis, and the arrays that follow from them.
+
+Bounds, with their reasons: maps of 1 × 1 to 9 × 9 cells, because a wrong index shows on two cells and shrinks to one;
+1 to 3 images and heads, because mixing needs two; widths of 1 to 40 channels, past any power of two that a kernel pads
+to; logits to 1e4, where a softmax without its maximum overflows even in float64; precisions to 1e3, where a Gaussian is
+far narrower than a cell; centres up to one map outside. Every number is drawn from few values: corners come often.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+from smca.conformance.tolerances import round_to
+from smca.reference.attention import Level
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+class AttentionArrays(NamedTuple):
+    """Arguments of smca_attention, and a gradient of its output."""
+
+    q: Array
+    level: Level
+    grad_out: Array
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As smca_attention takes them."""
+        return (self.q, *self.level)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """One map. Arrays are drawn in the order q, k, v, centre, precision, mask, gradient from `seed`."""
+
+    batch: int = 1
+    heads: int = 1
+    queries: int = 1
+    channels: int = 1
+    size: tuple[int, int] = (1, 1)
+    logit: float = 1.0
+    """Largest |q·k|/√d."""
+    precision: float = 0.5
+    """Largest λ, cells⁻²."""
+    centers: str = "inside"
+    """"inside" the map, "outside" by up to a map, or on a "cell" centre."""
+    padding: str = "none"
+    """"none", "some" keys at random, "all but one" key of each image, or the "edge": last rows and columns."""
+    seed: int = 0
+
+    def arrays(self, dtype: str) -> AttentionArrays:
+        """With values that `dtype` represents."""
+        rng = np.random.default_rng(self.seed)
+        b, h, n, d, (rows, columns) = self.batch, self.heads, self.queries, self.channels, self.size
+        keys = rows * columns
+        q, k = rng.normal(size=(b, h, n, d)), rng.normal(size=(b, h, keys, d))
+        v = rng.normal(size=(b, h, keys, d))
+        largest = np.abs(q @ np.swapaxes(k, -1, -2)).max() / d**0.5
+        scale = (self.logit / largest) ** 0.5
+        center = self._centers(rng)
+        precision = rng.uniform(0.2, 1.0, (b, h, n, 2)) * self.precision
+        mask = self._mask(rng)
+        coarse = "float32" if dtype in ("float16", "bfloat16") else dtype
+        level = Level(
+            round_to(k * scale, dtype),
+            round_to(v, dtype),
+            round_to(center, coarse),
+            round_to(precision, coarse),
+            self.size,
+            mask,
+        )
+        return AttentionArrays(round_to(q * scale, dtype), level, round_to(rng.normal(size=q.shape), dtype))
+
+    def _centers(self, rng: np.random.Generator) -> Array:
+        shape, extent = (self.batch, self.heads, self.queries, 2), np.array([self.size[1], self.size[0]])
+        inside = rng.uniform(0, 1, shape) * extent
+        if self.centers == "outside":
+            return (inside * 3) - extent
+        if self.centers == "cell":
+            return np.floor(inside) + 0.5
+        return inside
+
+    def _mask(self, rng: np.random.Generator) -> Mask | None:
+        keys = self.size[0] * self.size[1]
+        if self.padding == "none":
+            return None
+        real = rng.integers(keys, size=self.batch)
+        mask = np.ones((self.batch, keys), dtype=np.bool_)
+        if self.padding == "some":
+            mask = rng.random((self.batch, keys)) < 0.5
+        elif self.padding == "edge":
+            rows = rng.integers(1, self.size[0] + 1, self.batch)[:, None, None]
+            columns = rng.integers(1, self.size[1] + 1, self.batch)[:, None, None]
+            y, x = np.mgrid[: self.size[0], : self.size[1]]
+            return ((y >= rows) | (x >= columns)).reshape(self.batch, keys)
+        mask[np.arange(self.batch), real] = False
+        return mask
+
+    def describe(self) -> str:
+        """Shapes, and the values worth reading."""
+        x = self.arrays("float64")
+        padded = "no mask" if x.level.key_padding_mask is None else f"{int(x.level.key_padding_mask.sum())} padded"
+        return (
+            f"q {x.q.shape}, map {self.size[0]} × {self.size[1]} ({padded}), largest logit {self.logit:g}, "
+            f"center_xy[0,0,0] = {x.level.center_xy[0, 0, 0].round(4).tolist()}, "
+            f"precision_xy[0,0,0] = {x.level.precision_xy[0, 0, 0].round(4).tolist()}"
+        )
+
+
+SIDES = st.one_of(st.sampled_from([1, 2, 3]), st.integers(1, 9))
+LOGITS = st.sampled_from([1.0, 0.0, 10.0, 100.0, 1e4])
+PRECISIONS = st.sampled_from([0.5, 0.0, 0.05, 4.0, 50.0, 1e3])
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def attention_inputs(draw: st.DrawFn, **fixed: Any) -> AttentionInputs:
+    """Inputs of one map; `fixed` pins fields, or gives a strategy in place of the usual one."""
+    usual: dict[str, Any] = {
+        "batch": st.integers(1, 3),
+        "heads": st.integers(1, 3),
+        "queries": st.sampled_from([1, 2, 3, 5, 17]),
+        "channels": st.sampled_from([1, 2, 4, 8, 5, 33, 40]),
+        "size": st.tuples(SIDES, SIDES),
+        "logit": LOGITS,
+        "precision": PRECISIONS,
+        "centers": st.sampled_from(["inside", "outside", "cell"]),
+        "padding": st.sampled_from(["none", "some", "edge", "all but one"]),
+        "seed": SEEDS,
+    }
+    chosen = {**usual, **fixed}
+    return AttentionInputs(
+        **{name: draw(value) if isinstance(value, st.SearchStrategy) else value for name, value in chosen.items()}
+    )
+
+
+class LevelsArrays(NamedTuple):
+    """Arguments of multi_scale_smca_attention, and a gradient of its output."""
+
+    q: Array
+    levels: list[Level]
+    level_weights: Array
+    grad_out: Array
+
+
+@dataclass(frozen=True)
+class LevelsInputs:
+    """Several maps with one q; level j is drawn as `AttentionInputs` with its size and the seed of the whole plus j."""
+
+    first: AttentionInputs = AttentionInputs()
+    sizes: tuple[tuple[int, int], ...] = ((1, 1),)
+    weights: str = "softmax"
+    """"softmax" of random numbers, "any" real numbers, or "one hot"."""
+
+    def arrays(self, dtype: str) -> LevelsArrays:
+        """With values that `dtype` represents."""
+        levels = []
+        q = grad_out = np.zeros(0)
+        for j, size in enumerate(self.sizes):
+            x = replace(self.first, size=size, seed=(self.first.seed + j) % 2**32).arrays(dtype)
+            if j == 0:
+                q, grad_out = x.q, x.grad_out
+            levels.append(x.level)
+        rng = np.random.default_rng(self.first.seed + 1)
+        weights = rng.normal(size=(self.first.batch, self.first.queries, len(self.sizes)))
+        if self.weights == "softmax":
+            weights = np.exp(2 * weights)
+            weights /= weights.sum(-1, keepdims=True)
+        elif self.weights == "one hot":
+            weights = (weights == weights.max(-1, keepdims=True)) * 1.0
+        coarse = "float32" if dtype in ("float16", "bfloat16") else dtype
+        return LevelsArrays(q, levels, round_to(weights, coarse), grad_out)
+
+    def describe(self) -> str:
+        """Shapes, and the values worth reading."""
+        maps = ", ".join(f"{rows} × {columns}" for rows, columns in self.sizes)
+        weights = self.arrays("float64").level_weights[0, 0].round(4).tolist()
+        return f"levels {maps}; level_weights[0,0] = {weights}; as for level 0: {self.first.describe()}"
+
+
+@st.composite
+def levels_inputs(draw: st.DrawFn, **fixed: Any) -> LevelsInputs:
+    """Inputs of one to three maps, whose sizes need not nest."""
+    sizes = tuple(draw(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3)))
+    weights = fixed.pop("weights", st.sampled_from(["softmax", "any", "one hot"]))
+    kind = draw(weights) if isinstance(weights, st.SearchStrategy) else weights
+    return LevelsInputs(draw(attention_inputs(size=sizes[0], **fixed)), sizes, kind)

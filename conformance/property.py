@@ -1,0 +1,162 @@
+"""A property: a sentence about an operation that is true of every correct implementation, and how it is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis.strategies import SearchStrategy
+
+from smca.conformance.tolerances import CONSTANTS, TINY
+
+Array = npt.NDArray[np.float64]
+
+
+class Recipe(Protocol):
+    """A few numbers from which all arrays of an example follow; its repr is Python that makes it again."""
+
+    def describe(self) -> str:
+        """Shapes, and the values worth reading."""
+        ...
+
+
+class Mismatch(AssertionError):
+    """An implementation broke a property; the message is all that is needed to look into it."""
+
+
+@dataclass
+class Worst:
+    """The largest error seen, as a multiple of its bound."""
+
+    ratio: float = -1.0
+    error: float = 0.0
+    bound: float = 0.0
+    what: str = ""
+    recipe: Any = None
+    examples: int = 0
+
+
+@dataclass
+class Judge:
+    """Compares for one property, implementation and dtype, and remembers the worst."""
+
+    property: Property
+    implementation: str
+    dtype: str
+    recipe: Any = None
+    worst: Worst = field(default_factory=Worst)
+
+    def close(self, got: Any, expected: npt.ArrayLike, bound: npt.ArrayLike, what: str) -> None:
+        """Every entry of `got` is within its bound of `expected`.
+
+        Args:
+            got: array-like under test.
+            expected: of the same shape.
+            bound: broadcast to it; first order, in units of the entry, without the operation's constant.
+            what: of the two is compared, in words: "output", "gradient of k".
+        """
+        got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+        if got.shape != expected.shape:
+            raise self.mismatch(f"{what}: got shape {got.shape}, expected {expected.shape}")
+        if not got.size:
+            return
+        limit = np.broadcast_to(np.asarray(bound) * CONSTANTS[self.property.operation][0] + TINY, got.shape)
+        # Equal infinities agree; anything else that isn't finite does not, unless both are NaN (and then neither does).
+        error = np.where(got == expected, 0.0, np.abs(got - expected))
+        error = np.where(np.isnan(error), np.inf, error)
+        ratio = error / limit
+        at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+        if ratio[at] > self.worst.ratio:
+            self.worst = Worst(float(ratio[at]), float(error[at]), float(limit[at]), what, self.recipe, 0)
+        if not ratio[at] <= 1:
+            index = ", ".join(str(int(i)) for i in at)
+            wrong = int((ratio > 1).sum())
+            raise self.mismatch(
+                f"{what}[{index}] = {float(got[at])!r}, expected {float(expected[at])!r}\n"
+                f"    off by {error[at]:.3g}, bound {limit[at]:.3g}; {wrong} of {got.size} entries are over their bounds"
+            )
+
+    def holds(self, condition: bool, message: str) -> None:
+        """Something that is true or false."""
+        if not condition:
+            raise self.mismatch(message)
+
+    def finite(self, got: Any, what: str) -> None:
+        """No NaN and no infinity."""
+        got = np.asarray(got, dtype=np.float64)
+        if not np.isfinite(got).all():
+            index = ", ".join(str(int(i)) for i in np.argwhere(~np.isfinite(got))[0])
+            raise self.mismatch(f"{what}[{index}] = {got[~np.isfinite(got)][0]}, expected a finite number")
+
+    def mismatch(self, finding: str) -> Mismatch:
+        """The error for a finding: what, of whom, for which input, why it must hold, and how to see it again."""
+        prop = self.property
+        return Mismatch(
+            f"{prop.operation}: {prop.sentence}\n"
+            f"    {finding}\n"
+            f"    implementation: {self.implementation}, {self.dtype}\n"
+            f"    input: {self.recipe.describe() if self.recipe is not None else ''}\n"
+            f"    why: {prop.equation}\n"
+            f"    again:\n"
+            f"        from smca.conformance.replay import *\n"
+            f"        replay({prop.name!r}, {self.implementation!r}, {self.dtype!r}, {self.recipe!r})"
+        )
+
+
+@dataclass(frozen=True)
+class Property:
+    """One thing that must be true of an operation."""
+
+    name: str
+    """Short and unique: ``smca_attention.equals_the_oracle``."""
+    sentence: str
+    """In words."""
+    equation: str
+    """Where it comes from, in docs/method.md or the reference, and what it says there."""
+    recipes: SearchStrategy[Any]
+    """What to draw examples from."""
+    check: Callable[[Any, Any, str, Judge], None]
+    """Called with implementation, recipe, dtype and judge; raises Mismatch."""
+    dtypes: tuple[str, ...] | None = None
+    """Those it is meant for; None = all that the implementation has."""
+    needs: tuple[str, ...] = ()
+    """Operations it calls beside its own."""
+    share: float = 1.0
+    """Part of a profile's number of examples: below 1 where one example costs much."""
+
+    @property
+    def operation(self) -> str:
+        """What is tested: the first part of the name."""
+        return self.name.partition(".")[0]
+
+    @property
+    def oracle(self) -> bool:
+        """Whether it compares with the oracle (the others need nothing but the implementation itself)."""
+        return self.name.endswith("equals_the_oracle")
+
+
+Check = Callable[[Any, Any, str, Judge], None]
+
+
+def property_of(
+    name: str,
+    sentence: str,
+    equation: str,
+    recipes: SearchStrategy[Any],
+    *,
+    into: list[Property],
+    dtypes: Sequence[str] | None = None,
+    needs: Sequence[str] = (),
+    share: float = 1.0,
+) -> Callable[[Check], Check]:
+    """Decorator: the function becomes the check of a property, which is appended to `into`."""
+
+    def register(check: Check) -> Check:
+        only = tuple(dtypes) if dtypes else None
+        into.append(Property(name, sentence, equation, recipes, check, only, tuple(needs), share))
+        return check
+
+    return register

@@ -1,0 +1,107 @@
+"""What an implementation under test looks like, and how one is found by name.
+
+An implementation is any object with some of the methods below. Each takes and returns NumPy arrays, has the argument
+order of its namesake in `smca.reference`, and one keyword more, ``dtype``: the arithmetic to use, one of the names that
+the object lists in ``dtypes``. Inputs arrive in float64 but hold only values that this dtype represents (centres and
+precisions: float32, where dtype is a half precision), so converting them loses nothing. What it doesn't have, or has
+as None, is reported as not implemented. ``example_adapter.py`` is a template, docs/conformance.md a guide.
+
+Shape letters: B images, N queries, h heads, d channels a head, J levels, L = H·W keys, M decoder layers, K classes,
+T targets.
+
+    smca_attention(q, k, v, center_xy, precision_xy, size, key_padding_mask, *, dtype) → [B, h, N, d]
+    smca_attention_vjp(grad_out, *the same, dtype) → dq, dk, dv, dcenter_xy, dprecision_xy
+    multi_scale_smca_attention(q, levels, level_weights, *, dtype) → [B, h, N, d]
+    multi_scale_smca_attention_vjp(grad_out, q, levels, level_weights, *, dtype)
+        → dq, a list of (dk, dv, dcenter_xy, dprecision_xy) by level, dlevel_weights
+    match_cost(logits [N, K], boxes [N, 4], labels [T], target_boxes [T, 4], weights, *, dtype) → [N, T]
+    assign(cost [n, m], *, dtype) → rows, cols, each [min(n, m)], as scipy.optimize.linear_sum_assignment
+    generalized_box_iou(boxes1 [n, 4], boxes2 [m, 4], *, dtype) → [n, m], boxes as xyxy
+    set_loss(logits [M, B, N, K], boxes [M, B, N, 4], targets, weights, *, dtype) → {"class/0": …, "loss": …}
+    set_loss_vjp(the same) → gradients of "loss" with respect to logits and boxes
+    forward(params, features, valid_sizes, config, *, dtype) → {"logits": [M, B, N, K], "boxes": [M, B, N, 4]}
+    forward_vjp(grad_logits, grad_boxes, *as forward, dtype) → gradient of every entry of params, by name
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+OPERATIONS = (
+    "smca_attention",
+    "smca_attention_vjp",
+    "multi_scale_smca_attention",
+    "multi_scale_smca_attention_vjp",
+    "match_cost",
+    "assign",
+    "generalized_box_iou",
+    "set_loss",
+    "set_loss_vjp",
+    "forward",
+    "forward_vjp",
+)
+"""All that an implementation may offer."""
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+"""All that `dtypes` may name."""
+
+
+class Unavailable(Exception):
+    """This implementation cannot run on this machine; the message says what is missing and how to get it."""
+
+
+def implemented(implementation: Any, operation: str) -> bool:
+    """Whether the object offers an operation."""
+    return callable(getattr(implementation, operation, None))
+
+
+def dtypes_of(implementation: Any) -> tuple[str, ...]:
+    """The dtypes that the object lists, checked; ("float64",) where it lists none.
+
+    Raises:
+        ValueError: a name that is not in ``DTYPES``.
+    """
+    dtypes = tuple(getattr(implementation, "dtypes", ("float64",)))
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"{name_of(implementation)}.dtypes: expected some of {', '.join(DTYPES)}, got {dtype!r}")
+    return dtypes
+
+
+def name_of(implementation: Any) -> str:
+    """What reports call the object: its `name`, or its class's."""
+    return str(getattr(implementation, "name", type(implementation).__name__))
+
+
+def expanded_up_to(implementation: Any, dtype: str) -> float:
+    """Largest λ·(extent/2)² up to which it forms log G in the expanded form (docs/method.md §6), from x²·λ and x·λ·c apart.
+
+    That form cancels, and so is held to a bound of its own (`tolerances`). An implementation says so by an attribute
+    ``expanded_up_to``, dtype → limit; what it doesn't list is formed from the difference (x − c)², a limit of 0.
+    """
+    limits: dict[str, float] = getattr(implementation, "expanded_up_to", {})
+    return float(limits.get(dtype, 0.0))
+
+
+def load_outside(target: str) -> Any:
+    """The implementation that "package.module:Class" names: the class, called without arguments.
+
+    Raises:
+        ValueError: not of that form, no such module or class, or an object that offers none of ``OPERATIONS``.
+    """
+    module_name, colon, class_name = target.partition(":")
+    if not (module_name and colon and class_name):
+        raise ValueError(f"--implementation: expected package.module:Class, got {target!r}")
+    try:
+        made = getattr(importlib.import_module(module_name), class_name)()
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--implementation {target}: {error}. Install it, or run where it can be imported (PYTHONPATH)."
+        ) from error
+    except AttributeError as error:
+        raise ValueError(f"--implementation {target}: {error}") from error
+    if not any(implemented(made, operation) for operation in OPERATIONS):
+        raise ValueError(f"--implementation {target}: it has none of the operations {', '.join(OPERATIONS)}")
+    dtypes_of(made)
+    return made

@@ -1,0 +1,131 @@
+"""Runs properties against implementations: how many examples, in what order, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+from smca.conformance.property import Judge, Property, Worst
+from smca.conformance.protocol import OPERATIONS, dtypes_of, implemented, name_of
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How thorough a run is."""
+
+    name: str
+    examples: int
+    """Examples of a property, for each implementation and dtype (times the property's own share)."""
+    random: bool
+    """New examples in every run, found failures kept in .hypothesis/; otherwise the same in every run."""
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("quick", 12, random=False),
+        Profile("ci", 100, random=True),
+        Profile("deep", 5000, random=True),
+    )
+}
+"""quick: under a minute, in every CI run. ci: some minutes. deep: hours."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A property to be checked of an implementation in a dtype."""
+
+    property: Property
+    implementation: Any
+    dtype: str
+
+    @property
+    def missing(self) -> str | None:
+        """What the implementation lacks for it; None if nothing."""
+        for operation in (self.property.operation, *self.property.needs):
+            if not implemented(self.implementation, operation):
+                return operation
+        return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case."""
+
+    case: Case
+    status: str
+    """"passed", "failed" or "not implemented"."""
+    message: str
+    """Of the failure, for the smallest example found; else empty."""
+    worst: Worst
+    """The largest error, as a multiple of its bound; its `examples` is how many were tried."""
+    seconds: float
+
+
+def cases(properties: Iterable[Property], implementations: Iterable[Any]) -> Iterator[Case]:
+    """All combinations, implementation by implementation; what is not implemented once, not once a dtype."""
+    everything = sorted(properties, key=lambda prop: OPERATIONS.index(prop.operation))
+    for implementation in implementations:
+        for prop in everything:
+            names = dtypes_of(implementation)
+            wanted = [dtype for dtype in names if prop.dtypes is None or dtype in prop.dtypes]
+            for dtype in wanted if Case(prop, implementation, names[0]).missing is None else wanted[:1]:
+                yield Case(prop, implementation, dtype)
+
+
+def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bool = True) -> Outcome:
+    """Draw examples until one fails or the profile's number is reached.
+
+    Args:
+        case: what to check of whom.
+        profile: how thoroughly.
+        examples: in place of the profile's number.
+        shrink: look for the smallest failing example; False = report the first.
+    """
+    judge = Judge(case.property, name_of(case.implementation), case.dtype)
+    if case.missing is not None:
+        return Outcome(case, "not implemented", "", judge.worst, 0.0)
+    share = case.property.share * float(getattr(case.implementation, "share", 1.0))
+    number = max(1, round((examples or profile.examples) * share))
+    phases = [Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else [])]
+    database = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples") if profile.random else None
+    tried = 0
+
+    @settings(
+        max_examples=number,
+        deadline=None,
+        derandomize=not profile.random,
+        database=database,
+        phases=phases,
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(recipe=case.property.recipes)
+    def check(recipe: Any) -> None:
+        nonlocal tried
+        tried += 1
+        judge.recipe = recipe
+        try:
+            case.property.check(case.implementation, recipe, case.dtype, judge)
+        except (AssertionError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if type(error).__module__.startswith("hypothesis"):
+                raise  # Hypothesis's own way to reject an example
+            raise judge.mismatch(f"it raised {type(error).__name__}: {error}") from error
+
+    begun = time.perf_counter()
+    try:
+        check()
+    except AssertionError as error:
+        judge.worst.examples = tried
+        return Outcome(case, "failed", str(error), judge.worst, time.perf_counter() - begun)
+    judge.worst.examples = tried
+    return Outcome(case, "passed", "", judge.worst, time.perf_counter() - begun)
