@@ -14,9 +14,8 @@ from torch import Tensor
 
 from smca.conformance.protocol import Unavailable
 from smca.datasets import Targets
-from smca.gpu import attention, boxes, matcher
+from smca.gpu import attention, boxes, criterion, matcher
 from smca.gpu.config import LossConfig, ModelConfig
-from smca.gpu.criterion import SetCriterion
 from smca.gpu.model import SMCADETR
 from smca.reference import attention as reference_attention
 from smca.reference import boxes as reference_boxes
@@ -114,7 +113,9 @@ def _numpy(tensor: Tensor) -> Array:
 
 
 class TorchAttention:
-    """A backend of `smca.gpu.attention`, and the whole model with it."""
+    """A backend of `smca.gpu.attention`."""
+
+    attention: Any = attention
 
     def __init__(self, backend: str, device: str, dtypes: Sequence[str], expanded_up_to: Mapping[str, float]) -> None:
         if device != "cpu" and not torch.cuda.is_available():
@@ -135,7 +136,12 @@ class TorchAttention:
         return None if mask is None else torch.tensor(mask, device=self.device)
 
     def _attend(self, *arguments: Any) -> Tensor:
-        return attention.smca_attention(*arguments, backend=self.backend)
+        out: Tensor = self.attention.smca_attention(*arguments, backend=self.backend)
+        return out
+
+    def _attend_to_levels(self, *arguments: Any) -> Tensor:
+        out: Tensor = self.attention.multi_scale_smca_attention(*arguments, backend=self.backend)
+        return out
 
     def smca_attention(
         self, q: Array, k: Array, v: Array, center_xy: Array, precision_xy: Array, size: Any, mask: Any, *, dtype: str
@@ -171,7 +177,7 @@ class TorchAttention:
     ) -> Array:
         coarse = "float32" if dtype in ("float16", "bfloat16") else dtype
         arguments = self._tensor(q, dtype), self._levels(levels, dtype, False), self._tensor(level_weights, coarse)
-        return _numpy(attention.multi_scale_smca_attention(*arguments, backend=self.backend))
+        return _numpy(self._attend_to_levels(*arguments))
 
     def multi_scale_smca_attention_vjp(
         self, grad_out: Array, q: Array, levels: Sequence[Level], level_weights: Array, *, dtype: str
@@ -179,7 +185,7 @@ class TorchAttention:
         coarse = "float32" if dtype in ("float16", "bfloat16") else dtype
         there = self._levels(levels, dtype, True)
         tensors = self._tensor(q, dtype, True), self._tensor(level_weights, coarse, True)
-        out = attention.multi_scale_smca_attention(tensors[0], there, tensors[1], backend=self.backend)
+        out = self._attend_to_levels(tensors[0], there, tensors[1])
         leaves = [tensors[0], tensors[1], *(x for level in there for x in level[:4])]
         dq, dweights, *rest = map(_numpy, torch.autograd.grad(out, leaves, self._tensor(grad_out, dtype)))
         return dq, [tuple(rest[4 * j : 4 * j + 4]) for j in range(len(levels))], dweights
@@ -232,26 +238,27 @@ def _built(config: str, backend: str) -> SMCADETR:
     return SMCADETR(ModelConfig.from_json(config), attention_backend=backend)
 
 
-class Compiled(TorchModel):
-    """`torch.compile` of attention and of the model from features on."""
+class Compiled(TorchAttention):
+    """`torch.compile` of the module's attention."""
 
-    share = 0.25  # each new shape is compiled: seconds
-    multi_scale_smca_attention = multi_scale_smca_attention_vjp = None  # type: ignore[assignment]
-    forward = forward_vjp = None  # type: ignore[assignment]
+    slow, share = True, 0.08  # each new shape is compiled: seconds
 
     def __init__(self) -> None:
-        super().__init__("auto", "cpu", ("float64", "float32"), AUTO)
+        super().__init__("auto", "cpu", ("float32",), AUTO)
         self.name = "compiled"
-        self._compiled = torch.compile(super()._attend, dynamic=True, fullgraph=True)
-
-    def _attend(self, *arguments: Any) -> Tensor:
-        return self._compiled(*arguments)
+        torch._dynamo.config.recompile_limit = 1000  # past it, what runs is no longer the compiled code
+        compiled: Any = torch.compile(dynamic=True, fullgraph=True)
+        self._attend = compiled(super()._attend)
+        self._attend_to_levels = compiled(super()._attend_to_levels)
 
 
 class Criterion:
     """`smca.gpu.matcher` and `smca.gpu.criterion` with one of the matcher's backends."""
 
     dtypes = ("float64", "float32")
+    boxes: Any = boxes
+    matcher: Any = matcher
+    criterion: Any = criterion
 
     def __init__(self, backend: str, device: str) -> None:
         if device != "cpu" and not torch.cuda.is_available():
@@ -272,11 +279,11 @@ class Criterion:
     ) -> Array:
         targets = self._targets(labels[None], target_boxes[None], np.ones((1, len(labels)), dtype=bool), dtype)
         found = self._tensor(logits, dtype)[None, None], self._tensor(boxes, dtype)[None, None]
-        return _numpy(matcher.match_cost(*found, targets, weights)[0, 0])
+        return _numpy(self.matcher.match_cost(*found, targets, weights)[0, 0])
 
     def generalized_box_iou(self, boxes1: Array, boxes2: Array, *, dtype: str) -> Array:
         one, two = self._tensor(boxes1, dtype), self._tensor(boxes2, dtype)
-        return _numpy(boxes.generalized_box_iou(one[:, None], two[None]))
+        return _numpy(self.boxes.generalized_box_iou(one[:, None], two[None]))
 
     def set_loss(self, logits: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str) -> dict[str, Array]:
         terms, _ = self._loss(logits, boxes, targets, weights, dtype)
@@ -293,8 +300,8 @@ class Criterion:
         leaves = self._tensor(logits, dtype, True), self._tensor(boxes, dtype, True)
         there = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
         loss = LossConfig(class_weight=weights["class"], l1_weight=weights["l1"], giou_weight=weights["giou"])
-        criterion = SetCriterion(loss, matcher_backend=self.backend)
-        return criterion({"logits": leaves[0], "boxes": leaves[1]}, there), leaves
+        module = self.criterion.SetCriterion(loss, matcher_backend=self.backend)
+        return module({"logits": leaves[0], "boxes": leaves[1]}, there), leaves
 
 
 class SciPyAssignment:
@@ -317,7 +324,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
     "oracle-cupy": OracleOnCuPy,
     "eager": lambda: TorchModel("eager", "cpu", ALL, {}),
     "lifted": lambda: TorchModel("lifted", "cpu", tuple(LIFTED), LIFTED),
-    "auto": lambda: TorchModel("auto", "cpu", ALL, AUTO),
+    "auto": lambda: TorchAttention("auto", "cpu", ALL, AUTO),
     "compiled": Compiled,
     "eager-cuda": lambda: TorchModel("eager", "cuda", ALL, {}),
     "lifted-cuda": lambda: TorchModel("lifted", "cuda", tuple(LIFTED), LIFTED),

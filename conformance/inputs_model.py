@@ -100,6 +100,34 @@ class ModelInputs:
         return f"{changed}; strides {config.strides}; images {self.sizes}; all parameters and features random"
 
 
+LEVELS = ("strides", (4, 8, 16))
+PADDED = ((37, 61), (64, 24), (8, 8))
+ODD = ((33, 47), (17, 47))
+"""Not multiples of any stride: maps of 9 × 12, 5 × 6 and 3 × 3 cells, which do not nest."""
+
+CONFIGURATIONS: list[ModelInputs] = [
+    ModelInputs(tuple(options), sizes, seed)
+    for seed, (options, sizes) in enumerate(
+        [
+            ([], PADDED),
+            ([("pre_norm", True), ("query_init", "grid"), ("box_refinement", True), ("prior_scale", "single")], ODD),
+            ([("encoder_layers", 2), ("decoder_layers", 3), ("prior_scale", "fixed"), ("num_queries", 1)], ODD),
+            ([("cross_attention", "dense"), ("encoder_layers", 2)], PADDED),
+            ([LEVELS, ("encoder_layers", 3), ("cross_level_blocks", (1,))], ODD),
+            ([LEVELS, ("encoder_layers", 2), ("cross_level_blocks", (0, 1)), ("cross_attention", "dense")], PADDED),
+            ([LEVELS, ("cross_attention", "dense"), ("scale_selection", False), ("pre_norm", True)], ODD),
+            ([LEVELS, ("encoder", "conv"), ("encoder_layers", 2)], ODD),
+            ([LEVELS, ("encoder", "conv"), ("pre_norm", True), ("query_init", "grid"), ("box_refinement", True)], PADDED),
+            ([LEVELS, ("prior_heads", "shared"), ("prior_scale", "single"), ("cross_level_blocks", (0,))], PADDED),
+            ([("strides", (4, 8, 16, 32)), ("pre_norm", True), ("box_refinement", True)], ODD),
+            ([("strides", (8, 16)), ("encoder", "conv"), ("prior_heads", "shared")], ((5, 5),)),
+            ([("num_heads", 1), ("encoder", "conv"), ("encoder_layers", 0), ("decoder_layers", 1)], ((70, 7),)),
+        ]
+    )
+]
+"""Every option and every pair that could hide one another, with padding and with sizes that do not nest."""
+
+
 @st.composite
 def model_inputs(draw: st.DrawFn, **fixed: Any) -> ModelInputs:
     """Any configuration of the method, its options and its ablations; `fixed` pins fields of it."""

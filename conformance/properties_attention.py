@@ -293,6 +293,26 @@ def output_inside_the_hull(impl: Any, recipe: AttentionInputs, dtype: str, judge
 
 
 @property_of(
+    "smca_attention.large_logits", "logits of 10⁴ neither overflow nor lose the output", "method.md §2: softmax does not "
+    "see a constant, so no exponential need exceed 1; nor q·k the range of its dtype, if it is divided by √d in time",
+    attention_inputs(logit=1e4, channels=st.sampled_from([40, 8, 64])), into=PROPERTIES,
+)  # fmt: skip
+def large_logits(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    judge.close(forward(impl, x, dtype), oracle.smca_attention(*x.arguments), bounds(impl, x, dtype).out, "output")
+
+
+@property_of(
+    "smca_attention.far_centers", "a centre far outside the map still tells its keys apart: log G is as exact as in its "
+    "middle", "method.md §6: in half precision the logit must be formed from (x − c) directly, in float32",
+    attention_inputs(logit=0.0, centers="outside", precision=st.sampled_from([4.0, 50.0, 0.5])), into=PROPERTIES,
+)  # fmt: skip
+def far_centers(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    judge.close(forward(impl, x, dtype), oracle.smca_attention(*x.arguments), bounds(impl, x, dtype).out, "output")
+
+
+@property_of(
     "smca_attention.infinite_precision_picks_the_nearest_key", "a precision without bounds picks the value of the nearest key",
     "method.md §2: as λ → ∞, log G of every key but the nearest falls behind without bounds", attention_inputs(
         logit=st.sampled_from([0.0, 1.0, 10.0]), precision=1e3, centers="cell",

@@ -175,7 +175,7 @@ def total_bound(matrix: Array, dtype: str) -> float:
 
 @property_of(
     "assign.equals_the_oracle", "the total cost is the optimum (SciPy's; equal costs may be assigned otherwise)",
-    ASSIGNED, cost_inputs(), into=PROPERTIES,
+    ASSIGNED, cost_inputs(), into=PROPERTIES, share=4,
 )  # fmt: skip
 def assignment_is_optimal(impl: Any, recipe: CostInputs, dtype: str, judge: Judge) -> None:
     matrix = recipe.array(dtype)

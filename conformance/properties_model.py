@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from smca.conformance.inputs_model import ModelArrays, ModelInputs, model_inputs
+from smca.conformance.inputs_model import CONFIGURATIONS, ModelArrays, ModelInputs, model_inputs
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF
 from smca.reference import model as oracle
@@ -60,7 +60,7 @@ def compare(
 
 @property_of(
     "forward.equals_the_oracle", "logits and boxes of every layer equal the oracle's", MODEL, model_inputs(),
-    into=PROPERTIES, dtypes=WHOLE,
+    into=PROPERTIES, dtypes=WHOLE, share=0.5, always=CONFIGURATIONS,
 )  # fmt: skip
 def model_equals_the_oracle(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
@@ -69,7 +69,7 @@ def model_equals_the_oracle(impl: Any, recipe: ModelInputs, dtype: str, judge: J
 
 @property_of(
     "forward.padding_changes_nothing", "an image beside a larger one, with NaN in its padded cells, gives what it gives "
-    "alone", PADDED, model_inputs(), into=PROPERTIES, dtypes=WHOLE,
+    "alone", PADDED, model_inputs(), into=PROPERTIES, dtypes=WHOLE, share=0.25,
 )  # fmt: skip
 def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
@@ -93,7 +93,7 @@ def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: J
 
 @property_of(
     "forward.batch_equals_singles", "each image of a batch gives what it gives alone on the same maps", PADDED,
-    model_inputs(), into=PROPERTIES, dtypes=WHOLE,
+    model_inputs(), into=PROPERTIES, dtypes=WHOLE, share=0.25,
 )  # fmt: skip
 def batch_equals_singles(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
@@ -108,7 +108,7 @@ def batch_equals_singles(impl: Any, recipe: ModelInputs, dtype: str, judge: Judg
 @property_of(
     "forward.reordering_queries", "queries reordered, with what is learned for them, reorder the output: they are a set",
     "method.md, first paragraph: learned object queries in a set; nothing in the decoder knows their order", model_inputs(),
-    into=PROPERTIES, dtypes=WHOLE,
+    into=PROPERTIES, dtypes=WHOLE, share=0.25,
 )  # fmt: skip
 def reordering_queries(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
@@ -125,7 +125,7 @@ def reordering_queries(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge)
     "the definition of a derivative (with box refinement the reference point of a layer is held fixed by definition, "
     "docs/deviations.md, so it is left out)", model_inputs(
         box_refinement=False, decoder_layers=st.integers(1, 2), encoder_layers=st.integers(0, 1)),
-    into=PROPERTIES, dtypes=["float64"], share=0.25,
+    into=PROPERTIES, dtypes=["float64"], share=0.1,
 )  # fmt: skip
 def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
@@ -135,8 +135,8 @@ def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judg
     gradients = impl.forward_vjp(*seeds, *x, dtype=dtype)
     judge.holds(sorted(gradients) == sorted(x.params), f"got gradients of {sorted(gradients)}, expected {sorted(x.params)}")
     size = float(sum(np.abs(seed * expected[name]).sum() for seed, name in zip(seeds, NAMES, strict=True)))
-    # A dozen parameters an example: differences of all would take seconds, and other examples draw the others.
-    for name in rng.permutation(sorted(x.params))[:12].tolist():
+    # Six parameters an example: differences of all would take seconds, and other examples draw the others.
+    for name in rng.permutation(sorted(x.params))[:6].tolist():
         values = x.params[name]
         direction = rng.normal(size=values.shape)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from smca.conformance.property import Judge, Property, Worst
@@ -24,14 +24,16 @@ class Profile:
     """Examples of a property, for each implementation and dtype (times the property's own share)."""
     random: bool
     """New examples in every run, found failures kept in .hypothesis/; otherwise the same in every run."""
+    patient: bool
+    """All properties of slow implementations too; otherwise only their equality with the oracle."""
 
 
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("quick", 12, random=False),
-        Profile("ci", 100, random=True),
-        Profile("deep", 5000, random=True),
+        Profile("quick", 20, random=False, patient=False),
+        Profile("ci", 100, random=True, patient=True),
+        Profile("deep", 5000, random=True, patient=True),
     )
 }
 """quick: under a minute, in every CI run. ci: some minutes. deep: hours."""
@@ -68,11 +70,17 @@ class Outcome:
     seconds: float
 
 
-def cases(properties: Iterable[Property], implementations: Iterable[Any]) -> Iterator[Case]:
-    """All combinations, implementation by implementation; what is not implemented once, not once a dtype."""
+def cases(properties: Iterable[Property], implementations: Iterable[Any], profile: Profile) -> Iterator[Case]:
+    """All combinations, implementation by implementation; what is not implemented once, not once a dtype.
+
+    An implementation that is slow to try (it compiles every new shape, or is interpreted) says so by a true ``slow``.
+    """
     everything = sorted(properties, key=lambda prop: OPERATIONS.index(prop.operation))
     for implementation in implementations:
+        hurried = getattr(implementation, "slow", False) and not profile.patient
         for prop in everything:
+            if hurried and not prop.oracle:
+                continue
             names = dtypes_of(implementation)
             wanted = [dtype for dtype in names if prop.dtypes is None or dtype in prop.dtypes]
             for dtype in wanted if Case(prop, implementation, names[0]).missing is None else wanted[:1]:
@@ -121,6 +129,8 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
                 raise  # Hypothesis's own way to reject an example
             raise judge.mismatch(f"it raised {type(error).__name__}: {error}") from error
 
+    for recipe in case.property.always:
+        check = example(recipe=recipe)(check)
     begun = time.perf_counter()
     try:
         check()

@@ -133,6 +133,8 @@ def _choose_backend(q: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> s
     if q.dtype != torch.float32 or torch.is_autocast_enabled(q.device.type):
         return "eager"
     if q.device.type == "cpu":  # reading one number is free here; on a GPU it would wait for the device
+        if torch.compiler.is_compiling():  # nothing can be read while tracing: take what is exact for any number
+            return "eager"
         reach = precision_xy.detach().amax().item() * (max(size) / 2) ** 2 if precision_xy.numel() else 0.0
         return "lifted" if reach <= LIFTED_LOGIT_LIMIT else "eager"
     return "lifted"

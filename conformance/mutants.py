@@ -1,0 +1,170 @@
+"""Proof that the suite can fail: every bug of `mutant_table` is planted by itself, and a property must go red."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import itertools
+import re
+import sys
+import time
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import smca.gpu
+import smca.reference
+from smca.conformance.implementations import AUTO, LIFTED, Criterion, Oracle, TorchModel
+from smca.conformance.mutant_table import ORACLE, PRODUCTION, Mutant
+from smca.conformance.property import Property
+from smca.conformance.runner import Case, Profile, run
+
+MUTANTS = [*ORACLE, *PRODUCTION]
+
+FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
+REPLACED = {
+    "reference": r"smca\.reference",
+    # Of the production package only what the mutants are in or what uses them: the rest, with its registrations, is shared.
+    "gpu": r"smca\.gpu(?=\.(?:attention|boxes|matcher|criterion)\b)",
+}
+CONCERNS = {
+    "gaussian": ("smca_attention", "smca_attention_vjp", "multi_scale_smca_attention"),
+    "attention": (
+        "smca_attention",
+        "smca_attention_vjp",
+        "multi_scale_smca_attention",
+        "multi_scale_smca_attention_vjp",
+    ),
+    "boxes": ("generalized_box_iou", "match_cost", "set_loss", "set_loss_vjp"),
+    "matching": ("match_cost", "assign", "set_loss"),
+    "matcher": ("match_cost", "set_loss"),
+    "losses": ("set_loss",),
+    "criterion": ("set_loss", "set_loss_vjp"),
+}
+"""Module → the operations that a bug in it can reach; of any other module, the whole model."""
+
+_count = itertools.count()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of a package under another name, one of them changed."""
+
+    def __init__(self, name: str, mutant: Mutant) -> None:
+        self.name, self.mutant = name, mutant
+        self.folder = FOLDERS[f"smca.{mutant.package}"]
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith(f"{self.name}."):
+            return None
+        return importlib.util.spec_from_loader(fullname, _Loader(self))
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, finder: _Finder) -> None:
+        self.finder = finder
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        mutant, stem = self.finder.mutant, module.__name__.rpartition(".")[2]
+        path = self.finder.folder / f"{stem}.py"
+        text = path.read_text(encoding="utf-8")
+        if stem == mutant.module:
+            if text.count(mutant.source) != 1:
+                raise ValueError(
+                    f"mutant {mutant.bug!r}: its source stands {text.count(mutant.source)} times in {path.name}, "
+                    "expected once: bring the table up to date"
+                )
+            text = text.replace(mutant.source, mutant.replacement)
+        text = re.sub(REPLACED[mutant.package], self.finder.name, text)
+        exec(compile(text, f"<{path.name} with the bug: {mutant.bug}>", "exec"), module.__dict__)
+
+
+@contextmanager
+def planted(mutant: Mutant) -> Iterator[list[Any]]:
+    """Implementations with the bug in them."""
+    name = f"_smca_mutant_{next(_count)}"
+    package, finder = types.ModuleType(name), _Finder(name, mutant)
+    package.__path__ = []
+    sys.modules[name] = package
+    sys.meta_path.insert(0, finder)
+    try:
+        if mutant.package == "reference":
+            oracle: Any = Oracle()
+            for module in ("attention", "boxes", "matching", "losses", "model"):
+                setattr(oracle, module, importlib.import_module(f"{name}.{module}"))
+            yield [oracle]
+        else:
+            yield _production(name, mutant)
+    finally:
+        sys.meta_path.remove(finder)
+        for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+            del sys.modules[loaded]
+
+
+def _production(name: str, mutant: Mutant) -> list[Any]:
+    if mutant.module == "attention":
+        backends: list[Any] = [
+            TorchModel("eager", "cpu", ("float64", "float32", "float16"), {}),
+            TorchModel("lifted", "cpu", ("float64", "float32"), LIFTED),
+            TorchModel("auto", "cpu", ("float32",), AUTO),
+        ]
+        changed = importlib.import_module(f"{name}.attention")
+        for backend in backends:
+            backend.attention, backend.forward, backend.forward_vjp = changed, None, None
+        return backends
+    criterion: Any = Criterion("scipy", "cpu")
+    for module in ("boxes", "matcher", "criterion"):
+        setattr(criterion, module, importlib.import_module(f"{name}.{module}"))
+    return [criterion]
+
+
+@dataclass(frozen=True)
+class Death:
+    """What killed a mutant, and when."""
+
+    mutant: Mutant
+    killer: str
+    """Name of the first property that failed; empty if none did: the mutant lives."""
+    examples: int
+    """Tried by that property until it failed."""
+    without_oracle: tuple[str, ...]
+    """Properties that fail and compare with nothing but the implementation itself; looked for only if asked to."""
+    seconds: float
+    message: str
+
+
+def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, thorough: bool = False) -> Death:
+    """Run the properties that a bug there can reach: first equality with the oracle, then the others.
+
+    Args:
+        mutant: what to plant.
+        properties: all there are.
+        profile: how many examples of each.
+        thorough: don't stop at the first that fails; find all that fail without the oracle.
+    """
+    operations = CONCERNS.get(mutant.module, ("forward",))
+    concerned = [prop for prop in properties if prop.operation in operations]
+    concerned.sort(key=lambda prop: not prop.oracle)
+    begun, killer, examples, message, without = time.perf_counter(), "", 0, "", []
+    with planted(mutant) as implementations:
+        for prop in concerned:
+            for implementation in implementations:
+                for dtype in implementation.dtypes:
+                    case = Case(prop, implementation, dtype)
+                    if case.missing or (prop.dtypes and dtype not in prop.dtypes) or prop.name in without:
+                        continue
+                    outcome = run(case, profile, shrink=False)
+                    if outcome.status != "failed":
+                        continue
+                    if not killer:
+                        killer, examples, message = prop.name, outcome.worst.examples, outcome.message
+                    if not thorough:
+                        return Death(mutant, killer, examples, (), time.perf_counter() - begun, message)
+                    if not prop.oracle:
+                        without.append(prop.name)
+    return Death(mutant, killer, examples, tuple(without), time.perf_counter() - begun, message)

@@ -1,0 +1,68 @@
+"""One example again, from the snippet that a failure prints:
+
+    from smca.conformance.replay import *
+    replay("smca_attention.equals_the_oracle", "eager", "float32", AttentionInputs(size=(2, 3), seed=7))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smca.conformance.implementations import IMPLEMENTATIONS
+from smca.conformance.inputs_attention import AttentionInputs, LevelsInputs
+from smca.conformance.inputs_matching import BoxInputs, CostInputs, LossInputs
+from smca.conformance.inputs_model import ModelInputs
+from smca.conformance.property import Judge
+from smca.conformance.protocol import load_outside, name_of
+from smca.conformance.suite import PROPERTIES
+
+__all__ = [
+    "AttentionInputs",
+    "BoxInputs",
+    "CostInputs",
+    "LevelsInputs",
+    "LossInputs",
+    "ModelInputs",
+    "replay",
+]
+
+
+def replay(property_name: str, implementation: Any, dtype: str, recipe: Any) -> Judge:
+    """Check one property of one implementation on one example.
+
+    Args:
+        property_name: as printed, "smca_attention.equals_the_oracle".
+        implementation: one of ours by name, "package.module:Class", or the object itself.
+        dtype: one of the implementation's.
+        recipe: as printed; `recipe.arrays(dtype)` gives its arrays.
+
+    Returns:
+        What was compared; its `worst` holds the largest error as a multiple of the bound.
+
+    Raises:
+        Mismatch: the property does not hold.
+        ValueError: no property or implementation of that name.
+    """
+    found = [prop for prop in PROPERTIES if prop.name == property_name]
+    if not found:
+        raise ValueError(f"no property {property_name!r}; there are {', '.join(prop.name for prop in PROPERTIES)}")
+    made = implementation_of(implementation) if isinstance(implementation, str) else implementation
+    judge = Judge(found[0], name_of(made), dtype, recipe)
+    found[0].check(made, recipe, dtype, judge)
+    return judge
+
+
+def implementation_of(name: str) -> Any:
+    """One of ours by name, or "package.module:Class".
+
+    Raises:
+        ValueError: no such implementation.
+        Unavailable: it cannot run on this machine.
+    """
+    if ":" in name:
+        return load_outside(name)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"no implementation {name!r}: choose one of {', '.join(IMPLEMENTATIONS)}, or name yours as package.module:Class"
+        )
+    return IMPLEMENTATIONS[name]()

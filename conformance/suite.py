@@ -1,0 +1,20 @@
+"""Everything there is to check: the properties of all operations."""
+
+from __future__ import annotations
+
+from smca.conformance import (
+    properties_attention,
+    properties_loss,
+    properties_matching,
+    properties_model,
+    properties_multi_scale,
+)
+from smca.conformance.property import Property
+
+PROPERTIES: list[Property] = [
+    *properties_attention.PROPERTIES,
+    *properties_multi_scale.PROPERTIES,
+    *properties_matching.PROPERTIES,
+    *properties_loss.PROPERTIES,
+    *properties_model.PROPERTIES,
+]
