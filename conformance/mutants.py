@@ -134,7 +134,8 @@ class Death:
     """Tried by that property until it failed."""
     without_oracle: tuple[str, ...]
     """Properties that fail and compare with nothing but the implementation itself; looked for only if asked to."""
-    seconds: float
+    first_seconds: float
+    """From planting it to the first property that failed."""
     message: str
 
 
@@ -150,7 +151,7 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
     operations = CONCERNS.get(mutant.module, ("forward",))
     concerned = [prop for prop in properties if prop.operation in operations]
     concerned.sort(key=lambda prop: not prop.oracle)
-    begun, killer, examples, message, without = time.perf_counter(), "", 0, "", []
+    begun, first, killer, examples, message, without = time.perf_counter(), 0.0, "", 0, "", []
     with planted(mutant) as implementations:
         for prop in concerned:
             for implementation in implementations:
@@ -163,8 +164,9 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
                         continue
                     if not killer:
                         killer, examples, message = prop.name, outcome.worst.examples, outcome.message
+                        first = time.perf_counter() - begun
                     if not thorough:
-                        return Death(mutant, killer, examples, (), time.perf_counter() - begun, message)
+                        return Death(mutant, killer, examples, (), first, message)
                     if not prop.oracle:
                         without.append(prop.name)
-    return Death(mutant, killer, examples, tuple(without), time.perf_counter() - begun, message)
+    return Death(mutant, killer, examples, tuple(without), first, message)

@@ -1,4 +1,4 @@
-"""The ``smca`` command: train, evaluate, predict."""
+"""The ``smca`` command: train, evaluate, predict, benchmark, conformance."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "the COCO metrics of a trained model",
     "predict": "detect objects in images: annotated pictures and COCO results JSON",
     "benchmark": "measure speed and memory on this machine",
+    "conformance": "check implementations of SMCA, ours or yours, against the specification",
 }
 
 
@@ -46,5 +47,13 @@ def main() -> None:
     if argv[0] not in COMMANDS:
         print(f"error: no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
-    module = importlib.import_module(f"smca.gpu.{argv[0]}")
+    # The suite sees all packages and so lives above this one; it is started here only to have one command for everything.
+    package = "smca.conformance.command" if argv[0] == "conformance" else f"smca.gpu.{argv[0]}"
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if argv[0] != "conformance" or error.name not in ("hypothesis", "pytest"):
+            raise
+        print("error: the suite needs Hypothesis: pip install 'smca-detr[conformance]'", file=sys.stderr)
+        raise SystemExit(1) from None
     run(module.main, argv[1:])

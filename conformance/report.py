@@ -1,0 +1,121 @@
+"""Tables for the docs: the worst errors (docs/numerics.md) and what killed the mutants (docs/conformance.md)."""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from smca.conformance.mutants import Death
+from smca.conformance.property import Property
+from smca.conformance.protocol import OPERATIONS
+from smca.conformance.runner import PROFILES, Case, Outcome, cases, run
+from smca.conformance.tolerances import CONSTANTS, UNIT_ROUNDOFF
+
+INTRODUCTION = """# How exact the implementations are
+
+Every implementation computes what the NumPy specification computes, up to rounding. How much rounding is allowed is
+derived from each input (`conformance/tolerances.py`), entry by entry:
+
+    bound = constant · roundings · unit roundoff · condition number of the input
+
+The table shows the worst error seen, as a multiple of that bound: 1 would be a failure. "Error" and "bound" are those of
+the entry with the worst ratio, in units of the output. Where the bound is loose the condition number is at work and not
+a tolerance: an entry that rounding hardly touches is held to its last digits in the same array.
+"""
+
+
+def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Property], examples: int) -> None:
+    """Run the comparisons with the oracle on many examples and write the table.
+
+    Args:
+        path: of the Markdown file.
+        implementations: to compare.
+        properties: those that compare with the oracle are taken from these; where an operation has none (gradients of
+            the loss and of the model), those that compare with differences of the oracle.
+        examples: at least, for each operation, over all implementations and dtypes together.
+    """
+    by_operation: dict[str, list[Case]] = defaultdict(list)
+    for case in cases([prop for prop in properties if _against_oracle(prop)], implementations, PROFILES["deep"]):
+        if case.missing is None:
+            by_operation[case.property.operation].append(case)
+    outcomes: list[Outcome] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=sum(map(len, by_operation.values())))
+        for found in by_operation.values():
+            weights = [case.property.share * float(getattr(case.implementation, "share", 1.0)) for case in found]
+            number = int(np.ceil(examples / sum(weights)))
+            for case in found:
+                progress.update(task, description=f"{case.property.operation} {case.dtype}")
+                outcomes.append(run(case, PROFILES["deep"], examples=number))
+                progress.advance(task)
+    path.write_text("\n".join([INTRODUCTION, *_numerics_lines(outcomes), ""]), encoding="utf-8")
+    print(f"wrote {path}")
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for outcome in failed:
+        print(outcome.message, end="\n\n")
+    if failed:
+        raise SystemExit(1)
+
+
+def _against_oracle(prop: Property) -> bool:
+    return prop.oracle or prop.name in ("set_loss_vjp.agrees_with_central_differences", "forward_vjp.every_parameter")
+
+
+def _numerics_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    lines = [
+        f"Measured {date.today().isoformat()}: Python {platform.python_version()}, NumPy {np.__version__}, PyTorch "
+        f"{torch.__version__}, {platform.machine()}; `smca conformance --report docs/numerics.md`.",
+        "",
+    ]
+    for operation in OPERATIONS:
+        rows = [outcome for outcome in outcomes if outcome.case.property.operation == operation]
+        if not rows:
+            continue
+        constant, reason = CONSTANTS[operation]
+        total = sum(outcome.worst.examples for outcome in rows)
+        lines += [
+            f"## `{operation}`",
+            "",
+            f"{total:,} examples; {rows[0].case.property.sentence}. Constant {constant:g}: {reason}.",
+            "",
+            "| implementation | dtype | examples | worst error / bound | error | bound | of | example |",
+            "|---|---|---:|---:|---:|---:|---|---|",
+        ]
+        for outcome in rows:
+            worst, name = outcome.worst, outcome.case.implementation.name
+            ratio = "**failed**" if outcome.status == "failed" else f"{max(worst.ratio, 0):.3f}"
+            lines.append(
+                f"| {name} | {outcome.case.dtype} | {worst.examples:,} | {ratio} | {worst.error:.1e} | {worst.bound:.1e} "
+                f"| {worst.what.rstrip(', ')} | `{worst.recipe!r}` |"
+            )
+        lines.append("")
+    roundoffs = ", ".join(f"{dtype} {value:.1e}" for dtype, value in UNIT_ROUNDOFF.items())
+    return [*lines, f"Unit roundoffs: {roundoffs}."]
+
+
+def mutants_table(deaths: Sequence[Death]) -> list[str]:
+    """Markdown: a row a mutant, and how many are dead."""
+    lines = [
+        "| bug | where | killed by | after examples | seconds | also without the oracle, by |",
+        "|---|---|---|---:|---:|---|",
+    ]
+    for death in deaths:
+        mutant = death.mutant
+        also = ", ".join(name.partition(".")[2].replace("_", " ") for name in death.without_oracle) or "—"
+        lines.append(
+            f"| {mutant.bug} | {mutant.package}/{mutant.module}.py | {death.killer or '**alive**'} | {death.examples} "
+            f"| {death.first_seconds:.2f} | {also} |"
+        )
+    dead = sum(bool(death.killer) for death in deaths)
+    alone = sum(bool(death.without_oracle) for death in deaths)
+    lines += ["", f"{dead} of {len(deaths)} killed; {alone} of them also by properties that need no oracle."]
+    return lines
