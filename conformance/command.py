@@ -134,7 +134,9 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
         lines.append(f"{start} {passed:6} {failed:6}  {f'{worst:.3g}' if worst >= 0 else 'exact'}{also}")
     examples, seconds = sum(o.worst.examples for o in outcomes), sum(o.seconds for o in outcomes)
     failures = sum(outcome.status == "failed" for outcome in outcomes)
-    lines.append(f"{examples} examples in {seconds:.0f} s; {failures or 'no'} propert{'y' if failures == 1 else 'ies'} failed")
+    lines.append(
+        f"{examples} examples in {seconds:.0f} s; {failures or 'no'} propert{'y' if failures == 1 else 'ies'} failed"
+    )
     return lines
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smca.conformance.protocol import Unavailable
 from smca.datasets import Targets
-from smca.gpu import attention, boxes, criterion, matcher
+from smca.gpu import attention, boxes, criterion, fused_attention, matcher
 from smca.gpu.config import LossConfig, ModelConfig
 from smca.gpu.model import SMCADETR
 from smca.reference import attention as reference_attention
@@ -191,6 +191,18 @@ class TorchAttention:
         return dq, [tuple(rest[4 * j : 4 * j + 4]) for j in range(len(levels))], dweights
 
 
+class Triton(TorchAttention):
+    """The fused kernels: on a GPU, or in Triton's interpreter on the CPU."""
+
+    slow, share = True, 1.0
+
+    def __init__(self, device: str) -> None:
+        super().__init__("triton", device, ("float32", "float16", "bfloat16"), {})
+        missing = fused_attention.available(device)
+        if missing is not None:
+            raise Unavailable(missing)
+
+
 class TorchModel(TorchAttention):
     """A backend that the whole model and the criterion can be run with, besides attention alone."""
 
@@ -270,9 +282,7 @@ class Criterion:
         return torch.tensor(values, dtype=getattr(torch, dtype), device=self.device, requires_grad=grad)
 
     def _targets(self, labels: Array, target_boxes: Array, valid: Array, dtype: str) -> Targets:
-        return Targets(
-            self._tensor(labels, "int64"), self._tensor(target_boxes, dtype), self._tensor(valid, "bool")
-        )
+        return Targets(self._tensor(labels, "int64"), self._tensor(target_boxes, dtype), self._tensor(valid, "bool"))
 
     def match_cost(
         self, logits: Array, boxes: Array, labels: Array, target_boxes: Array, weights: Any, *, dtype: str
@@ -328,6 +338,8 @@ IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
     "compiled": Compiled,
     "eager-cuda": lambda: TorchModel("eager", "cuda", ALL, {}),
     "lifted-cuda": lambda: TorchModel("lifted", "cuda", tuple(LIFTED), LIFTED),
+    "triton": lambda: Triton("cpu"),
+    "triton-cuda": lambda: Triton("cuda"),
     "criterion-scipy": lambda: Criterion("scipy", "cpu"),
     "scipy": SciPyAssignment,
 }

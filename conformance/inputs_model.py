@@ -117,7 +117,10 @@ CONFIGURATIONS: list[ModelInputs] = [
             ([LEVELS, ("encoder_layers", 2), ("cross_level_blocks", (0, 1)), ("cross_attention", "dense")], PADDED),
             ([LEVELS, ("cross_attention", "dense"), ("scale_selection", False), ("pre_norm", True)], ODD),
             ([LEVELS, ("encoder", "conv"), ("encoder_layers", 2)], ODD),
-            ([LEVELS, ("encoder", "conv"), ("pre_norm", True), ("query_init", "grid"), ("box_refinement", True)], PADDED),
+            (
+                [LEVELS, ("encoder", "conv"), ("pre_norm", True), ("query_init", "grid"), ("box_refinement", True)],
+                PADDED,
+            ),
             ([LEVELS, ("prior_heads", "shared"), ("prior_scale", "single"), ("cross_level_blocks", (0,))], PADDED),
             ([("strides", (4, 8, 16, 32)), ("pre_norm", True), ("box_refinement", True)], ODD),
             ([("strides", (8, 16)), ("encoder", "conv"), ("prior_heads", "shared")], ((5, 5),)),

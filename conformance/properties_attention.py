@@ -46,7 +46,9 @@ def poisoned(x: AttentionArrays) -> AttentionArrays:
     if mask is None:
         return x
     padded = mask[:, None, :, None]
-    return x._replace(level=x.level._replace(k=np.where(padded, np.nan, x.level.k), v=np.where(padded, np.inf, x.level.v)))
+    return x._replace(
+        level=x.level._replace(k=np.where(padded, np.nan, x.level.k), v=np.where(padded, np.inf, x.level.v))
+    )
 
 
 def framed(x: AttentionArrays, before: tuple[int, int], after: tuple[int, int]) -> AttentionArrays:
@@ -244,17 +246,35 @@ def _check_order(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge, a
     judge.close(forward(impl, _reordered(x, axis, order), dtype), expected, limit, "output")
 
 
-@property_of("smca_attention.reordering_queries", "reordering queries reorders the output", HEADS, attention_inputs(), into=PROPERTIES)
+@property_of(
+    "smca_attention.reordering_queries",
+    "reordering queries reorders the output",
+    HEADS,
+    attention_inputs(),
+    into=PROPERTIES,
+)
 def reordering_queries(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     _check_order(impl, recipe, dtype, judge, axis=2)
 
 
-@property_of("smca_attention.reordering_heads", "reordering heads reorders the output", HEADS, attention_inputs(), into=PROPERTIES)
+@property_of(
+    "smca_attention.reordering_heads",
+    "reordering heads reorders the output",
+    HEADS,
+    attention_inputs(),
+    into=PROPERTIES,
+)
 def reordering_heads(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     _check_order(impl, recipe, dtype, judge, axis=1)
 
 
-@property_of("smca_attention.reordering_images", "reordering images reorders the output", HEADS, attention_inputs(), into=PROPERTIES)
+@property_of(
+    "smca_attention.reordering_images",
+    "reordering images reorders the output",
+    HEADS,
+    attention_inputs(),
+    into=PROPERTIES,
+)
 def reordering_images(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     _check_order(impl, recipe, dtype, judge, axis=0)
 

@@ -260,5 +260,3 @@ def an_image_alone(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> N
         for name, whole, alone in zip(("logits", "boxes"), both, single, strict=True):
             limit = 16 * u * (np.abs(alone).max(initial=0.0) + 1)
             judge.close(whole[:, one], alone * divisor, limit, f"gradient of {name} of image {b}")
-
-

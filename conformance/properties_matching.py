@@ -58,7 +58,9 @@ def symmetric_and_bounded(impl: Any, recipe: BoxInputs, dtype: str, judge: Judge
     judge.close(giou(impl, two, one, dtype).T, found, 2 * bound, "GIoU(b, a)")
     areas = (one[:, 2:] - one[:, :2]).prod(-1)
     itself = np.diagonal(giou(impl, one, one, dtype))
-    judge.close(itself[areas > 0], np.ones((areas > 0).sum()), np.diagonal(giou_bound(one, one, dtype))[areas > 0], "GIoU(a, a)")
+    judge.close(
+        itself[areas > 0], np.ones((areas > 0).sum()), np.diagonal(giou_bound(one, one, dtype))[areas > 0], "GIoU(a, a)"
+    )
 
 
 @property_of(

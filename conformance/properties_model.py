@@ -88,7 +88,9 @@ def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: J
         beside.append(larger)
     one = x._replace(features=alone, valid_sizes=size)
     limits = {name: 2 * value for name, value in bounds(one, recipe.seed, dtype).items()}
-    compare(forward(impl, x._replace(features=beside, valid_sizes=size), dtype), forward(impl, one, dtype), limits, judge)
+    compare(
+        forward(impl, x._replace(features=beside, valid_sizes=size), dtype), forward(impl, one, dtype), limits, judge
+    )
 
 
 @property_of(
@@ -113,7 +115,9 @@ def batch_equals_singles(impl: Any, recipe: ModelInputs, dtype: str, judge: Judg
 def reordering_queries(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     order = np.random.default_rng(recipe.seed).permutation(x.config.num_queries)
-    params = {n: v[order] if n in ("decoder.query_position", "decoder.query_center") else v for n, v in x.params.items()}
+    params = {
+        n: v[order] if n in ("decoder.query_position", "decoder.query_center") else v for n, v in x.params.items()
+    }
     limits = {name: 2 * value for name, value in bounds(x, recipe.seed, dtype).items()}
     expected = {name: value[:, :, order] for name, value in forward(impl, x, dtype).items()}
     limits = {name: np.broadcast_to(limits[name], expected[name].shape)[:, :, order] for name in NAMES}
@@ -133,7 +137,9 @@ def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judg
     expected = oracle.forward(*x)
     seeds = [rng.normal(size=expected[name].shape) for name in NAMES]
     gradients = impl.forward_vjp(*seeds, *x, dtype=dtype)
-    judge.holds(sorted(gradients) == sorted(x.params), f"got gradients of {sorted(gradients)}, expected {sorted(x.params)}")
+    judge.holds(
+        sorted(gradients) == sorted(x.params), f"got gradients of {sorted(gradients)}, expected {sorted(x.params)}"
+    )
     size = float(sum(np.abs(seed * expected[name]).sum() for seed, name in zip(seeds, NAMES, strict=True)))
     # Six parameters an example: differences of all would take seconds, and other examples draw the others.
     for name in rng.permutation(sorted(x.params))[:6].tolist():
@@ -149,6 +155,6 @@ def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judg
         coarse = (along(2 * step) - along(-2 * step)) / (4 * step)
         # A ReLU that switches within the step bends the function: seen as a disagreement between the two steps.
         limit = abs(coarse - wanted) + 2.0**-53 / step * (size + 1) + 1e-6 * abs(wanted)
-        judge.close((np.asarray(gradients[name]) * direction).sum(), wanted, limit, f"gradient of {name} along a direction, ")
-
-
+        judge.close(
+            (np.asarray(gradients[name]) * direction).sum(), wanted, limit, f"gradient of {name} along a direction, "
+        )

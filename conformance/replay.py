@@ -1,7 +1,7 @@
 """One example again, from the snippet that a failure prints:
 
-    from smca.conformance.replay import *
-    replay("smca_attention.equals_the_oracle", "eager", "float32", AttentionInputs(size=(2, 3), seed=7))
+from smca.conformance.replay import *
+replay("smca_attention.equals_the_oracle", "eager", "float32", AttentionInputs(size=(2, 3), seed=7))
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@
             q̃·k̃ is the modulated logit up to a constant per query, so any fused attention kernel computes SMCA and
             nothing of size N × H·W is ever stored. Key padding is one more channel. (A bias of low rank carried by the
             kernel's own channels: FlashBias, arXiv 2505.12044; a squared distance is exactly of low rank.)
+``triton``  a fused kernel of our own (``fused_attention``) that forms log G from (x − c) in float32 inside, so that half
+            precision keeps it: for CUDA, and for tests in Triton's interpreter. Not yet measured on a GPU, so ``auto``
+            does not choose it.
 
 Shape letters: B images, N queries, h heads, d channels a head, size = (H, W) of the map, L = H·W keys, row-major.
 """
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BACKENDS = ("auto", "eager", "lifted")
+BACKENDS = ("auto", "eager", "lifted", "triton")
 
 _PADDED_LOGIT = -1e30
 """Logit that the lifted form gives padded keys: exp underflows to exactly 0 beside any real logit, while 0·(−1e30) stays 0
@@ -56,21 +59,29 @@ def smca_attention(
         precision_xy: [B, h, N, 2] inverse variance λ of each Gaussian per axis, in cells⁻²; 0 is plain attention.
         size: (H, W) of the map.
         key_padding_mask: [B, H·W] bool, True = padded. At least one key of each image must be unpadded.
-        backend: "eager", "lifted", or "auto" (the fastest that is as exact as "eager" for these inputs).
+        backend: "eager", "lifted", "triton", or "auto" (the fastest that is as exact as "eager" for these inputs, of those
+            that have been measured).
 
     Returns:
         [B, h, N, d]; differentiable in q, k, v, center_xy and precision_xy.
 
     Raises:
-        ValueError: shapes that do not fit each other, or an unknown backend.
+        ValueError: shapes that do not fit each other, an unknown backend, or one that cannot run here.
     """
-    _check(q, k, v, center_xy, precision_xy, size, key_padding_mask)
+    check_shapes(q, k, v, center_xy, precision_xy, size, key_padding_mask)
     if backend == "auto":
         backend = _choose_backend(q, precision_xy, size)
     if backend == "eager":
         return _eager(q, k, v, center_xy, precision_xy, size, key_padding_mask)
     if backend == "lifted":
         return _lifted(q, k, v, center_xy, precision_xy, size, key_padding_mask)
+    if backend == "triton":
+        from smca.gpu import fused_attention  # it imports this module
+
+        missing = None if torch.compiler.is_compiling() else fused_attention.available(q.device)
+        if missing is not None:
+            raise ValueError(f"attention backend 'triton' cannot run here: {missing}")
+        return fused_attention.fused_smca_attention(q, k, v, center_xy, precision_xy, size, key_padding_mask)
     raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
 
 
@@ -211,7 +222,7 @@ def _lifted(
     return out[..., :channels]
 
 
-def _check(
+def check_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -220,6 +231,7 @@ def _check(
     size: tuple[int, int],
     key_padding_mask: Tensor | None,
 ) -> None:
+    """Raise a ValueError that names the argument whose shape does not fit the others; arguments of ``smca_attention``."""
     if q.dim() != 4:
         raise ValueError(f"q must be [B, h, N, d], got shape {tuple(q.shape)}")
     batch, heads, queries, channels = q.shape

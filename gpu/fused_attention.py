@@ -1,0 +1,250 @@
+"""SMCA attention in one fused kernel: the torch op around the Triton kernels of ``fused_kernels`` (docs/method.md §2, §6).
+
+    A = softmax_over_keys( q·kᵀ/√d + log G )        log G = −½·λ_x·(x − c_x)² − ½·λ_y·(y − c_y)²
+
+The kernels compute log G from a key's index, in float32 whatever the dtype of q: the prior costs no memory and no channels,
+and half precision keeps it. Nothing of size N × H·W is stored, forward or backward. Products of float32 inputs are IEEE
+float32, not tf32. There are no atomics: on one machine, gradients agree bit for bit between runs. Second derivatives are
+not implemented. Triton is imported when a kernel is first needed; importing this module needs none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smca.gpu.attention import Level, check_shapes
+
+MAX_HEAD_WIDTH = 128
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_SKIP_MARGIN = 40.0
+"""A block is skipped if its weights are below 2^−(40 + log₂(H·W)) of the largest: float32 resolves 2^−24 of the sum."""
+
+_LEVEL_STEP = 0x1E3779B97F4A7C15
+"""Between the dropout seeds of two levels: large, so that seeds counted up from step to step don't meet another level's."""
+
+_KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
+
+# Of each kernel in turn: (queries a block, keys a block, warps, stages of the loads' pipeline), by the bytes of a row of q
+# (padded width × size of the dtype). Not tuned by measurement: read off the compiler for compute capability 8.0 and 9.0, these
+# spill next to no registers and take under 64 KiB of shared memory. Few queries a block, because a detector has few: 300.
+_CUDA_BLOCKS = {
+    64: ((32, 64, 4, 3), (32, 32, 4, 2), (32, 64, 4, 2)),
+    128: ((32, 64, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
+    256: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    512: ((16, 32, 4, 1), (16, 16, 4, 2), (16, 32, 4, 1)),
+}
+_INTERPRETER_BLOCKS = ((16, 32, 1, 1),) * 3
+
+
+def available(device: torch.device | str) -> str | None:
+    """None if ``fused_smca_attention`` runs on this device, else the reason why not and what to do about it."""
+    device = torch.device(device)
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    kernels = _kernels()
+    if _interpreted(kernels):
+        late = isinstance(kernels.tl.cdiv, kernels.triton.JITFunction)
+        return "TRITON_INTERPRET was set after Triton was imported: set it before Python starts" if late else None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return (
+            "the kernels need a CUDA device; on the CPU set TRITON_INTERPRET=1 before Python starts to run them in "
+            "Triton's interpreter (slow; for tests)"
+        )
+    return None
+
+
+def fused_smca_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    center_xy: Tensor,
+    precision_xy: Tensor,
+    size: tuple[int, int],
+    key_padding_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
+    *,
+    skip: bool = False,
+) -> Tensor:
+    """Attention whose logits carry the log of a Gaussian around each query's centre: equations (4) to (6).
+
+    Args:
+        q: [B, h, N, d] queries, not yet divided by √d; float32, float16 or bfloat16; d from 1 to 128.
+        k, v: [B, h, H·W, d] keys and values, row-major (index = y·W + x), in the dtype of q. (Autocast casts all three.)
+        center_xy: [B, h, N, 2] centre (x, y) in cells, any float dtype (read as float32); the top left cell's is (½, ½).
+        precision_xy: [B, h, N, 2] inverse variance λ per axis in cells⁻², any float dtype; 0 is plain attention.
+        size: (H, W) of the map.
+        key_padding_mask: [B, H·W] bool, True = padded, where k and v may hold NaN. An image that is all padded gets NaN.
+        dropout: probability with which each weight of A is dropped; the others are divided by 1 − dropout.
+        seed: of the dropout, 64 bits: an integer, or an int64 tensor of one element on the device of q (for which
+            ``torch.compile`` never compiles again). What is dropped depends on seed and the indices (bh, n, l) only.
+        skip: pass over blocks of keys too far off to matter (see ``fused_kernels``); not yet measured on a GPU.
+
+    Returns:
+        [B, h, N, d] in the dtype of q; differentiable once in q, k, v, center_xy and precision_xy.
+
+    Raises:
+        ValueError: shapes that do not fit each other; a dtype, head width, dropout or seed out of the above.
+        RuntimeError: the kernels cannot run on this device; the message is that of ``available``.
+    """
+    check_shapes(q, k, v, center_xy, precision_xy, size, key_padding_mask)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (tensor.to(dtype) if tensor.dtype in DTYPES else tensor for tensor in (q, k, v))
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"cast q, k, v to one of {DTYPES}: got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not 1 <= q.shape[-1] <= MAX_HEAD_WIDTH or min(size) < 1:
+        raise ValueError(f"d must be 1 to {MAX_HEAD_WIDTH} (eager: any), H, W ≥ 1, got {q.shape[-1]}, {tuple(size)}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
+    out, _ = torch.ops.smca.fused_attention(
+        *(q, k, v, center_xy.float(), precision_xy.float(), size[1], key_padding_mask),
+        *(dropout, _seed_tensor(seed, q) if dropout > 0.0 else None, skip),
+    )
+    return out.to(q.dtype)  # type: ignore[no-any-return]  # torch.ops is untyped
+
+
+def multi_scale_fused_attention(
+    q: Tensor, levels: Sequence[Level], level_weights: Tensor, dropout: float = 0.0, seed: int | Tensor = 0
+) -> Tensor:
+    """Σ_j α_j · fused SMCA attention over level j (13): arguments as ``attention.multi_scale_smca_attention``, and above.
+
+    One launch a level. A single launch for all is not written, and what it would gain is not measured.
+    """
+    expected = (q.shape[0], q.shape[2], len(levels))
+    if not levels or tuple(level_weights.shape) != expected:
+        raise ValueError(f"level_weights must be [B, N, J] = {expected}, J ≥ 1, got {tuple(level_weights.shape)}")
+    terms = []
+    for j, level in enumerate(levels):
+        step = (j * _LEVEL_STEP + 2**63) % 2**64 - 2**63  # wraps around, as int64 does
+        found = fused_smca_attention(q, *level, dropout, _seed_tensor(seed, q) + step if dropout > 0.0 else 0)
+        terms.append(found * level_weights[:, None, :, j, None].to(found.dtype))
+    return sum(terms[1:], start=terms[0])
+
+
+def _seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:
+    if not isinstance(seed, Tensor):
+        return torch.full((1,), seed, dtype=torch.int64, device=like.device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != like.device:
+        raise ValueError(f"seed must be one int64 on {like.device}, got {seed.dtype} {seed.shape} on {seed.device}")
+    return seed
+
+
+# What both ops take last.
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor center_xy, Tensor precision_xy, int width, Tensor? key_padding_mask, "
+    "float dropout, Tensor? seed, bool skip"
+)
+
+
+@torch.library.custom_op("smca::fused_attention", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Output [B, h, N, d] and LSE [B, h, N] (base 2), both float32: the backward pass needs the output unrounded."""
+    out, lse = _forward_fake(*args)
+    _launch("forward_kernel", args, (out, lse), (out,))
+    return out, lse
+
+
+@_forward.register_fake
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    q: Tensor = args[0]
+    return _room_for(q, torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "smca::fused_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor out, Tensor lse, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, center_xy and precision_xy, equations (7) to (12), shaped and typed as those."""
+    grads: tuple[Tensor, ...] = _backward_fake(grad_out, out, lse, *args)
+    dq, dk, dv, *moments = grads
+    grad_out, delta = _adjacent_channels(grad_out), torch.empty_like(lse)
+    _launch("backward_query_kernel", args, (out, lse, grad_out, delta, dq, *moments), (out, grad_out, dq))
+    _launch("backward_key_kernel", args, (lse, grad_out, delta, dk, dv), (grad_out, dk, dv))  # second: it reads delta
+    return grads
+
+
+@_backward.register_fake
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    q, k, v, center_xy, precision_xy = args[3:8]
+    moments = center_xy.new_empty(center_xy.shape), precision_xy.new_empty(precision_xy.shape)  # contiguous
+    return _room_for(q, q.dtype), _room_for(k, k.dtype), _room_for(v, v.dtype), *moments
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    q, k, v, center_xy, precision_xy, ctx.width, key_padding_mask, ctx.dropout, seed, ctx.skip = inputs
+    ctx.save_for_backward(*output, q, k, v, center_xy, precision_xy, key_padding_mask, seed)
+
+
+def _autograd(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *tensors, key_padding_mask, seed = ctx.saved_tensors
+    rest = (ctx.width, key_padding_mask, ctx.dropout, seed, ctx.skip)
+    grads = torch.ops.smca.fused_attention_backward(grad_out, *tensors, *rest)
+    return (*grads, *(None for _ in rest))
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _launch(name: str, args: tuple[Any, ...], tensors: tuple[Tensor, ...], by_stride: tuple[Tensor, ...]) -> None:
+    """Run one kernel on an op's arguments and on `tensors`; those `by_stride` are laid out by strides over (b, h, row)."""
+    q, k, v, center_xy, precision_xy, width, mask, dropout, seed, skip = args
+    q, k, v = _adjacent_channels(q), _adjacent_channels(k), _adjacent_channels(v)
+    if (reason := available(q.device)) is not None:
+        raise RuntimeError(reason)
+    kernels, (batch, heads, queries, channels), keys = _kernels(), q.shape, k.shape[2]
+    padded = max(16, 1 << (channels - 1).bit_length())
+    interpreted = _interpreted(kernels)
+    by_kernel = _INTERPRETER_BLOCKS if interpreted else _CUDA_BLOCKS[max(64, padded * q.element_size())]
+    # In the interpreter a product of bfloat16 blocks is garbage, silently.
+    dot = torch.float32 if interpreted and q.dtype == torch.bfloat16 else q.dtype
+    block_n, block_l, warps, stages = by_kernel[_KERNELS.index(name)]
+    programs = batch * heads * (-(-keys // block_l) if name == "backward_key_kernel" else -(-queries // block_n))
+    if programs == 0:
+        return  # CUDA takes an empty grid for an error
+
+    norms = None
+    if skip:
+        norms = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)  # [B, h, L]
+        norms = norms if mask is None else norms.masked_fill(mask[:, None], -1e30)  # all padded: skipped
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        getattr(kernels, name)[(programs,)](
+            *(q, k, v, center_xy.contiguous(), precision_xy.contiguous()),
+            *(None if mask is None else mask.contiguous().view(torch.uint8), seed, norms),
+            *tensors,
+            *(tensor.stride()[:3] for tensor in (q, k, v, *by_stride)),
+            *(heads, queries, keys, width, channels**-0.5, dropout, _SKIP_MARGIN + math.log2(keys)),
+            *(channels, padded, block_n, block_l, getattr(kernels.tl, str(dot).removeprefix("torch.")), "ieee"),
+            *(mask is not None, dropout > 0.0, skip),
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+
+def _adjacent_channels(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _room_for(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised, in the layout of `tensor` if its channels are adjacent."""
+    room = torch.empty_like(tensor, dtype=dtype)
+    return room if room.stride(-1) == 1 else room.new_empty(room.shape)
+
+
+def _kernels() -> Any:
+    """The module of kernels, imported here so that a machine without Triton can import this one."""
+    return importlib.import_module("smca.gpu.fused_kernels")
+
+
+def _interpreted(kernels: Any) -> bool:
+    return not isinstance(kernels.forward_kernel, kernels.triton.JITFunction)
