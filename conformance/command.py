@@ -102,7 +102,7 @@ def _check(args: ConformanceArgs, chosen: Sequence[Property]) -> None:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("checking", total=len(everything))
         for case in everything:
-            progress.update(task, description=f"{name_of(case.implementation)} {case.dtype} {case.property.name}")
+            progress.update(task, description=f"{name_of(case.implementation)} {case.dtype} {case.prop.name}")
             outcomes.append(run(case, profile))
             progress.advance(task)
     for outcome in outcomes:
@@ -115,11 +115,12 @@ def _check(args: ConformanceArgs, chosen: Sequence[Property]) -> None:
 
 def summary(outcomes: Sequence[Outcome]) -> list[str]:
     """A line for each implementation, dtype and operation: what passed, what failed, what it lacks."""
-    lines, groups = [], {}
+    lines: list[str] = []
+    groups: dict[tuple[str, str, str], list[Outcome]] = {}
     for outcome in outcomes:
         case = outcome.case
-        missing = not implemented(case.implementation, case.property.operation)
-        key = name_of(case.implementation), "" if missing else case.dtype, case.property.operation
+        missing = not implemented(case.implementation, case.prop.operation)
+        key = name_of(case.implementation), "" if missing else case.dtype, case.prop.operation
         groups.setdefault(key, []).append(outcome)
     lines.append(f"{'implementation':18} {'dtype':9} {'operation':30} {'passed':>6} {'failed':>6}  worst error / bound")
     for (name, dtype, operation), found in groups.items():

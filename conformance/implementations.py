@@ -168,8 +168,9 @@ class TorchAttention:
 
     def _levels(self, levels: Sequence[Level], dtype: str, grad: bool) -> list[attention.Level]:
         return [
-            attention.Level(*self._leaves(level[:4], dtype, grad), level.size, self._mask(level.key_padding_mask))
+            attention.Level(k, v, center, precision, level.size, self._mask(level.key_padding_mask))
             for level in levels
+            for k, v, center, precision in [self._leaves(level[:4], dtype, grad)]
         ]
 
     def multi_scale_smca_attention(
@@ -194,9 +195,11 @@ class TorchAttention:
 class Triton(TorchAttention):
     """The fused kernels: on a GPU, or in Triton's interpreter on the CPU."""
 
-    slow, share = True, 1.0
+    slow, share = True, 0.25
 
     def __init__(self, device: str) -> None:
+        if device == "cpu" and torch.cuda.is_available():
+            raise Unavailable("where there is a GPU the kernels run on it: triton-cuda")
         super().__init__("triton", device, ("float32", "float16", "bfloat16"), {})
         missing = fused_attention.available(device)
         if missing is not None:
@@ -260,8 +263,7 @@ class Compiled(TorchAttention):
         self.name = "compiled"
         torch._dynamo.config.recompile_limit = 1000  # past it, what runs is no longer the compiled code
         compiled: Any = torch.compile(dynamic=True, fullgraph=True)
-        self._attend = compiled(super()._attend)
-        self._attend_to_levels = compiled(super()._attend_to_levels)
+        self._attend, self._attend_to_levels = map(compiled, (super()._attend, super()._attend_to_levels))  # type: ignore[method-assign]
 
 
 class Criterion:

@@ -79,11 +79,11 @@ class AttentionInputs:
 
     def _centers(self, rng: np.random.Generator) -> Array:
         shape, extent = (self.batch, self.heads, self.queries, 2), np.array([self.size[1], self.size[0]])
-        inside = rng.uniform(0, 1, shape) * extent
+        inside: Array = rng.uniform(0, 1, shape) * extent
         if self.centers == "outside":
-            return (inside * 3) - extent
+            return np.asarray(inside * 3 - extent)
         if self.centers == "cell":
-            return np.floor(inside) + 0.5
+            return np.asarray(np.floor(inside) + 0.5)
         return inside
 
     def _mask(self, rng: np.random.Generator) -> Mask | None:
@@ -98,7 +98,7 @@ class AttentionInputs:
             rows = rng.integers(1, self.size[0] + 1, self.batch)[:, None, None]
             columns = rng.integers(1, self.size[1] + 1, self.batch)[:, None, None]
             y, x = np.mgrid[: self.size[0], : self.size[1]]
-            return ((y >= rows) | (x >= columns)).reshape(self.batch, keys)
+            return np.asarray((y >= rows) | (x >= columns)).reshape(self.batch, keys)
         mask[np.arange(self.batch), real] = False
         return mask
 
@@ -120,7 +120,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @st.composite
-def attention_inputs(draw: st.DrawFn, **fixed: Any) -> AttentionInputs:
+def attention_inputs(draw: st.DrawFn, /, **fixed: Any) -> AttentionInputs:
     """Inputs of one map; `fixed` pins fields, or gives a strategy in place of the usual one."""
     usual: dict[str, Any] = {
         "batch": st.integers(1, 3),
@@ -185,7 +185,7 @@ class LevelsInputs:
 
 
 @st.composite
-def levels_inputs(draw: st.DrawFn, **fixed: Any) -> LevelsInputs:
+def levels_inputs(draw: st.DrawFn, /, **fixed: Any) -> LevelsInputs:
     """Inputs of one to three maps, whose sizes need not nest."""
     sizes = tuple(draw(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3)))
     weights = fixed.pop("weights", st.sampled_from(["softmax", "any", "one hot"]))

@@ -8,6 +8,7 @@ logits to 1e4, where a probability is 0 or 1 and its logarithm must not be.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,11 +64,12 @@ class BoxInputs:
     def describe(self) -> str:
         """Shapes, and the values worth reading."""
         one, two = self.arrays("float64")
-        return f"{self.kind}; boxes1 {one.shape}, first {one[0].round(4).tolist()}; boxes2 {two.shape}, first {two[0].round(4).tolist()}"
+        first = ", ".join(f"boxes{i}[0] = {x[0].round(4).tolist()} of {x.shape}" for i, x in ((1, one), (2, two)))
+        return f"{self.kind}; {first}"
 
 
 @st.composite
-def box_inputs(draw: st.DrawFn, **fixed: Any) -> BoxInputs:
+def box_inputs(draw: st.DrawFn, /, **fixed: Any) -> BoxInputs:
     """Two sets of one to five boxes."""
     kinds = st.sampled_from(["random", "same", "apart", "nested", "flat", "large"])
     return BoxInputs(draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(fixed.get("kind", kinds)), draw(SEEDS))
@@ -88,7 +90,7 @@ class CostInputs:
         """[rows, columns]."""
         rng = np.random.default_rng(self.seed)
         shape = (self.rows, self.columns)
-        by_kind = {
+        by_kind: dict[str, Callable[[], npt.NDArray[Any]]] = {
             "random": lambda: rng.normal(size=shape),
             "ties": lambda: rng.integers(0, 3, shape) * 1.0,
             "constant": lambda: np.full(shape, 1.25),
@@ -105,7 +107,7 @@ class CostInputs:
 
 
 @st.composite
-def cost_inputs(draw: st.DrawFn, **fixed: Any) -> CostInputs:
+def cost_inputs(draw: st.DrawFn, /, **fixed: Any) -> CostInputs:
     """Zero to nine rows and columns."""
     kinds = st.sampled_from(["random", "ties", "constant", "wide", "near", "permuted"])
     sides = st.integers(fixed.get("least", 0), 9)
@@ -158,7 +160,7 @@ class LossInputs:
 
 
 @st.composite
-def loss_inputs(draw: st.DrawFn, **fixed: Any) -> LossInputs:
+def loss_inputs(draw: st.DrawFn, /, **fixed: Any) -> LossInputs:
     """One to three layers and images; `fixed` pins fields, or gives a strategy in place of the usual one."""
     usual: dict[str, Any] = {
         "layers": st.integers(1, 3),

@@ -88,7 +88,7 @@ class ModelInputs:
         for name, shape in parameter_shapes(config, [STAGES[stride] for stride in given]).items():
             spread = 0.3 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5
             values = rng.normal(size=shape) * spread
-            if ".norm" in name and name.endswith("weight") or "state_norm.weight" in name:
+            if (".norm" in name and name.endswith("weight")) or "state_norm.weight" in name:
                 values = values + 1.0
             params[name] = round_to(values, dtype)
         return ModelArrays(params, features, valid_sizes, config)
@@ -105,34 +105,33 @@ PADDED = ((37, 61), (64, 24), (8, 8))
 ODD = ((33, 47), (17, 47))
 """Not multiples of any stride: maps of 9 × 12, 5 × 6 and 3 × 3 cells, which do not nest."""
 
-CONFIGURATIONS: list[ModelInputs] = [
-    ModelInputs(tuple(options), sizes, seed)
-    for seed, (options, sizes) in enumerate(
-        [
-            ([], PADDED),
-            ([("pre_norm", True), ("query_init", "grid"), ("box_refinement", True), ("prior_scale", "single")], ODD),
-            ([("encoder_layers", 2), ("decoder_layers", 3), ("prior_scale", "fixed"), ("num_queries", 1)], ODD),
-            ([("cross_attention", "dense"), ("encoder_layers", 2)], PADDED),
-            ([LEVELS, ("encoder_layers", 3), ("cross_level_blocks", (1,))], ODD),
-            ([LEVELS, ("encoder_layers", 2), ("cross_level_blocks", (0, 1)), ("cross_attention", "dense")], PADDED),
-            ([LEVELS, ("cross_attention", "dense"), ("scale_selection", False), ("pre_norm", True)], ODD),
-            ([LEVELS, ("encoder", "conv"), ("encoder_layers", 2)], ODD),
-            (
-                [LEVELS, ("encoder", "conv"), ("pre_norm", True), ("query_init", "grid"), ("box_refinement", True)],
-                PADDED,
-            ),
-            ([LEVELS, ("prior_heads", "shared"), ("prior_scale", "single"), ("cross_level_blocks", (0,))], PADDED),
-            ([("strides", (4, 8, 16, 32)), ("pre_norm", True), ("box_refinement", True)], ODD),
-            ([("strides", (8, 16)), ("encoder", "conv"), ("prior_heads", "shared")], ((5, 5),)),
-            ([("num_heads", 1), ("encoder", "conv"), ("encoder_layers", 0), ("decoder_layers", 1)], ((70, 7),)),
-        ]
-    )
+Options = list[tuple[str, Any]]
+Sizes = tuple[tuple[int, int], ...]
+_LISTED: list[tuple[Options, Sizes]] = [
+    ([], PADDED),
+    ([("pre_norm", True), ("query_init", "grid"), ("box_refinement", True), ("prior_scale", "single")], ODD),
+    ([("encoder_layers", 2), ("decoder_layers", 3), ("prior_scale", "fixed"), ("num_queries", 1)], ODD),
+    ([("cross_attention", "dense"), ("encoder_layers", 2)], PADDED),
+    ([LEVELS, ("encoder_layers", 3), ("cross_level_blocks", (1,))], ODD),
+    ([LEVELS, ("encoder_layers", 2), ("cross_level_blocks", (0, 1)), ("cross_attention", "dense")], PADDED),
+    ([LEVELS, ("cross_attention", "dense"), ("scale_selection", False), ("pre_norm", True)], ODD),
+    ([LEVELS, ("encoder", "conv"), ("encoder_layers", 2)], ODD),
+    (
+        [LEVELS, ("encoder", "conv"), ("pre_norm", True), ("query_init", "grid"), ("box_refinement", True)],
+        PADDED,
+    ),
+    ([LEVELS, ("prior_heads", "shared"), ("prior_scale", "single"), ("cross_level_blocks", (0,))], PADDED),
+    ([("strides", (4, 8, 16, 32)), ("pre_norm", True), ("box_refinement", True)], ODD),
+    ([("strides", (8, 16)), ("encoder", "conv"), ("prior_heads", "shared")], ((5, 5),)),
+    ([("num_heads", 1), ("encoder", "conv"), ("encoder_layers", 0), ("decoder_layers", 1)], ((70, 7),)),
 ]
+
+CONFIGURATIONS = [ModelInputs(tuple(options), sizes, seed) for seed, (options, sizes) in enumerate(_LISTED)]
 """Every option and every pair that could hide one another, with padding and with sizes that do not nest."""
 
 
 @st.composite
-def model_inputs(draw: st.DrawFn, **fixed: Any) -> ModelInputs:
+def model_inputs(draw: st.DrawFn, /, **fixed: Any) -> ModelInputs:
     """Any configuration of the method, its options and its ablations; `fixed` pins fields of it."""
     usual: dict[str, Any] = {
         "strides": st.sampled_from([(8,), (4, 8, 16), (8, 16), (4, 8), (4, 8, 16, 32)]),

@@ -1,4 +1,4 @@
-"""What must be true of smca_attention and of its gradients (docs/method.md §2, §3)."""
+"""What must be true of smca_attention (docs/method.md §2, §3)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ DEFINITION = "method.md §2: A = softmax over keys(QKᵀ/√d + log G), O = A·V
 PADDED = "method.md §2: padded keys get a logit of −∞, so their weight is 0 and nothing they hold is read"
 HEADS = "method.md §3: G_i enters the logits of head i only; queries, heads and images don't see each other"
 CELLS = "method.md, Notation: the cell in column i and row j has its centre at (i + ½, j + ½), index = row·W + column"
-BACKWARD = "reference/attention.py, equations (7) to (12)"
-GRADIENTS = ("dq", "dk", "dv", "dcenter_xy", "dprecision_xy")
 
 
 def bounds(impl: Any, x: AttentionArrays, dtype: str) -> AttentionBounds:
@@ -33,11 +31,6 @@ def bounds(impl: Any, x: AttentionArrays, dtype: str) -> AttentionBounds:
 
 def forward(impl: Any, x: AttentionArrays, dtype: str) -> Array:
     return np.asarray(impl.smca_attention(*x.arguments, dtype=dtype), dtype=np.float64)
-
-
-def backward(impl: Any, x: AttentionArrays, dtype: str) -> tuple[Array, ...]:
-    gradients = impl.smca_attention_vjp(x.grad_out, *x.arguments, dtype=dtype)
-    return tuple(np.asarray(gradient, dtype=np.float64) for gradient in gradients)
 
 
 def poisoned(x: AttentionArrays) -> AttentionArrays:
@@ -94,20 +87,25 @@ def equals_the_oracle(impl: Any, recipe: AttentionInputs, dtype: str, judge: Jud
 
 
 @property_of(
-    "smca_attention.precision_zero_is_plain_attention", "a precision of 0 is exactly plain attention", "method.md §1: r = 0 is exactly DETR's attention",
-    attention_inputs(precision=0.0), into=PROPERTIES,
-)  # fmt: skip
+    "smca_attention.precision_zero_is_plain_attention",
+    "a precision of 0 is exactly plain attention",
+    "method.md §1: r = 0 is exactly DETR's attention",
+    attention_inputs(precision=0.0),
+    into=PROPERTIES,
+)
 def precision_zero_is_plain_attention(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     judge.close(forward(impl, x, dtype), plain_attention(x), bounds(impl, x, dtype).out, "output")
 
 
 @property_of(
-    "smca_attention.equal_keys_leave_the_gaussian", "where all keys are alike, the weights are the paper's Gaussian map", "method.md §1: "
+    "smca_attention.equal_keys_leave_the_gaussian",
+    "where all keys are alike, the weights are the paper's Gaussian map",
+    "method.md §1: "
     "G(x, y) = exp(−(x − c_x)²/(β·s_x²) − (y − c_y)²/(β·s_y²)) with λ = 2/(β·s²), normalised over the keys",
     attention_inputs(logit=st.sampled_from([0.0, 10.0]), precision=st.sampled_from([0.05, 0.5, 4.0]), centers="inside"),
     into=PROPERTIES,
-)  # fmt: skip
+)
 def equal_keys_leave_the_gaussian(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     x = x._replace(level=x.level._replace(k=np.broadcast_to(x.level.k[:, :, :1], x.level.k.shape).copy()))
@@ -122,9 +120,12 @@ def equal_keys_leave_the_gaussian(impl: Any, recipe: AttentionInputs, dtype: str
 
 
 @property_of(
-    "smca_attention.padded_keys_are_never_read", "what padded keys hold changes nothing, NaN and inf included", PADDED,
-    attention_inputs(padding=st.sampled_from(["some", "edge", "all but one"])), into=PROPERTIES,
-)  # fmt: skip
+    "smca_attention.padded_keys_are_never_read",
+    "what padded keys hold changes nothing, NaN and inf included",
+    PADDED,
+    attention_inputs(padding=st.sampled_from(["some", "edge", "all but one"])),
+    into=PROPERTIES,
+)
 def padded_keys_are_never_read(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     judge.close(forward(impl, poisoned(x), dtype), forward(impl, x, dtype), bounds(impl, x, dtype).out, "output")
@@ -134,9 +135,12 @@ FRAMES = st.tuples(st.integers(0, 2), st.integers(0, 2))
 
 
 @property_of(
-    "smca_attention.padding_a_map_changes_nothing", "more padded rows and columns behind the map change nothing", PADDED, attention_inputs(),
+    "smca_attention.padding_a_map_changes_nothing",
+    "more padded rows and columns behind the map change nothing",
+    PADDED,
+    attention_inputs(),
     into=PROPERTIES,
-)  # fmt: skip
+)
 def padding_a_map_changes_nothing(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     larger = framed(x, (0, 0), (1 + recipe.seed % 2, 2))
@@ -145,9 +149,12 @@ def padding_a_map_changes_nothing(impl: Any, recipe: AttentionInputs, dtype: str
 
 
 @property_of(
-    "smca_attention.shifting_grid_and_centers_changes_nothing", "shifting grid and centres together changes nothing", CELLS,
-    attention_inputs(), into=PROPERTIES,
-)  # fmt: skip
+    "smca_attention.shifting_grid_and_centers_changes_nothing",
+    "shifting grid and centres together changes nothing",
+    CELLS,
+    attention_inputs(),
+    into=PROPERTIES,
+)
 def shifting_grid_and_centers_changes_nothing(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     larger = framed(x, (1, 2), (0, 1))
@@ -170,9 +177,12 @@ def _center_slack(x: AttentionArrays, larger: AttentionArrays, dtype: str) -> Ar
 
 
 @property_of(
-    "smca_attention.swapping_axes_with_the_map_transposed", "transposing the map and swapping x and y changes nothing", CELLS, attention_inputs(),
+    "smca_attention.swapping_axes_with_the_map_transposed",
+    "transposing the map and swapping x and y changes nothing",
+    CELLS,
+    attention_inputs(),
     into=PROPERTIES,
-)  # fmt: skip
+)
 def swapping_axes_with_the_map_transposed(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     rows, columns = x.level.size
@@ -196,9 +206,12 @@ def swapping_axes_with_the_map_transposed(impl: Any, recipe: AttentionInputs, dt
 
 
 @property_of(
-    "smca_attention.mirroring_changes_nothing", "mirroring the map and the centres changes nothing: the prior is symmetric",
-    "method.md §2: log G depends on (x − c)² alone", attention_inputs(), into=PROPERTIES,
-)  # fmt: skip
+    "smca_attention.mirroring_changes_nothing",
+    "mirroring the map and the centres changes nothing: the prior is symmetric",
+    "method.md §2: log G depends on (x − c)² alone",
+    attention_inputs(),
+    into=PROPERTIES,
+)
 def mirroring_changes_nothing(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     rows, columns = x.level.size
@@ -208,8 +221,8 @@ def mirroring_changes_nothing(impl: Any, recipe: AttentionInputs, dtype: str, ju
     center[..., axis] = extent - center[..., axis]  # exact up to an ulp, so recompute the original from it
     original = x.level.center_xy.copy()
     original[..., axis] = extent - center[..., axis]
-    order = np.arange(rows * columns).reshape(rows, columns)
-    order = (order[:, ::-1] if axis == 0 else order[::-1]).reshape(-1)
+    cells = np.arange(rows * columns).reshape(rows, columns)
+    order = (cells[:, ::-1] if axis == 0 else cells[::-1]).reshape(-1)
     mask = x.level.key_padding_mask
     mirrored = x._replace(
         level=Level(
@@ -229,7 +242,10 @@ def mirroring_changes_nothing(impl: Any, recipe: AttentionInputs, dtype: str, ju
 def _reordered(x: AttentionArrays, axis: int, order: npt.NDArray[np.int64]) -> AttentionArrays:
     """Images (axis 0), heads (1) or queries (2) in another order."""
     level, mask = x.level, x.level.key_padding_mask
-    take = lambda array: np.take(array, order, axis=axis)  # noqa: E731
+
+    def take(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.take(array, order, axis=axis)
+
     if axis < 2:
         level = level._replace(k=take(level.k), v=take(level.v))
     if axis == 0 and mask is not None:
@@ -280,9 +296,12 @@ def reordering_images(impl: Any, recipe: AttentionInputs, dtype: str, judge: Jud
 
 
 @property_of(
-    "smca_attention.batch_equals_singles", "each image, head and query alone gives what it gives among others", HEADS, attention_inputs(),
+    "smca_attention.batch_equals_singles",
+    "each image, head and query alone gives what it gives among others",
+    HEADS,
+    attention_inputs(),
     into=PROPERTIES,
-)  # fmt: skip
+)
 def batch_equals_singles(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     whole, limit = forward(impl, x, dtype), 2 * bounds(impl, x, dtype).out
@@ -297,9 +316,12 @@ def batch_equals_singles(impl: Any, recipe: AttentionInputs, dtype: str, judge: 
 
 
 @property_of(
-    "smca_attention.output_inside_the_hull", "the output lies inside the convex hull of the values", "method.md §2: O = A·V, A ≥ 0, ΣA = 1",
-    attention_inputs(), into=PROPERTIES,
-)  # fmt: skip
+    "smca_attention.output_inside_the_hull",
+    "the output lies inside the convex hull of the values",
+    "method.md §2: O = A·V, A ≥ 0, ΣA = 1",
+    attention_inputs(),
+    into=PROPERTIES,
+)
 def output_inside_the_hull(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     got, keep = forward(impl, x, dtype), real_keys(x)[:, None, :, None]
@@ -313,31 +335,42 @@ def output_inside_the_hull(impl: Any, recipe: AttentionInputs, dtype: str, judge
 
 
 @property_of(
-    "smca_attention.large_logits", "logits of 10⁴ neither overflow nor lose the output", "method.md §2: softmax does not "
+    "smca_attention.large_logits",
+    "logits of 10⁴ neither overflow nor lose the output",
+    "method.md §2: softmax does not "
     "see a constant, so no exponential need exceed 1; nor q·k the range of its dtype, if it is divided by √d in time",
-    attention_inputs(logit=1e4, channels=st.sampled_from([40, 8, 64])), into=PROPERTIES,
-)  # fmt: skip
+    attention_inputs(logit=1e4, channels=st.sampled_from([40, 8, 64])),
+    into=PROPERTIES,
+)
 def large_logits(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     judge.close(forward(impl, x, dtype), oracle.smca_attention(*x.arguments), bounds(impl, x, dtype).out, "output")
 
 
 @property_of(
-    "smca_attention.far_centers", "a centre far outside the map still tells its keys apart: log G is as exact as in its "
-    "middle", "method.md §6: in half precision the logit must be formed from (x − c) directly, in float32",
-    attention_inputs(logit=0.0, centers="outside", precision=st.sampled_from([4.0, 50.0, 0.5])), into=PROPERTIES,
-)  # fmt: skip
+    "smca_attention.far_centers",
+    "a centre far outside the map still tells its keys apart: log G is as exact as in its middle",
+    "method.md §6: in half precision the logit must be formed from (x − c) directly, in float32",
+    attention_inputs(logit=0.0, centers="outside", precision=st.sampled_from([4.0, 50.0, 0.5])),
+    into=PROPERTIES,
+)
 def far_centers(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     judge.close(forward(impl, x, dtype), oracle.smca_attention(*x.arguments), bounds(impl, x, dtype).out, "output")
 
 
 @property_of(
-    "smca_attention.infinite_precision_picks_the_nearest_key", "a precision without bounds picks the value of the nearest key",
-    "method.md §2: as λ → ∞, log G of every key but the nearest falls behind without bounds", attention_inputs(
-        logit=st.sampled_from([0.0, 1.0, 10.0]), precision=1e3, centers="cell",
-        padding=st.sampled_from(["none", "some", "edge"])), into=PROPERTIES,
-)  # fmt: skip
+    "smca_attention.infinite_precision_picks_the_nearest_key",
+    "a precision without bounds picks the value of the nearest key",
+    "method.md §2: as λ → ∞, log G of every key but the nearest falls behind without bounds",
+    attention_inputs(
+        logit=st.sampled_from([0.0, 1.0, 10.0]),
+        precision=1e3,
+        centers="cell",
+        padding=st.sampled_from(["none", "some", "edge"]),
+    ),
+    into=PROPERTIES,
+)
 def infinite_precision_picks_the_nearest_key(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     column = np.floor(x.level.center_xy).astype(int)
@@ -349,70 +382,3 @@ def infinite_precision_picks_the_nearest_key(impl: Any, recipe: AttentionInputs,
     # λ ≥ 200 and a distance of 1 cell: the next key is behind by 100 − 20, a factor of e⁻⁸⁰.
     limit = UNIT_ROUNDOFF[dtype] * 2 * np.abs(expected) + 1e-30
     judge.close(np.where(usable, got, 0.0), np.where(usable, expected, 0.0), limit, "output")
-
-
-@property_of("smca_attention_vjp.equals_the_oracle", "equals the oracle", BACKWARD, attention_inputs(), into=PROPERTIES)
-def equals_the_oracle_of_gradients(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
-    x = recipe.arrays(dtype)
-    expected = oracle.smca_attention_vjp(x.grad_out, *x.arguments)
-    limits = bounds(impl, x, dtype).gradients
-    for name, got, want, limit in zip(GRADIENTS, backward(impl, x, dtype), expected, limits, strict=True):
-        judge.close(got, want, limit, name)
-
-
-@property_of(
-    "smca_attention_vjp.agrees_with_central_differences", "agrees with central differences of the implementation's own output",
-    "the definition of a derivative", attention_inputs(
-        logit=st.sampled_from([1.0, 0.0, 10.0]), precision=st.sampled_from([0.5, 0.0, 0.05, 4.0]),
-        queries=st.sampled_from([1, 3])), into=PROPERTIES, dtypes=["float64"], needs=["smca_attention"],
-)  # fmt: skip
-def agrees_with_central_differences(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
-    x = recipe.arrays(dtype)
-    gradients = backward(impl, x, dtype)
-    rng, step = np.random.default_rng(recipe.seed), 1e-5
-    leaves = {"q": x.q, **{name: getattr(x.level, name) for name in ("k", "v", "center_xy", "precision_xy")}}
-    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-        direction = rng.normal(size=leaf.shape)
-
-        def along(t: float, name: str = name, moved: Array = direction, leaf: Array = leaf) -> float:
-            changed = {name: leaf + t * moved}
-            q = changed.pop("q", x.q)
-            there = AttentionArrays(q, x.level._replace(**changed), x.grad_out)
-            return float((forward(impl, there, dtype) * x.grad_out).sum())
-
-        wanted = (along(step) - along(-step)) / (2 * step)
-        coarse = (along(2 * step) - along(-2 * step)) / (4 * step)
-        # Truncation is a third of the change from step to 2·step; cancellation costs rounding / step.
-        scale = float(np.abs(x.grad_out).sum() * np.abs(x.level.v).max())
-        expanded = 1.0 + float(recipe.precision * sum(recipe.size) ** 2 * 4) * (expanded_up_to(impl, dtype) > 0)
-        limit = abs(coarse - wanted) + 2.0**-53 / step * scale * (50 + recipe.logit * recipe.channels) * expanded
-        judge.close((gradient * direction).sum(), wanted, limit, f"d{name} along a random direction, ")
-
-
-@property_of(
-    "smca_attention_vjp.padded_keys_get_no_gradient", "what padded keys hold changes no gradient, and their own gradients are 0", PADDED,
-    attention_inputs(padding=st.sampled_from(["some", "edge", "all but one"])), into=PROPERTIES,
-)  # fmt: skip
-def padded_keys_get_no_gradient(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
-    x = recipe.arrays(dtype)
-    clean, limits = backward(impl, x, dtype), bounds(impl, x, dtype).gradients
-    for name, got, want, limit in zip(GRADIENTS, backward(impl, poisoned(x), dtype), clean, limits, strict=True):
-        judge.close(got, want, limit, f"with NaN in padded keys, {name}")
-    padded = ~real_keys(x)[:, None, :, None]
-    for name, gradient in zip(("dk", "dv"), clean[1:3], strict=True):
-        judge.holds(not np.any(np.where(padded, gradient, 0.0)), f"{name} is not 0 at a padded key")
-
-
-@property_of(
-    "smca_attention_vjp.flat_prior_has_no_center", "a centre feels nothing where the precision is 0, and no value where all are alike",
-    "reference/attention.py (9) and (11): S̄ sums to 0 over the keys; c̄ is λ times a sum",
-    attention_inputs(precision=0.0), into=PROPERTIES,
-)  # fmt: skip
-def flat_prior_has_no_center(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
-    x = recipe.arrays(dtype)
-    judge.holds(not backward(impl, x, dtype)[3].any(), "dcenter_xy is not 0 although precision_xy is")
-    alike = x._replace(level=x.level._replace(v=np.broadcast_to(x.level.v[:, :, :1], x.level.v.shape).copy()))
-    limits = bounds(impl, alike, dtype).gradients
-    for i in (0, 1, 4):
-        got = backward(impl, alike, dtype)[i]
-        judge.close(got, np.zeros_like(got), limits[i], f"with all values alike, {GRADIENTS[i]}")

@@ -69,7 +69,7 @@ def bounds(x: LossArrays, dtype: str) -> dict[str, float]:
         image, target = np.nonzero(query[m] >= 0)
         pred, true = x.boxes[m, image, query[m, image, target]], x.targets.boxes[image, target]
         pairs = [np.concatenate([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2], -1) for b in (pred, true)]
-        giou = np.diagonal(giou_bound(*pairs, dtype)) if len(pred) else np.zeros(0)
+        giou = np.diagonal(giou_bound(pairs[0], pairs[1], dtype)) if len(pred) else np.zeros(0)
         count = len(pred) + 4
         sums = {
             "class": u * ((1 + np.abs(x.logits[m])) * (1 + np.log2(x.logits[m].size + 1))).sum(),
@@ -96,9 +96,12 @@ def loss_equals_the_oracle(impl: Any, recipe: LossInputs, dtype: str, judge: Jud
 
 
 @property_of(
-    "set_loss.reordering", "reordering targets, queries, images or classes changes nothing", LOSS, CONTINUOUS,
+    "set_loss.reordering",
+    "reordering targets, queries, images or classes changes nothing",
+    LOSS,
+    CONTINUOUS,
     into=PROPERTIES,
-)  # fmt: skip
+)
 def reordering(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     assume(clear_matching(x, dtype))
@@ -130,9 +133,12 @@ def layers_alone(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> Non
 
 
 @property_of(
-    "set_loss.padding_of_targets", "what stands in the padding of targets changes nothing, NaN included, and neither does "
-    "more of it", PADDING, CONTINUOUS, into=PROPERTIES,
-)  # fmt: skip
+    "set_loss.padding_of_targets",
+    "what stands in the padding of targets changes nothing, NaN included, and neither does more of it",
+    PADDING,
+    CONTINUOUS,
+    into=PROPERTIES,
+)
 def padding_of_targets(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     assume(clear_matching(x, dtype))
@@ -145,10 +151,13 @@ def padding_of_targets(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) 
 
 
 @property_of(
-    "set_loss.perfect_boxes_cost_nothing", "where the predictions hold all ground-truth boxes, with confident logits, L1 "
-    "and GIoU terms are 0 and the class term is next to 0", LOSS,
-    loss_inputs(filled=1.0, logit=1.0, queries=st.integers(4, 7), targets=st.integers(1, 3), classes=1), into=PROPERTIES,
-)  # fmt: skip
+    "set_loss.perfect_boxes_cost_nothing",
+    "where the predictions hold all ground-truth boxes, with confident logits, L1 "
+    "and GIoU terms are 0 and the class term is next to 0",
+    LOSS,
+    loss_inputs(filled=1.0, logit=1.0, queries=st.integers(4, 7), targets=st.integers(1, 3), classes=1),
+    into=PROPERTIES,
+)
 def perfect_boxes_cost_nothing(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     targets = recipe.targets
@@ -178,9 +187,12 @@ def corner(recipe: LossInputs, dtype: str) -> LossArrays:
 
 
 @property_of(
-    "set_loss.finite_at_the_corners", "every term is finite and not negative without objects, for boxes without area and "
-    "for saturated logits", PADDING, CORNERS, into=PROPERTIES,
-)  # fmt: skip
+    "set_loss.finite_at_the_corners",
+    "every term is finite and not negative without objects, for boxes without area and for saturated logits",
+    PADDING,
+    CORNERS,
+    into=PROPERTIES,
+)
 def finite_at_the_corners(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     for name, value in terms_of(impl, corner(recipe, dtype), dtype).items():
         judge.finite(value, name)
@@ -190,9 +202,12 @@ def finite_at_the_corners(impl: Any, recipe: LossInputs, dtype: str, judge: Judg
 
 
 @property_of(
-    "set_loss_vjp.finite_at_the_corners", "every gradient is finite without objects, for boxes without area and for "
-    "saturated logits", PADDING, CORNERS, into=PROPERTIES,
-)  # fmt: skip
+    "set_loss_vjp.finite_at_the_corners",
+    "every gradient is finite without objects, for boxes without area and for saturated logits",
+    PADDING,
+    CORNERS,
+    into=PROPERTIES,
+)
 def gradients_finite_at_the_corners(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     dlogits, dboxes = gradients_of(impl, corner(recipe, dtype), dtype)
     judge.finite(dlogits, "gradient of logits")
@@ -217,10 +232,13 @@ def fixed_loss(x: LossArrays, query: npt.NDArray[np.int64]) -> float:
 
 
 @property_of(
-    "set_loss_vjp.agrees_with_central_differences", "agrees with central differences of the oracle's loss, the matching "
-    "held fixed", "method.md §5, and the definition of a derivative; the matching is no function that one derives",
-    CONTINUOUS, into=PROPERTIES, dtypes=["float64", "float32"],
-)  # fmt: skip
+    "set_loss_vjp.agrees_with_central_differences",
+    "agrees with central differences of the oracle's loss, the matching held fixed",
+    "method.md §5, and the definition of a derivative; the matching is no function that one derives",
+    CONTINUOUS,
+    into=PROPERTIES,
+    dtypes=["float64", "float32"],
+)
 def loss_agrees_with_central_differences(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     assume(clear_matching(x, dtype))
@@ -231,7 +249,8 @@ def loss_agrees_with_central_differences(impl: Any, recipe: LossInputs, dtype: s
         direction = rng.uniform(0.5, 1, leaf.shape) * rng.choice([-1, 1], leaf.shape)
 
         def along(t: float, name: str = name, leaf: Array = leaf, moved: Array = direction) -> float:
-            return fixed_loss(x._replace(**{name: leaf + t * moved}), query)
+            changed: dict[str, Any] = {name: leaf + t * moved}
+            return fixed_loss(x._replace(**changed), query)
 
         ahead, here, behind, far = along(step), along(0.0), along(-step), along(2 * step)
         wanted = (ahead - behind) / (2 * step)
@@ -244,10 +263,13 @@ def loss_agrees_with_central_differences(impl: Any, recipe: LossInputs, dtype: s
 
 
 @property_of(
-    "set_loss_vjp.an_image_alone", "an image's gradient does not depend on the other images, but for the common divisor",
-    LOSS, loss_inputs(batch=2, logit=st.sampled_from([1.0, 10.0])), into=PROPERTIES,
+    "set_loss_vjp.an_image_alone",
+    "an image's gradient does not depend on the other images, but for the common divisor",
+    LOSS,
+    loss_inputs(batch=2, logit=st.sampled_from([1.0, 10.0])),
+    into=PROPERTIES,
     dtypes=["float64", "float32"],
-)  # fmt: skip
+)
 def an_image_alone(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     assume(clear_matching(x, dtype))

@@ -47,9 +47,12 @@ def giou_equals_the_oracle(impl: Any, recipe: BoxInputs, dtype: str, judge: Judg
 
 
 @property_of(
-    "generalized_box_iou.symmetric_and_bounded", "lies in [−1, 1], is the same with the two sets swapped, and 1 for equal "
-    "boxes", GIOU, box_inputs(), into=PROPERTIES,
-)  # fmt: skip
+    "generalized_box_iou.symmetric_and_bounded",
+    "lies in [−1, 1], is the same with the two sets swapped, and 1 for equal boxes",
+    GIOU,
+    box_inputs(),
+    into=PROPERTIES,
+)
 def symmetric_and_bounded(impl: Any, recipe: BoxInputs, dtype: str, judge: Judge) -> None:
     one, two = recipe.arrays(dtype)
     found, bound = giou(impl, one, two, dtype), giou_bound(one, two, dtype)
@@ -64,9 +67,12 @@ def symmetric_and_bounded(impl: Any, recipe: BoxInputs, dtype: str, judge: Judge
 
 
 @property_of(
-    "generalized_box_iou.scale_and_shift", "does not change when all boxes are scaled (axis by axis) and shifted",
-    GIOU, box_inputs(), into=PROPERTIES,
-)  # fmt: skip
+    "generalized_box_iou.scale_and_shift",
+    "does not change when all boxes are scaled (axis by axis) and shifted",
+    GIOU,
+    box_inputs(),
+    into=PROPERTIES,
+)
 def scale_and_shift(impl: Any, recipe: BoxInputs, dtype: str, judge: Judge) -> None:
     one, two = recipe.arrays(dtype)
     scale, shift = np.array([4.0, 0.5, 4.0, 0.5]), np.array([3.0, -2.0, 3.0, -2.0])
@@ -77,10 +83,12 @@ def scale_and_shift(impl: Any, recipe: BoxInputs, dtype: str, judge: Judge) -> N
 
 
 @property_of(
-    "generalized_box_iou.iou_where_the_hull_is_the_union", "equals intersection over union where the boxes share two "
-    "sides and overlap, and the hull is the union", GIOU, box_inputs(kind=st.sampled_from(["random", "large"])),
+    "generalized_box_iou.iou_where_the_hull_is_the_union",
+    "equals intersection over union where the boxes share two sides and overlap, and the hull is the union",
+    GIOU,
+    box_inputs(kind=st.sampled_from(["random", "large"])),
     into=PROPERTIES,
-)  # fmt: skip
+)
 def iou_where_the_hull_is_the_union(impl: Any, recipe: BoxInputs, dtype: str, judge: Judge) -> None:
     one, _ = recipe.arrays(dtype)
     low, high = one[:1, :2], one[:1, 2:]
@@ -105,7 +113,10 @@ def cost_bound(logits: Array, boxes: Array, labels: npt.NDArray[Any], truth: Arr
     xyxy = [np.concatenate([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2], -1) for b in (boxes, truth)]
     l1 = np.abs(boxes).sum(-1)[:, None] + np.abs(truth).sum(-1)[None]
     focal = 1 + np.abs(logits[:, labels])
-    return WEIGHTS["class"] * u * focal + WEIGHTS["l1"] * u * l1 + WEIGHTS["giou"] * giou_bound(*xyxy, dtype)
+    bound: Array = (
+        WEIGHTS["class"] * u * focal + WEIGHTS["l1"] * u * l1 + WEIGHTS["giou"] * giou_bound(xyxy[0], xyxy[1], dtype)
+    )
+    return bound
 
 
 def one_image(recipe: LossInputs, dtype: str) -> tuple[Array, Array, npt.NDArray[np.int64], Array]:
@@ -127,9 +138,12 @@ def cost_equals_the_oracle(impl: Any, recipe: LossInputs, dtype: str, judge: Jud
 
 
 @property_of(
-    "match_cost.pair_by_pair", "the cost of a pair depends on that pair alone: queries, targets and classes reordered "
-    "reorder it", COST, ONE_IMAGE, into=PROPERTIES,
-)  # fmt: skip
+    "match_cost.pair_by_pair",
+    "the cost of a pair depends on that pair alone: queries, targets and classes reordered reorder it",
+    COST,
+    ONE_IMAGE,
+    into=PROPERTIES,
+)
 def pair_by_pair(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     logits, boxes, labels, truth = one_image(recipe, dtype)
     rng = np.random.default_rng(recipe.seed)
@@ -141,9 +155,12 @@ def pair_by_pair(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> Non
 
 
 @property_of(
-    "match_cost.falls_with_the_logit", "the cost of a pair falls as the logit of its target's class rises, and no other "
-    "class's logit has a part in it", COST, loss_inputs(layers=1, batch=1, filled=1.0, logit=1.0), into=PROPERTIES,
-)  # fmt: skip
+    "match_cost.falls_with_the_logit",
+    "the cost of a pair falls as the logit of its target's class rises, and no other class's logit has a part in it",
+    COST,
+    loss_inputs(layers=1, batch=1, filled=1.0, logit=1.0),
+    into=PROPERTIES,
+)
 def falls_with_the_logit(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     logits, boxes, labels, truth = one_image(recipe, dtype)
     before = cost(impl, (logits, boxes, labels, truth), dtype)
@@ -176,9 +193,13 @@ def total_bound(matrix: Array, dtype: str) -> float:
 
 
 @property_of(
-    "assign.equals_the_oracle", "the total cost is the optimum (SciPy's; equal costs may be assigned otherwise)",
-    ASSIGNED, cost_inputs(), into=PROPERTIES, share=4,
-)  # fmt: skip
+    "assign.equals_the_oracle",
+    "the total cost is the optimum (SciPy's; equal costs may be assigned otherwise)",
+    ASSIGNED,
+    cost_inputs(),
+    into=PROPERTIES,
+    share=4,
+)
 def assignment_is_optimal(impl: Any, recipe: CostInputs, dtype: str, judge: Judge) -> None:
     matrix = recipe.array(dtype)
     _, total = assignment(impl, matrix, dtype, judge)
@@ -200,9 +221,12 @@ def reordering(impl: Any, recipe: CostInputs, dtype: str, judge: Judge) -> None:
 
 
 @property_of(
-    "assign.constants", "a constant added to each row of a matrix all of whose rows are assigned changes the optimum by "
-    "their sum", ASSIGNED, cost_inputs(least=1), into=PROPERTIES,
-)  # fmt: skip
+    "assign.constants",
+    "a constant added to each row of a matrix all of whose rows are assigned changes the optimum by their sum",
+    ASSIGNED,
+    cost_inputs(least=1),
+    into=PROPERTIES,
+)
 def constants(impl: Any, recipe: CostInputs, dtype: str, judge: Judge) -> None:
     matrix = recipe.array(dtype)
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else np.ascontiguousarray(matrix.T)

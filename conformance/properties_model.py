@@ -59,18 +59,29 @@ def compare(
 
 
 @property_of(
-    "forward.equals_the_oracle", "logits and boxes of every layer equal the oracle's", MODEL, model_inputs(),
-    into=PROPERTIES, dtypes=WHOLE, share=0.5, always=CONFIGURATIONS,
-)  # fmt: skip
+    "forward.equals_the_oracle",
+    "logits and boxes of every layer equal the oracle's",
+    MODEL,
+    model_inputs(),
+    into=PROPERTIES,
+    dtypes=WHOLE,
+    share=0.5,
+    always=CONFIGURATIONS,
+)
 def model_equals_the_oracle(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     compare(forward(impl, x, dtype), oracle.forward(*x), bounds(x, recipe.seed, dtype), judge)
 
 
 @property_of(
-    "forward.padding_changes_nothing", "an image beside a larger one, with NaN in its padded cells, gives what it gives "
-    "alone", PADDED, model_inputs(), into=PROPERTIES, dtypes=WHOLE, share=0.25,
-)  # fmt: skip
+    "forward.padding_changes_nothing",
+    "an image beside a larger one, with NaN in its padded cells, gives what it gives alone",
+    PADDED,
+    model_inputs(),
+    into=PROPERTIES,
+    dtypes=WHOLE,
+    share=0.25,
+)
 def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     # The first image alone, on maps that just hold it; then on maps with more rows and columns, full of NaN.
@@ -94,9 +105,14 @@ def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: J
 
 
 @property_of(
-    "forward.batch_equals_singles", "each image of a batch gives what it gives alone on the same maps", PADDED,
-    model_inputs(), into=PROPERTIES, dtypes=WHOLE, share=0.25,
-)  # fmt: skip
+    "forward.batch_equals_singles",
+    "each image of a batch gives what it gives alone on the same maps",
+    PADDED,
+    model_inputs(),
+    into=PROPERTIES,
+    dtypes=WHOLE,
+    share=0.25,
+)
 def batch_equals_singles(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     whole, limits = forward(impl, x, dtype), bounds(x, recipe.seed, dtype)
@@ -108,10 +124,14 @@ def batch_equals_singles(impl: Any, recipe: ModelInputs, dtype: str, judge: Judg
 
 
 @property_of(
-    "forward.reordering_queries", "queries reordered, with what is learned for them, reorder the output: they are a set",
-    "method.md, first paragraph: learned object queries in a set; nothing in the decoder knows their order", model_inputs(),
-    into=PROPERTIES, dtypes=WHOLE, share=0.25,
-)  # fmt: skip
+    "forward.reordering_queries",
+    "queries reordered, with what is learned for them, reorder the output: they are a set",
+    "method.md, first paragraph: learned object queries in a set; nothing in the decoder knows their order",
+    model_inputs(),
+    into=PROPERTIES,
+    dtypes=WHOLE,
+    share=0.25,
+)
 def reordering_queries(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     order = np.random.default_rng(recipe.seed).permutation(x.config.num_queries)
@@ -125,12 +145,15 @@ def reordering_queries(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge)
 
 
 @property_of(
-    "forward_vjp.every_parameter", "the gradient of every parameter agrees with central differences of the oracle",
+    "forward_vjp.every_parameter",
+    "the gradient of every parameter agrees with central differences of the oracle",
     "the definition of a derivative (with box refinement the reference point of a layer is held fixed by definition, "
-    "docs/deviations.md, so it is left out)", model_inputs(
-        box_refinement=False, decoder_layers=st.integers(1, 2), encoder_layers=st.integers(0, 1)),
-    into=PROPERTIES, dtypes=["float64"], share=0.1,
-)  # fmt: skip
+    "docs/deviations.md, so it is left out)",
+    model_inputs(box_refinement=False, decoder_layers=st.integers(1, 2), encoder_layers=st.integers(0, 1)),
+    into=PROPERTIES,
+    dtypes=["float64"],
+    share=0.1,
+)
 def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     rng, step = np.random.default_rng(recipe.seed), 2.0**-17

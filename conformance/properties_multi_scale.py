@@ -57,9 +57,13 @@ def equals_the_oracle(impl: Any, recipe: LevelsInputs, dtype: str, judge: Judge)
 
 
 @property_of(
-    "multi_scale_smca_attention.one_level_is_single_scale", "one level with weight 1 equals single scale", MIXED,
-    levels_inputs(), into=PROPERTIES, needs=["smca_attention"],
-)  # fmt: skip
+    "multi_scale_smca_attention.one_level_is_single_scale",
+    "one level with weight 1 equals single scale",
+    MIXED,
+    levels_inputs(),
+    into=PROPERTIES,
+    needs=["smca_attention"],
+)
 def one_level_is_single_scale(impl: Any, recipe: LevelsInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     x = x._replace(levels=x.levels[:1], level_weights=np.ones_like(x.level_weights[..., :1]))
@@ -68,9 +72,13 @@ def one_level_is_single_scale(impl: Any, recipe: LevelsInputs, dtype: str, judge
 
 
 @property_of(
-    "multi_scale_smca_attention.one_hot_weights_pick_a_level", "one-hot weights pick a level, query by query", MIXED,
-    levels_inputs(weights="one hot"), into=PROPERTIES, needs=["smca_attention"],
-)  # fmt: skip
+    "multi_scale_smca_attention.one_hot_weights_pick_a_level",
+    "one-hot weights pick a level, query by query",
+    MIXED,
+    levels_inputs(weights="one hot"),
+    into=PROPERTIES,
+    needs=["smca_attention"],
+)
 def one_hot_weights_pick_a_level(impl: Any, recipe: LevelsInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     singles = [np.asarray(impl.smca_attention(x.q, *level, dtype=dtype), dtype=np.float64) for level in x.levels]
@@ -80,9 +88,12 @@ def one_hot_weights_pick_a_level(impl: Any, recipe: LevelsInputs, dtype: str, ju
 
 
 @property_of(
-    "multi_scale_smca_attention.linear_in_the_weights", "doubled level weights double the output: nothing normalises "
-    "them again, over levels or over keys", MIXED, levels_inputs(weights="any"), into=PROPERTIES,
-)  # fmt: skip
+    "multi_scale_smca_attention.linear_in_the_weights",
+    "doubled level weights double the output: nothing normalises them again, over levels or over keys",
+    MIXED,
+    levels_inputs(weights="any"),
+    into=PROPERTIES,
+)
 def linear_in_the_weights(impl: Any, recipe: LevelsInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     once, twice = forward(impl, x, dtype), forward(impl, x._replace(level_weights=2 * x.level_weights), dtype)
@@ -90,9 +101,12 @@ def linear_in_the_weights(impl: Any, recipe: LevelsInputs, dtype: str, judge: Ju
 
 
 @property_of(
-    "multi_scale_smca_attention.reordering_levels", "reordering levels together with their weights changes nothing",
-    MIXED, levels_inputs(), into=PROPERTIES,
-)  # fmt: skip
+    "multi_scale_smca_attention.reordering_levels",
+    "reordering levels together with their weights changes nothing",
+    MIXED,
+    levels_inputs(),
+    into=PROPERTIES,
+)
 def reordering_levels(impl: Any, recipe: LevelsInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     other = x._replace(levels=x.levels[::-1], level_weights=x.level_weights[..., ::-1].copy())
@@ -100,9 +114,12 @@ def reordering_levels(impl: Any, recipe: LevelsInputs, dtype: str, judge: Judge)
 
 
 @property_of(
-    "multi_scale_smca_attention.padded_keys_are_never_read", "what padded keys of any level hold changes nothing",
-    "method.md §2: padded keys get a logit of −∞", levels_inputs(padding="some"), into=PROPERTIES,
-)  # fmt: skip
+    "multi_scale_smca_attention.padded_keys_are_never_read",
+    "what padded keys of any level hold changes nothing",
+    "method.md §2: padded keys get a logit of −∞",
+    levels_inputs(padding="some"),
+    into=PROPERTIES,
+)
 def padded_keys_are_never_read(impl: Any, recipe: LevelsInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     levels = []
@@ -148,10 +165,14 @@ def gradients_equal_the_oracle(impl: Any, recipe: LevelsInputs, dtype: str, judg
 
 
 @property_of(
-    "multi_scale_smca_attention_vjp.weights_feel_their_level", "the gradient of a level's weight is that level's own "
-    "output, seen by the gradient, summed over heads and channels", BACKWARD, levels_inputs(), into=PROPERTIES,
-    needs=["smca_attention"], dtypes=["float64", "float32"],
-)  # fmt: skip
+    "multi_scale_smca_attention_vjp.weights_feel_their_level",
+    "the gradient of a level's weight is that level's own output, seen by the gradient, summed over heads and channels",
+    BACKWARD,
+    levels_inputs(),
+    into=PROPERTIES,
+    needs=["smca_attention"],
+    dtypes=["float64", "float32"],
+)
 def weights_feel_their_level(impl: Any, recipe: LevelsInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     _, _, dweights = impl.multi_scale_smca_attention_vjp(x.grad_out, x.q, x.levels, x.level_weights, dtype=dtype)

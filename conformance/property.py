@@ -43,7 +43,7 @@ class Worst:
 class Judge:
     """Compares for one property, implementation and dtype, and remembers the worst."""
 
-    property: Property
+    of: Property
     implementation: str
     dtype: str
     recipe: Any = None
@@ -63,7 +63,7 @@ class Judge:
             raise self.mismatch(f"{what}: got shape {got.shape}, expected {expected.shape}")
         if not got.size:
             return
-        limit = np.broadcast_to(np.asarray(bound) * CONSTANTS[self.property.operation][0] + TINY, got.shape)
+        limit = np.broadcast_to(np.asarray(bound) * CONSTANTS[self.of.operation][0] + TINY, got.shape)
         # Equal infinities agree; anything else that isn't finite does not, unless both are NaN (and then neither does).
         error = np.where(got == expected, 0.0, np.abs(got - expected))
         error = np.where(np.isnan(error), np.inf, error)
@@ -93,7 +93,7 @@ class Judge:
 
     def mismatch(self, finding: str) -> Mismatch:
         """The error for a finding: what, of whom, for which input, why it must hold, and how to see it again."""
-        prop = self.property
+        prop = self.of
         return Mismatch(
             f"{prop.operation}: {prop.sentence}\n"
             f"    {finding}\n"

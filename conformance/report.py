@@ -46,15 +46,15 @@ def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Pr
     by_operation: dict[str, list[Case]] = defaultdict(list)
     for case in cases([prop for prop in properties if _against_oracle(prop)], implementations, PROFILES["deep"]):
         if case.missing is None:
-            by_operation[case.property.operation].append(case)
+            by_operation[case.prop.operation].append(case)
     outcomes: list[Outcome] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=sum(map(len, by_operation.values())))
         for found in by_operation.values():
-            weights = [case.property.share * float(getattr(case.implementation, "share", 1.0)) for case in found]
+            weights = [case.prop.share * float(getattr(case.implementation, "share", 1.0)) for case in found]
             number = int(np.ceil(examples / sum(weights)))
             for case in found:
-                progress.update(task, description=f"{case.property.operation} {case.dtype}")
+                progress.update(task, description=f"{case.prop.operation} {case.dtype}")
                 outcomes.append(run(case, PROFILES["deep"], examples=number))
                 progress.advance(task)
     path.write_text("\n".join([INTRODUCTION, *_numerics_lines(outcomes), ""]), encoding="utf-8")
@@ -77,7 +77,7 @@ def _numerics_lines(outcomes: Sequence[Outcome]) -> list[str]:
         "",
     ]
     for operation in OPERATIONS:
-        rows = [outcome for outcome in outcomes if outcome.case.property.operation == operation]
+        rows = [outcome for outcome in outcomes if outcome.case.prop.operation == operation]
         if not rows:
             continue
         constant, reason = CONSTANTS[operation]
@@ -85,7 +85,7 @@ def _numerics_lines(outcomes: Sequence[Outcome]) -> list[str]:
         lines += [
             f"## `{operation}`",
             "",
-            f"{total:,} examples; {rows[0].case.property.sentence}. Constant {constant:g}: {reason}.",
+            f"{total:,} examples; {rows[0].case.prop.sentence}. Constant {constant:g}: {reason}.",
             "",
             "| implementation | dtype | examples | worst error / bound | error | bound | of | example |",
             "|---|---|---:|---:|---:|---:|---|---|",

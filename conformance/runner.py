@@ -43,14 +43,14 @@ PROFILES = {
 class Case:
     """A property to be checked of an implementation in a dtype."""
 
-    property: Property
+    prop: Property
     implementation: Any
     dtype: str
 
     @property
     def missing(self) -> str | None:
         """What the implementation lacks for it; None if nothing."""
-        for operation in (self.property.operation, *self.property.needs):
+        for operation in (self.prop.operation, *self.prop.needs):
             if not implemented(self.implementation, operation):
                 return operation
         return None
@@ -96,10 +96,10 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
         examples: in place of the profile's number.
         shrink: look for the smallest failing example; False = report the first.
     """
-    judge = Judge(case.property, name_of(case.implementation), case.dtype)
+    judge = Judge(case.prop, name_of(case.implementation), case.dtype)
     if case.missing is not None:
         return Outcome(case, "not implemented", "", judge.worst, 0.0)
-    share = case.property.share * float(getattr(case.implementation, "share", 1.0))
+    share = case.prop.share * float(getattr(case.implementation, "share", 1.0))
     number = max(1, round((examples or profile.examples) * share))
     phases = [Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else [])]
     database = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples") if profile.random else None
@@ -115,13 +115,13 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
-    @given(recipe=case.property.recipes)
+    @given(recipe=case.prop.recipes)
     def check(recipe: Any) -> None:
         nonlocal tried
         tried += 1
         judge.recipe = recipe
         try:
-            case.property.check(case.implementation, recipe, case.dtype, judge)
+            case.prop.check(case.implementation, recipe, case.dtype, judge)
         except (AssertionError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -129,7 +129,7 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
                 raise  # Hypothesis's own way to reject an example
             raise judge.mismatch(f"it raised {type(error).__name__}: {error}") from error
 
-    for recipe in case.property.always:
+    for recipe in case.prop.always:
         check = example(recipe=recipe)(check)
     begun = time.perf_counter()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from smca.conformance import (
     properties_attention,
+    properties_gradients,
     properties_loss,
     properties_matching,
     properties_model,
@@ -13,6 +14,7 @@ from smca.conformance.property import Property
 
 PROPERTIES: list[Property] = [
     *properties_attention.PROPERTIES,
+    *properties_gradients.PROPERTIES,
     *properties_multi_scale.PROPERTIES,
     *properties_matching.PROPERTIES,
     *properties_loss.PROPERTIES,

@@ -20,6 +20,7 @@ from smca.conformance.tolerances import attention_bounds
 from smca.reference import attention, boxes, layers, losses, matching
 
 SMALL = settings(max_examples=60, deadline=None, derandomize=True)
+THEIRS: Any = loss_for_object_detection
 Array = npt.NDArray[np.float64]
 
 
@@ -44,8 +45,9 @@ def test_attention_is_pytorchs_with_log_g_as_its_mask(recipe: AttentionInputs) -
     usable = weight.reshape(h, n, -1).min(-1) > 1e-290  # beyond, the paper's G underflows where its logarithm does not
     merged = [torch.tensor(layers.merge_heads(array)[0][:, None]) for array in (x.q, x.level.k, x.level.v)]
     eye, zero = torch.eye(h * d, dtype=torch.float64), torch.zeros(h * d, dtype=torch.float64)
+    query, key, value = merged
     found, _ = functional.multi_head_attention_forward(
-        *merged, h * d, h, torch.cat([eye] * 3), torch.cat([zero] * 3), None, None, False, 0.0, eye, zero,
+        query, key, value, h * d, h, torch.cat([eye] * 3), torch.cat([zero] * 3), None, None, False, 0.0, eye, zero,
         attn_mask=torch.tensor(log_g), need_weights=False,
     )  # fmt: skip
     ours = layers.merge_heads(attention.smca_attention(*x.arguments))[0].reshape(n, h, d)
@@ -58,7 +60,7 @@ def test_attention_is_pytorchs_with_log_g_as_its_mask(recipe: AttentionInputs) -
 @given(recipe=box_inputs())
 def test_giou_is_transformers(recipe: BoxInputs) -> None:
     one, two = recipe.arrays("float64")
-    theirs = loss_for_object_detection.generalized_box_iou(torch.tensor(one), torch.tensor(two)).numpy()
+    theirs = THEIRS.generalized_box_iou(torch.tensor(one), torch.tensor(two)).numpy()
     ours = boxes.generalized_box_iou(one, two)
     defined = np.isfinite(theirs)  # theirs is NaN where both boxes lie on one line
     np.testing.assert_allclose(ours[defined], theirs[defined], rtol=0, atol=1e-12)
@@ -68,9 +70,9 @@ def test_giou_is_transformers(recipe: BoxInputs) -> None:
 @given(recipe=loss_inputs())
 def test_focal_loss_is_transformers(recipe: LossInputs) -> None:
     x = recipe.arrays("float64")
-    truth = (np.random.default_rng(recipe.seed).random(x.logits.shape) < 0.3) * 1.0
+    truth: Array = np.asarray(np.random.default_rng(recipe.seed).random(x.logits.shape) < 0.3, dtype=np.float64)
     flat = torch.tensor(x.logits).flatten(1), torch.tensor(truth).flatten(1)
-    theirs = loss_for_object_detection.sigmoid_focal_loss(*flat, num_boxes=1).item() * flat[0].shape[1]
+    theirs = THEIRS.sigmoid_focal_loss(*flat, num_boxes=1).item() * flat[0].shape[1]
     assert losses.sigmoid_focal_loss(x.logits, truth).sum() == pytest.approx(theirs, rel=1e-11)
 
 

@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for case in cases(PROPERTIES, [made], profile):
             outside = ":" in name
             if case.missing is None or outside:  # of ours it is known what each is for
-                parameters.append(pytest.param(case, id=f"{name_of(made)}-{case.dtype}-{case.property.name}"))
+                parameters.append(pytest.param(case, id=f"{name_of(made)}-{case.dtype}-{case.prop.name}"))
     metafunc.parametrize("case", parameters)
 
 
@@ -69,7 +69,7 @@ def test_a_failure_prints_what_replays_it() -> None:
     prop = next(prop for prop in PROPERTIES if prop.name == "generalized_box_iou.equals_the_oracle")
     outcome = run(Case(prop, Halved(), "float64"), PROFILES["quick"])
     assert outcome.status == "failed"
-    for part in ("GIoU[0, 0] = ", "expected", "bound", "boxes1 (1, 4)", "arXiv 1902.09630", "halved, float64"):
+    for part in ("GIoU[0, 0] = ", "expected", "bound", "of (1, 4)", "arXiv 1902.09630", "halved, float64"):
         assert part in outcome.message
     snippet = outcome.message.split("again:\n")[1].replace("        ", "").replace("'halved'", "made")
     with pytest.raises(AssertionError, match="GIoU"):

@@ -162,4 +162,5 @@ def giou_bound(boxes1_xyxy: Array, boxes2_xyxy: Array, dtype: str) -> Array:
     safe_hull = np.maximum(hull.prod(-1), off_hull)
     ratio = (off_overlap + off_union * overlap.prod(-1) / np.maximum(safe_union, TINY)) / np.maximum(safe_union, TINY)
     rest = (off_union + off_hull * union / np.maximum(safe_hull, TINY)) / np.maximum(safe_hull, TINY)
-    return np.minimum(ratio + rest + 4 * u, 2.0)
+    bound: Array = np.minimum(ratio + rest + 4 * u, 2.0)
+    return bound

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers.loss import loss_deformable_detr, loss_for_object_detection
 
 Array = npt.NDArray[Any]
+DEFORMABLE: Any = loss_deformable_detr
+PLAIN: Any = loss_for_object_detection
 
 
 class DeformableDetr:
@@ -28,13 +30,13 @@ class DeformableDetr:
 
     name = "transformers-deformable-detr"
     dtypes = ("float64", "float32")
-    module: Any = loss_deformable_detr
+    module = DEFORMABLE
 
     def matcher(self, weights: Mapping[str, float]) -> Any:
-        return loss_deformable_detr.DeformableDetrHungarianMatcher(weights["class"], weights["l1"], weights["giou"])
+        return DEFORMABLE.DeformableDetrHungarianMatcher(weights["class"], weights["l1"], weights["giou"])
 
     def loss(self, classes: int, weights: Mapping[str, float]) -> Any:
-        return loss_deformable_detr.DeformableDetrImageLoss(self.matcher(weights), classes, 0.25, ["labels", "boxes"])
+        return DEFORMABLE.DeformableDetrImageLoss(self.matcher(weights), classes, 0.25, ["labels", "boxes"])
 
     def columns(self, logits: Tensor) -> Tensor:
         """The logits as this loss wants them."""
@@ -42,7 +44,7 @@ class DeformableDetr:
 
     def generalized_box_iou(self, boxes1: Array, boxes2: Array, *, dtype: str) -> Array:
         one, two = (torch.tensor(boxes, dtype=getattr(torch, dtype)) for boxes in (boxes1, boxes2))
-        return loss_for_object_detection.generalized_box_iou(one, two).double().numpy()  # type: ignore[no-any-return]
+        return PLAIN.generalized_box_iou(one, two).double().numpy()  # type: ignore[no-any-return]
 
     def match_cost(
         self,
@@ -115,13 +117,13 @@ class Detr(DeformableDetr):
     """Matcher and loss of `transformers`' DETR; a logit of 0 is added for "no object"."""
 
     name = "transformers-detr"
-    module: Any = loss_for_object_detection
+    module = PLAIN
 
     def matcher(self, weights: Mapping[str, float]) -> Any:
-        return loss_for_object_detection.HungarianMatcher(weights["class"], weights["l1"], weights["giou"])
+        return PLAIN.HungarianMatcher(weights["class"], weights["l1"], weights["giou"])
 
     def loss(self, classes: int, weights: Mapping[str, float]) -> Any:
-        return loss_for_object_detection.ImageLoss(self.matcher(weights), classes, 0.1, ["labels", "boxes"])
+        return PLAIN.ImageLoss(self.matcher(weights), classes, 0.1, ["labels", "boxes"])
 
     def columns(self, logits: Tensor) -> Tensor:
         return torch.cat([logits, logits.new_zeros(*logits.shape[:-1], 1)], dim=-1)

@@ -1,0 +1,55 @@
+"""What SMCADETR takes for an image. What it computes: conformance/."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from smca.conformance.inputs_model import configuration
+from smca.datasets import Targets
+from smca.gpu import matcher
+from smca.gpu.config import LossConfig
+from smca.gpu.finite import NonFiniteError
+from smca.gpu.model import SMCADETR
+from smca.reference.model import forward
+
+
+def model(dtype: torch.dtype) -> SMCADETR:
+    torch.manual_seed(0)
+    made = SMCADETR(configuration(())).to(torch.float64).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():  # zeros at the start would hide what multiplies them
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return made.to(dtype)
+
+
+def test_images_to_boxes_equal_the_oracle_behind_the_backbone() -> None:
+    """From pixels on: normalisation, masks of two images of different size, backbone, and the part that is specified."""
+    made, sizes = model(torch.float64), [(37, 61), (64, 24)]
+    images = torch.rand(2, 3, 64, 61, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask = torch.ones(2, 64, 61, dtype=torch.bool)
+    for index, (height, width) in enumerate(sizes):
+        mask[index, :height, :width] = False
+    with torch.no_grad():
+        got = made(images, mask)
+        features = [f.numpy() for f in made.backbone(made.normalize(images, mask))]
+    params = {name: value.numpy() for name, value in made.state_dict().items()}
+    expected = forward(params, features, np.array(sizes), made.config)
+    for name in ("logits", "boxes"):
+        np.testing.assert_allclose(got[name].numpy(), expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_uint8_and_float_images_are_the_same() -> None:
+    made = model(torch.float32)
+    images = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(made(images)["logits"], made(images / 255)["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_non_finite_costs_are_reported_not_repaired() -> None:
+    logits, boxes = torch.zeros(2, 1, 3, 2), torch.full((2, 1, 3, 4), 0.5)
+    logits[1, 0, 2, 1] = torch.nan
+    targets = Targets(torch.tensor([[1]]), torch.full((1, 1, 4), 0.5), torch.tensor([[True]]))
+    with pytest.raises(NonFiniteError, match=r"decoder layer 1, image 0 .* query 2 and target 0"):
+        matcher.match(logits, boxes, targets, LossConfig().weights)
