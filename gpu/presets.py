@@ -12,8 +12,9 @@ from smca.gpu.config import BackboneConfig, ModelConfig, OptimConfig, RunConfig,
 
 
 def tiny_resnet(*depths: int) -> BackboneConfig:
-    """A ResNet of two stages (strides 4 and 8) with so many blocks each: what trains from scratch on a laptop's CPU."""
-    options = {"embedding_size": 32, "hidden_sizes": [32, 96], "depths": list(depths), "layer_type": "basic"}
+    """A ResNet whose stages (strides 4, 8, 16) have so many blocks each: what trains from scratch on a laptop's CPU."""
+    widths = [32, 96, 160][: len(depths)]
+    options = {"embedding_size": 32, "hidden_sizes": widths, "depths": list(depths), "layer_type": "basic"}
     return BackboneConfig(name="resnet", options=options, frozen_norm=False)
 
 
@@ -88,17 +89,15 @@ def small() -> RunConfig:
 
 
 def small_objects() -> RunConfig:
-    """Single scale on built-in data with up to 12 objects of 5 to 40 pixels, for comparison."""
-    run = _with_model(
-        demo(), "small_objects", encoder="conv"
-    )  # a third of attention's time where there is a level of stride 4
+    """One level of stride 16 on built-in data with up to 12 objects of 5 to 40 pixels: many are smaller than a cell."""
+    run = _with_model(demo(), "small_objects", backbone=tiny_resnet(2, 2, 2), strides=(16,))
     synthetic = replace(run.synthetic, train_images=2000, max_objects=12, min_side=5 / 128, max_side=40 / 128)
     return replace(run, synthetic=synthetic)
 
 
 def small_objects_multiscale() -> RunConfig:
-    """``small_objects`` with three levels: strides 4, 8 and 16."""
-    return _with_model(small_objects(), "small_objects_multiscale", strides=(4, 8, 16))
+    """``small_objects`` with three levels, one finer and one coarser: strides 8, 16 and 32."""
+    return _with_model(small_objects(), "small_objects_multiscale", strides=(8, 16, 32))
 
 
 def ablation_fixed_scale() -> RunConfig:
