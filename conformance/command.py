@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from smca.conformance.diagnosis import explain
 from smca.conformance.implementations import IMPLEMENTATIONS
 from smca.conformance.mutants import MUTANTS, kill
 from smca.conformance.property import Property
@@ -107,7 +108,7 @@ def _check(args: ConformanceArgs, chosen: Sequence[Property]) -> None:
             progress.advance(task)
     for outcome in outcomes:
         if outcome.status == "failed":
-            print(outcome.message, end="\n\n")
+            print("\n".join(filter(None, [outcome.message, explain(outcome)])), end="\n\n")
     print("\n".join(summary(outcomes)))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise SystemExit(1)

@@ -40,7 +40,7 @@ class BoxInputs:
     second: int = 1
     kind: str = "random"
     """"random"; "same": the second set repeats the first; "apart": no overlap; "nested"; "flat": some without width or
-    height; "large": coordinates of pixels."""
+    height; "large": coordinates of pixels; "tiny": sides of 1e-6 to 1e-3."""
     seed: int = 0
 
     def arrays(self, dtype: str) -> tuple[Array, Array]:
@@ -49,6 +49,9 @@ class BoxInputs:
         both = random_boxes(rng, self.first + self.second)
         if self.kind == "flat":
             both[rng.random(len(both)) < 0.5, 2 + rng.integers(2)] = 0.0
+        if self.kind == "tiny":
+            both[:, 2:] = 10.0 ** rng.uniform(-6, -3, (len(both), 2))
+            both[:, :2] = 0.5 + rng.normal(size=(len(both), 2)) * 1e-3
         if self.kind == "nested":
             both[:, :2] = 0.5
         corners = np.concatenate([both[:, :2] - both[:, 2:] / 2, both[:, :2] + both[:, 2:] / 2], axis=-1)
@@ -64,15 +67,15 @@ class BoxInputs:
     def describe(self) -> str:
         """Shapes, and the values worth reading."""
         one, two = self.arrays("float64")
-        first = ", ".join(f"boxes{i}[0] = {x[0].round(4).tolist()} of {x.shape}" for i, x in ((1, one), (2, two)))
+        first = ", ".join(f"boxes{i} {x.shape}: {x[:1].round(4).tolist()} …" for i, x in ((1, one), (2, two)))
         return f"{self.kind}; {first}"
 
 
 @st.composite
 def box_inputs(draw: st.DrawFn, /, **fixed: Any) -> BoxInputs:
-    """Two sets of one to five boxes."""
-    kinds = st.sampled_from(["random", "same", "apart", "nested", "flat", "large"])
-    return BoxInputs(draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(fixed.get("kind", kinds)), draw(SEEDS))
+    """Two sets of up to five boxes; one of them may be empty."""
+    kinds = st.sampled_from(["random", "same", "apart", "nested", "flat", "large", "tiny"])
+    return BoxInputs(draw(st.integers(1, 5)), draw(st.integers(0, 5)), draw(fixed.get("kind", kinds)), draw(SEEDS))
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def loss_inputs(draw: st.DrawFn, /, **fixed: Any) -> LossInputs:
         "batch": st.integers(1, 3),
         "queries": st.integers(1, 7),
         "classes": st.integers(1, 4),
-        "targets": st.integers(1, 9),
+        "targets": st.integers(0, 9),
         "filled": st.sampled_from([1.0, 0.5, 0.0]),
         "logit": st.sampled_from([1.0, 0.1, 10.0, 1e4]),
         "seed": SEEDS,

@@ -181,7 +181,8 @@ def corner(recipe: LossInputs, dtype: str) -> LossArrays:
     rng = np.random.default_rng(recipe.seed)
     boxes[rng.random(boxes.shape[:-1]) < 0.3, 2:] = 0.0
     truth[rng.random(truth.shape[:-1]) < 0.3, 2:] = 0.0
-    boxes[..., 0, :] = truth[:, 0]
+    if recipe.targets:
+        boxes[..., 0, :] = truth[:, 0]
     boxes[rng.random(boxes.shape[:-1]) < 0.2] = [1.0, 0.0, 1.0, 1.0]
     return LossArrays(x.logits, boxes, Targets(x.targets.labels, truth, x.targets.valid))
 

@@ -128,12 +128,28 @@ def cost(impl: Any, arguments: tuple[Any, ...], dtype: str) -> Array:
     return np.asarray(impl.match_cost(*arguments, WEIGHTS, dtype=dtype), dtype=np.float64)
 
 
+def parts_of_cost(x: tuple[Any, ...], at: tuple[int, ...]) -> str:
+    """What the oracle's cost of a pair adds up from."""
+    logits, boxes, labels, truth = x
+    query, target = at
+    parts = [
+        oracle.match_cost(logits, boxes, labels, truth, {t: WEIGHTS[t] * (t == wanted) for t in WEIGHTS})[query, target]
+        for wanted in WEIGHTS
+    ]
+    apart = (WEIGHTS["l1"] * np.abs(boxes[query] - truth[target])).round(6).tolist()
+    return (
+        f"expected = class {parts[0]:.6g} + L1 {parts[1]:.6g} + GIoU {parts[2]:.6g}; L1 by coordinate (cx, cy, w, h) {apart}; "
+        f"logit {logits[query, labels[target]]:.6g}"
+    )
+
+
 ONE_IMAGE = loss_inputs(layers=1, batch=1, filled=1.0)
 
 
 @property_of("match_cost.equals_the_oracle", "equals the oracle", COST, ONE_IMAGE, into=PROPERTIES)
 def cost_equals_the_oracle(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     x = one_image(recipe, dtype)
+    judge.note = lambda at: parts_of_cost(x, at)
     judge.close(cost(impl, x, dtype), oracle.match_cost(*x, WEIGHTS), cost_bound(*x, dtype), "cost")
 
 
@@ -158,7 +174,7 @@ def pair_by_pair(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> Non
     "match_cost.falls_with_the_logit",
     "the cost of a pair falls as the logit of its target's class rises, and no other class's logit has a part in it",
     COST,
-    loss_inputs(layers=1, batch=1, filled=1.0, logit=1.0),
+    loss_inputs(layers=1, batch=1, filled=1.0, logit=1.0, targets=st.integers(1, 9)),
     into=PROPERTIES,
 )
 def falls_with_the_logit(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:

@@ -48,6 +48,8 @@ class Judge:
     dtype: str
     recipe: Any = None
     worst: Worst = field(default_factory=Worst)
+    note: Callable[[tuple[int, ...]], str] | None = None
+    """What else to print for the worst index: the parts that the expected number is made of."""
 
     def close(self, got: Any, expected: npt.ArrayLike, bound: npt.ArrayLike, what: str) -> None:
         """Every entry of `got` is within its bound of `expected`.
@@ -74,9 +76,10 @@ class Judge:
         if not ratio[at] <= 1:
             index = ", ".join(str(int(i)) for i in at)
             wrong = int((ratio > 1).sum())
+            note = f"\n    {self.note(tuple(int(i) for i in at))}" if self.note else ""
             raise self.mismatch(
                 f"{what}[{index}] = {float(got[at])!r}, expected {float(expected[at])!r}\n"
-                f"    off by {error[at]:.3g}, bound {limit[at]:.3g}; {wrong} of {got.size} entries are over their bounds"
+                f"    off by {error[at]:.3g}, bound {limit[at]:.3g}; {wrong} of {got.size} entries are over their bounds{note}"
             )
 
     def holds(self, condition: bool, message: str) -> None:

@@ -68,6 +68,8 @@ class Outcome:
     worst: Worst
     """The largest error, as a multiple of its bound; its `examples` is how many were tried."""
     seconds: float
+    failing: tuple[Any, ...] = ()
+    """Some recipes that failed: the smallest one last."""
 
 
 def cases(properties: Iterable[Property], implementations: Iterable[Any], profile: Profile) -> Iterator[Case]:
@@ -103,7 +105,7 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
     number = max(1, round((examples or profile.examples) * share))
     phases = [Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else [])]
     database = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples") if profile.random else None
-    tried = 0
+    tried, failing = 0, dict[str, Any]()
 
     @settings(
         max_examples=number,
@@ -123,6 +125,7 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
         try:
             case.prop.check(case.implementation, recipe, case.dtype, judge)
         except (AssertionError, KeyboardInterrupt):
+            failing[repr(recipe)] = recipe
             raise
         except Exception as error:
             if type(error).__module__.startswith("hypothesis"):
@@ -136,6 +139,7 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
         check()
     except AssertionError as error:
         judge.worst.examples = tried
-        return Outcome(case, "failed", str(error), judge.worst, time.perf_counter() - begun)
+        some = (*list(failing.values())[:4], judge.recipe)
+        return Outcome(case, "failed", str(error), judge.worst, time.perf_counter() - begun, some)
     judge.worst.examples = tried
     return Outcome(case, "passed", "", judge.worst, time.perf_counter() - begun)

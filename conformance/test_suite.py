@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from smca.conformance.diagnosis import explain
 from smca.conformance.implementations import IMPLEMENTATIONS
-from smca.conformance.mutants import MUTANTS, kill
+from smca.conformance.mutants import MUTANTS, kill, planted
 from smca.conformance.protocol import Unavailable, name_of
 from smca.conformance.replay import implementation_of, replay
 from smca.conformance.runner import PROFILES, Case, cases, run
@@ -40,7 +41,7 @@ def test_property(case: Case, request: pytest.FixtureRequest) -> None:
     outcome = run(case, PROFILES[request.config.getoption("--profile")])
     if outcome.status == "not implemented":
         pytest.skip(f"{name_of(case.implementation)} does not implement {case.missing}")
-    assert outcome.status == "passed", outcome.message
+    assert outcome.status == "passed", f"{outcome.message}\n{explain(outcome)}"
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a bug may divide by 0 on its way to being found
@@ -69,10 +70,24 @@ def test_a_failure_prints_what_replays_it() -> None:
     prop = next(prop for prop in PROPERTIES if prop.name == "generalized_box_iou.equals_the_oracle")
     outcome = run(Case(prop, Halved(), "float64"), PROFILES["quick"])
     assert outcome.status == "failed"
-    for part in ("GIoU[0, 0] = ", "expected", "bound", "of (1, 4)", "arXiv 1902.09630", "halved, float64"):
+    for part in ("GIoU[0, 0] = ", "expected", "bound", "boxes1 (1, 4)", "arXiv 1902.09630", "halved, float64"):
         assert part in outcome.message
     snippet = outcome.message.split("again:\n")[1].replace("        ", "").replace("'halved'", "made")
     with pytest.raises(AssertionError, match="GIoU"):
         exec(snippet, {"made": Halved()})
     with pytest.raises(ValueError, match="no implementation 'egger'"):
         replay(prop.name, "egger", "float64", None)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS[::17], ids=lambda mutant: mutant.bug)
+def test_a_known_bug_is_called_by_its_name(mutant: Any) -> None:
+    """What fails as a mutant fails is reported with that mutant's name."""
+    if mutant.package != "reference":
+        pytest.skip("diagnoses are of the specification's bugs")
+    with planted(mutant) as (implementation,):
+        for case in cases([prop for prop in PROPERTIES if prop.oracle], [implementation], PROFILES["quick"]):
+            outcome = run(case, PROFILES["quick"])
+            if outcome.status == "failed":
+                assert mutant.bug in explain(outcome)
+                return
+    pytest.fail("no comparison with the oracle failed")

@@ -1,0 +1,75 @@
+"""What is wrong, as far as it can be guessed: the known bug that makes the specification give the same wrong numbers."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from smca.conformance.mutant_table import ORACLE
+from smca.conformance.mutants import CONCERNS, planted
+from smca.conformance.property import Judge
+from smca.conformance.protocol import name_of
+from smca.conformance.runner import Outcome
+from smca.conformance.tolerances import UNIT_ROUNDOFF
+
+
+@dataclass
+class _Recorder(Judge):
+    """Keeps what an implementation gave, and judges nothing."""
+
+    seen: list[npt.NDArray[np.float64]] = field(default_factory=list)
+
+    def close(self, got: Any, expected: npt.ArrayLike, bound: npt.ArrayLike, what: str) -> None:
+        self.seen.append(np.asarray(got, dtype=np.float64))
+
+    def holds(self, condition: bool, message: str) -> None:
+        pass
+
+
+def explain(outcome: Outcome) -> str:
+    """A line that names the bugs of `mutant_table` that reproduce a failure, for every failing example; "" if none does.
+
+    Only for comparisons with the oracle: the others have no wrong numbers to reproduce.
+    """
+    prop = outcome.case.prop
+    if outcome.status != "failed" or not prop.oracle or not outcome.failing:
+        return ""
+    found = []
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        wrong = [_outputs(outcome.case.implementation, outcome, recipe) for recipe in outcome.failing]
+        for mutant in ORACLE:
+            if prop.operation not in CONCERNS.get(mutant.module, ("forward",)):
+                continue
+            with planted(mutant) as (oracle,):
+                pairs = zip(outcome.failing, wrong, strict=True)
+                if all(_same(_outputs(oracle, outcome, recipe), seen, outcome.case.dtype) for recipe, seen in pairs):
+                    found.append(f"{mutant.bug} (as in {mutant.module})")
+    return (
+        f"    likely: the specification gives the same numbers with this bug in it: {'; or '.join(found)}"
+        if found
+        else ""
+    )
+
+
+def _outputs(implementation: Any, outcome: Outcome, recipe: Any) -> list[npt.NDArray[np.float64]] | None:
+    judge = _Recorder(outcome.case.prop, name_of(implementation), outcome.case.dtype, recipe)
+    try:
+        outcome.case.prop.check(implementation, recipe, outcome.case.dtype, judge)
+    except Exception:  # whatever it raises, it gives no numbers
+        return None
+    return judge.seen
+
+
+def _same(one: list[npt.NDArray[np.float64]] | None, two: list[npt.NDArray[np.float64]] | None, dtype: str) -> bool:
+    if one is None or two is None or len(one) != len(two):
+        return False
+    digits = UNIT_ROUNDOFF[dtype] ** 0.75
+    return all(
+        a.shape == b.shape and np.allclose(a, b, rtol=digits, atol=digits * np.abs(b).max(initial=0.0), equal_nan=True)
+        for a, b in zip(one, two, strict=True)
+    )
