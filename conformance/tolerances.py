@@ -42,20 +42,19 @@ UNDERFLOW = {"float64": 2.0**-1075, "float32": 2.0**-127, "float16": 2.0**-25, "
 to 0, which processors may do below 2⁻¹²⁶ and vector units do."""
 
 CONSTANTS: dict[str, tuple[float, str]] = {
-    "smca_attention": (2.0, "second-order terms, and exponentials that are off by an ulp or two"),
-    "smca_attention_vjp": (4.0, "as above; and half precision stores weights and their gradients once more"),
-    "multi_scale_smca_attention": (2.0, "as smca_attention"),
-    "multi_scale_smca_attention_vjp": (4.0, "as smca_attention_vjp"),
-    "match_cost": (8.0, "sigmoid, logarithm, power and corners: some eight roundings an entry"),
-    "assign": (8.0, "dual variables: sums and differences of as many costs as there are rows"),
-    "generalized_box_iou": (4.0, "two corners each from a sum, then areas: four roundings a factor"),
-    "set_loss": (8.0, "as match_cost"),
-    "set_loss_vjp": (64.0, "derivatives of sigmoid, power and quotient: squares of the terms of the loss"),
-    "forward": (32.0, "a rounding for each of some thirty steps of a layer"),
-    "forward_vjp": (64.0, "the same steps back and forth"),
+    "smca_attention": (1.0, "every rounding is counted"),
+    "smca_attention_vjp": (2.0, "half precision stores weights and their gradients once more than is counted"),
+    "multi_scale_smca_attention": (2.0, "each level's output is stored once more"),
+    "multi_scale_smca_attention_vjp": (2.0, "as smca_attention_vjp"),
+    "match_cost": (4.0, "sigmoid, logarithm and power: some four roundings a factor"),
+    "assign": (1.0, "every sum of dual variables is counted"),
+    "generalized_box_iou": (1.0, "every rounding is counted"),
+    "set_loss": (2.0, "powers: two roundings a factor"),
+    "set_loss_vjp": (4.0, "compared along a random direction: steps are not counted one by one"),
+    "forward": (8.0, "a condition number that is measured on random nudges misses the worst ones"),
+    "forward_vjp": (4.0, "truncation of the differences is estimated, not bounded"),
 }
-"""Operation → (constant, its reason). With a bound this close to first-order theory, a constant far above 1 only stands
-where steps are not counted one by one."""
+"""Operation → (constant, its reason): 1 where the bound counts every rounding."""
 
 TINY = 1e-290
 """Added to every bound: 0 would ask for exact equality of numbers that underflow."""
