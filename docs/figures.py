@@ -22,31 +22,59 @@ from matplotlib import pyplot
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-LABELS = {"smca": "SMCA", "dense": "DETR (dense)"}
+HEADS = {"ap": "AP", "ap50": "AP50", "ap_small": "AP small", "ap_medium": "AP medium"}
+LABELS = {
+    "smca": "SMCA",
+    "dense": "DETR (dense)",
+    "small_objects": "stride 16",
+    "small_objects_multiscale": "strides 8, 16, 32",
+    "no_selection": "without scale selection: all levels weigh the same",
+    "shared_heads": "one Gaussian for all heads",
+    "single_scale": "one width for both axes",
+    "fixed_scale": "fixed width",
+    "single": "stride 8",
+    "multi": "strides 8, 16, 32",
+}
 
 
-def runs_of(experiment: str) -> dict[str, list[list[dict[str, Any]]]]:
+Runs = dict[str, list[list[dict[str, Any]]]]
+"""Kind of run → seeds → evaluations."""
+
+
+def runs_of(experiment: str) -> Runs:
     """All runs of an experiment by the label of their kind: files EXPERIMENT-KIND-SEED.jsonl."""
-    runs: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
+    runs: Runs = defaultdict(list)
     for path in sorted(RESULTS.glob(f"{experiment}-*.jsonl")):
         kind = path.stem.removeprefix(f"{experiment}-").rsplit("-", 1)[0]
         runs[LABELS.get(kind, kind)].append(read_metrics(path))
     return dict(sorted(runs.items(), reverse=True))
 
 
-def ap_table(runs: dict[str, list[list[dict[str, Any]]]]) -> str:
-    """AP and AP50 by epoch: mean over seeds, and least to largest."""
-    lines = ["| epoch | " + " | ".join(f"{label} AP | {label} AP50" for label in runs) + " |"]
-    lines.append("|" + "---|" * (1 + 2 * len(runs)))
-    epochs = sorted({m["epoch"] for seeds in runs.values() for run in seeds for m in run})
-    for epoch in epochs:
+def spread(values: list[float]) -> str:
+    """Mean over the seeds, and the least and the largest where there are several."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
+
+
+def ap_table(runs: Runs, columns: tuple[str, ...] = ("ap", "ap50")) -> str:
+    """Markdown: a row an epoch, the columns of every kind of run."""
+    lines = ["| epoch | " + " | ".join(f"{kind} {HEADS[c]}" for kind in runs for c in columns) + " |"]
+    lines.append("|" + "---|" * (1 + len(columns) * len(runs)))
+    for epoch in sorted({line["epoch"] for seeds in runs.values() for run in seeds for line in run}):
         cells = []
         for seeds in runs.values():
-            for metric in ("ap", "ap50"):
-                values = [m[metric] for run in seeds for m in run if m["epoch"] == epoch]
-                spread = f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
-        lines.append(f"| {epoch} | " + " | ".join(cells) + " |")
+            found = [line for run in seeds for line in run if line["epoch"] == epoch]
+            cells += [spread([line[c] for line in found]) if found else "" for c in columns]
+        lines.append(f"| {epoch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def last_table(runs: Runs, columns: tuple[str, ...]) -> str:
+    """Markdown: a row a kind of run, its columns after the last epoch."""
+    lines = ["| | " + " | ".join(HEADS[c] for c in columns) + " | seeds |", "|" + "---|" * (2 + len(columns))]
+    for kind, seeds in runs.items():
+        cells = [spread([run[-1][c] for run in seeds]) for c in columns]
+        lines.append(f"| {kind} | {' | '.join(cells)} | {len(seeds)} |")
     return "\n".join(lines)
 
 
@@ -80,12 +108,16 @@ def main() -> None:
             {"SMCA, 4 epochs": demo["SMCA"], "DETR, 40 epochs": runs_of("long")[LABELS["dense"]]},
         ),
         "bccd": ("BCCD, preset small", runs_of("bccd")),
-        "scales": ("Built-in data, many small objects", runs_of("scales")),
+        "scales": ("Built-in data, many small objects", scales := runs_of("scales")),
+        "cells": ("BCCD, 40 epochs", runs_of("cells")),
     }
     for name, (title, runs) in comparisons.items():
         if runs:
             compare_curves(runs, DOCS / f"convergence-{name}.png", title=title, log_epochs=name == "long")
-            print(f"\n{title}\n\n{ap_table(runs)}")
+            by_size = name in ("scales", "cells")
+            print(f"\n{title}\n\n{ap_table(runs, ('ap', 'ap_small', 'ap_medium') if by_size else ('ap', 'ap50'))}")
+    ablation = {**runs_of("ablation"), **{kind: runs for kind, runs in scales.items() if "," in kind}}
+    print(f"\nAblation\n\n{last_table(ablation, ('ap', 'ap50', 'ap_small', 'ap_medium'))}")
 
 
 if __name__ == "__main__":
