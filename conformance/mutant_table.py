@@ -288,3 +288,40 @@ PRODUCTION: list[Mutant] = [
          "matched[layer, image, column[cols]] = rows[::-1].copy()"),
     ]
 ]  # fmt: skip
+
+KERNELS: list[Mutant] = [
+    Mutant(*entry)
+    for entry in [
+        ("kernel: cells of a row at i for i + ½", "gpu", "fused_kernels",
+         "return (key % W).to(tl.float32) + 0.5,", "return (key % W).to(tl.float32),"),
+        ("kernel: x and y of a key swapped", "gpu", "fused_kernels",
+         "return (key % W).to(tl.float32) + 0.5, (key // W).to(tl.float32) + 0.5, there",
+         "return (key // W).to(tl.float32) + 0.5, (key % W).to(tl.float32) + 0.5, there"),
+        ("kernel: mask not read", "gpu", "fused_kernels",
+         "there = there & (tl.load(mask_ptr + first + key, mask=there, other=1) == 0)", "there = there & (key >= 0)"),
+        ("kernel: mask of the next key", "gpu", "fused_kernels", "mask_ptr + first + key,", "mask_ptr + first + (key + 1) % L,"),
+        ("kernel: ½ forgotten in log G", "gpu", "fused_kernels", "- (0.5 * LOG2_E) * (lx", "- LOG2_E * (lx"),
+        ("kernel: log₂e forgotten with q·k", "gpu", "fused_kernels", "product * (scale * LOG2_E)", "product * scale"),
+        ("kernel: precisions of the axes swapped", "gpu", "fused_kernels",
+         "(lx * ux * (ux + tx) + ly * uy * (uy + ty))", "(ly * ux * (ux + tx) + lx * uy * (uy + ty))"),
+        ("kernel: centre held inside the map", "gpu", "fused_kernels", "return near, 2.0 * (near - center),", "return near, 0.0 * center,"),
+        ("kernel: running sum not shrunk when the maximum rises", "gpu", "fused_kernels",
+         "total = total * shrink + tl.sum(weights, axis=1)", "total = total + tl.sum(weights, axis=1)"),
+        ("kernel: output not shrunk when the maximum rises", "gpu", "fused_kernels",
+         "summed = summed * shrink[:, None] + tl.dot", "summed = summed + tl.dot"),
+        ("kernel: last block of keys left out", "gpu", "fused_kernels",
+         "    summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n    for start in range(0, L, BLOCK_L):",
+         "    summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n    for start in range(0, L - L % BLOCK_L + (L < BLOCK_L), BLOCK_L):"),
+        ("kernel: delta forgotten for k̄", "gpu", "fused_kernels", "weights * (dweights - delta[None, :])", "weights * dweights"),
+        ("kernel: delta forgotten for q̄, c̄ and λ̄", "gpu", "fused_kernels", "weights * (dweights - delta[:, None])", "weights * dweights"),
+        ("kernel: c̄ without λ", "gpu", "fused_kernels", "tl.store(dcenter_ptr + at, lx * sum_x, mask=real)",
+         "tl.store(dcenter_ptr + at, sum_x, mask=real)"),
+        ("kernel: λ̄ of y from x", "gpu", "fused_kernels", "tl.store(dprecision_ptr + at + 1, -0.5 * sum_yy, mask=real)",
+         "tl.store(dprecision_ptr + at + 1, -0.5 * sum_xx, mask=real)"),
+        ("kernel: √d missing in k̄", "gpu", "fused_kernels", "key < L, dk * scale, D, BLOCK_D)",
+         "key < L, dk, D, BLOCK_D)"),
+        ("kernel: last queries left out of k̄ and v̄", "gpu", "fused_kernels", "for start in range(0, N, BLOCK_N):",
+         "for start in range(0, N - N % BLOCK_N + (N < BLOCK_N), BLOCK_N):"),
+    ]
+]  # fmt: skip
+"""Bugs in the fused kernels; they need Triton, and take seconds each in its interpreter."""

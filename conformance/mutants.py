@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import re
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,15 +16,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 import smca.gpu
 import smca.reference
-from smca.conformance.implementations import AUTO, LIFTED, Criterion, Oracle, TorchModel
-from smca.conformance.mutant_table import ORACLE, PRODUCTION, Mutant
+from smca.conformance.implementations import AUTO, LIFTED, Criterion, Oracle, TorchModel, Triton
+from smca.conformance.mutant_table import KERNELS, ORACLE, PRODUCTION, Mutant
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
+from smca.gpu import fused_attention
 
-MUTANTS = [*ORACLE, *PRODUCTION]
+MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
@@ -39,6 +44,7 @@ CONCERNS = {
         "multi_scale_smca_attention",
         "multi_scale_smca_attention_vjp",
     ),
+    "fused_kernels": ("smca_attention", "smca_attention_vjp"),
     "boxes": ("generalized_box_iou", "match_cost", "set_loss", "set_loss_vjp"),
     "matching": ("match_cost", "assign", "set_loss"),
     "matcher": ("match_cost", "set_loss"),
@@ -74,19 +80,49 @@ class _Loader(importlib.abc.Loader):
         path = self.finder.folder / f"{stem}.py"
         text = path.read_text(encoding="utf-8")
         if stem == mutant.module:
-            if text.count(mutant.source) != 1:
-                raise ValueError(
-                    f"mutant {mutant.bug!r}: its source stands {text.count(mutant.source)} times in {path.name}, "
-                    "expected once: bring the table up to date"
-                )
-            text = text.replace(mutant.source, mutant.replacement)
+            text = _changed(text, mutant)
         text = re.sub(REPLACED[mutant.package], self.finder.name, text)
         exec(compile(text, f"<{path.name} with the bug: {mutant.bug}>", "exec"), module.__dict__)
 
 
+def _changed(text: str, mutant: Mutant) -> str:
+    if text.count(mutant.source) != 1:
+        raise ValueError(
+            f"mutant {mutant.bug!r}: its source stands {text.count(mutant.source)} times in {mutant.module}.py, expected "
+            "once: bring the table up to date"
+        )
+    return text.replace(mutant.source, mutant.replacement)
+
+
+@contextmanager
+def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
+    """The fused kernels with the bug in them. Triton reads the source of what it compiles: it has to be in a file."""
+    kernels: Any = Triton("cuda" if torch.cuda.is_available() else "cpu")
+    kernels.share, kernels.dtypes = 1.0, ("float32",)
+    text = (FOLDERS["smca.gpu"] / "fused_kernels.py").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"mutant_{next(_count)}.py"
+        path.write_text(_changed(text, mutant), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with mock.patch.object(fused_attention, "_kernels", return_value=module):
+            yield [kernels]
+
+
 @contextmanager
 def planted(mutant: Mutant) -> Iterator[list[Any]]:
-    """Implementations with the bug in them."""
+    """Implementations with the bug in them.
+
+    Raises:
+        Unavailable: what it is in cannot run on this machine.
+    """
+    if mutant.module == "fused_kernels":
+        with _in_kernels(mutant) as implementations:
+            yield implementations
+        return
     name = f"_smca_mutant_{next(_count)}"
     package, finder = types.ModuleType(name), _Finder(name, mutant)
     package.__path__ = []
