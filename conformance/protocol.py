@@ -26,6 +26,7 @@ T targets.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 OPERATIONS = (
@@ -93,11 +94,13 @@ def load_outside(target: str) -> Any:
     module_name, colon, class_name = target.partition(":")
     if not (module_name and colon and class_name):
         raise ValueError(f"--implementation: expected package.module:Class, got {target!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the folder that the command is run in, as `python -m` has it
     try:
         made = getattr(importlib.import_module(module_name), class_name)()
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--implementation {target}: {error}. Install it, or run where it can be imported (PYTHONPATH)."
+            f"--implementation {target}: {error}. Run in the folder it is in, install it, or set PYTHONPATH."
         ) from error
     except AttributeError as error:
         raise ValueError(f"--implementation {target}: {error}") from error
