@@ -32,6 +32,9 @@ the entry with the worst ratio, in units of the output. Where the bound is loose
 a tolerance: an entry that rounding hardly touches is held to its last digits in the same array.
 """
 
+SLOW_EXAMPLES = 20
+"""Examples of a property where each takes seconds: of what is compiled for every shape, or interpreted."""
+
 
 def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Property], examples: int) -> None:
     """Run the comparisons with the oracle on many examples and write the table.
@@ -41,7 +44,7 @@ def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Pr
         implementations: to compare.
         properties: those that compare with the oracle are taken from these; where an operation has none (gradients of
             the loss and of the model), those that compare with differences of the oracle.
-        examples: at least, for each operation, over all implementations and dtypes together.
+        examples: at least, for each operation, over all implementations and dtypes together; slow ones not counted.
     """
     by_operation: dict[str, list[Case]] = defaultdict(list)
     for case in cases([prop for prop in properties if _against_oracle(prop)], implementations, PROFILES["deep"]):
@@ -51,11 +54,13 @@ def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Pr
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=sum(map(len, by_operation.values())))
         for found in by_operation.values():
-            weights = [case.prop.share * float(getattr(case.implementation, "share", 1.0)) for case in found]
-            number = int(np.ceil(examples / sum(weights)))
+            shares = {case: case.prop.share * float(getattr(case.implementation, "share", 1.0)) for case in found}
+            quick = [case for case in found if not getattr(case.implementation, "slow", False)]
+            number = int(np.ceil(examples / sum(shares[case] for case in quick))) if quick else 0
             for case in found:
                 progress.update(task, description=f"{case.prop.operation} {case.dtype}")
-                outcomes.append(run(case, PROFILES["deep"], examples=number))
+                wanted = number if case in quick else round(SLOW_EXAMPLES / shares[case])
+                outcomes.append(run(case, PROFILES["deep"], examples=wanted))
                 progress.advance(task)
     path.write_text("\n".join([INTRODUCTION, *_numerics_lines(outcomes), ""]), encoding="utf-8")
     print(f"wrote {path}")
