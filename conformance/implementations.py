@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smca.conformance.protocol import Unavailable
 from smca.datasets import Targets
-from smca.gpu import attention, boxes, criterion, fused_attention, matcher
+from smca.gpu import assignment, attention, boxes, criterion, fused_attention, matcher
 from smca.gpu.config import LossConfig, ModelConfig
 from smca.gpu.model import SMCADETR
 from smca.reference import attention as reference_attention
@@ -277,7 +277,10 @@ class Criterion:
     def __init__(self, backend: str, device: str) -> None:
         if device != "cpu" and not torch.cuda.is_available():
             raise Unavailable("PyTorch finds no CUDA device")
-        self.name = f"criterion-{backend}" if device == "cpu" else f"criterion-{backend}-{device}"
+        missing = assignment.available(device) if backend == "cuda" else None
+        if missing is not None:
+            raise Unavailable(missing)
+        self.name = f"criterion-{backend}"
         self.backend, self.device = backend, device
 
     def _tensor(self, values: Any, dtype: str, grad: bool = False) -> Tensor:
@@ -331,6 +334,28 @@ ALL = ("float64", "float32", "float16", "bfloat16")
 LIFTED = {"float64": float("inf"), "float32": float("inf")}
 AUTO = {"float64": float("inf"), "float32": attention.LIFTED_LOGIT_LIMIT}
 
+
+class CudaAssignment:
+    """`smca.gpu.assignment`, one problem a launch."""
+
+    name = "cuda-assignment"
+    dtypes = ("float32",)
+
+    def __init__(self) -> None:
+        missing = assignment.available("cuda")
+        if missing is not None:
+            raise Unavailable(missing)
+
+    def assign(self, cost: Array, *, dtype: str) -> tuple[Array, Array]:
+        rows, cols = cost.shape
+        valid = torch.ones(1, cols, dtype=torch.bool, device="cuda")
+        there = torch.tensor(cost, dtype=torch.float32, device="cuda").reshape(1, 1, rows, cols)
+        query = assignment.assign(there, valid)[0][0, 0].cpu().numpy()
+        found = np.flatnonzero(query >= 0)
+        order = np.argsort(query[found])
+        return query[found][order], found[order]
+
+
 IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
     "oracle": Oracle,
     "oracle-cupy": OracleOnCuPy,
@@ -343,6 +368,8 @@ IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
     "triton": lambda: Triton("cpu"),
     "triton-cuda": lambda: Triton("cuda"),
     "criterion-scipy": lambda: Criterion("scipy", "cpu"),
+    "criterion-cuda": lambda: Criterion("cuda", "cuda"),
     "scipy": SciPyAssignment,
+    "cuda-assignment": CudaAssignment,
 }
 """Name → how to make it; making it raises `Unavailable` on a machine that lacks what it needs."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 from smca.datasets import Targets
 from smca.gpu.boxes import cxcywh_to_xyxy, generalized_box_iou
 from smca.gpu.config import LossConfig
-from smca.gpu.matcher import FOCAL_ALPHA, FOCAL_GAMMA, match
+from smca.gpu.matcher import BROKEN, FOCAL_ALPHA, FOCAL_GAMMA, match
 
 
 class SetCriterion(nn.Module):
@@ -37,6 +37,8 @@ class SetCriterion(nn.Module):
         if logits.dtype != torch.float64:  # under autocast the network is bf16, the loss never
             logits, boxes = logits.float(), boxes.float()
         query = match(logits, boxes, targets, self.weights, backend=self.matcher_backend)  # [M, B, T]
+        # A matching that is broken by NaN costs leaves its targets out; the loss must not look healthy for it.
+        broken = torch.where((query == BROKEN).any(), torch.nan, 0.0).to(logits.dtype)
         matched = query >= 0
         query = query.clamp(min=0)
         num_boxes = _num_boxes(targets.valid).to(logits.dtype)
@@ -50,7 +52,7 @@ class SetCriterion(nn.Module):
         l1 = ((pred - true).abs().sum(-1) * matched).sum((1, 2))
         giou = ((1 - generalized_box_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(true))) * matched).sum((1, 2))
 
-        by_name = {"class": focal, "l1": l1, "giou": giou}
+        by_name = {"class": focal + broken, "l1": l1, "giou": giou}
         per_layer = {name: self.weights[name] * value / num_boxes for name, value in by_name.items()}
         terms = {f"{name}/{m}": value[m] for m in range(len(logits)) for name, value in per_layer.items()}
         terms["loss"] = torch.stack(list(per_layer.values())).sum()

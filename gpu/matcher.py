@@ -1,13 +1,18 @@
 """Bipartite matching: each ground-truth box gets one query, at the least total cost (docs/method.md §5).
 
-Costs are formed only between an image's predictions and its own targets, for all decoder layers at once. The ``scipy``
-backend then makes one copy to the host and solves the M·B assignments there.
+Costs are formed only between an image's predictions and its own targets, for all decoder layers at once.
+
+``scipy``  makes one copy to the host and solves the M·B assignments there.
+``cuda``   solves them in one launch on the GPU and waits for nothing (``assignment``). Needs CuPy. Not yet measured on a GPU.
+``auto``   takes ``cuda`` where it can run, and says once why not where a GPU is there and it cannot.
 
 Shape letters: M decoder layers, B images, N queries, K classes, T targets (padded).
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,10 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from smca.datasets import Targets
+from smca.gpu import assignment
 from smca.gpu.boxes import cxcywh_to_xyxy, generalized_box_iou
 from smca.gpu.finite import NonFiniteError
 
-BACKENDS = ("auto", "scipy")
+BACKENDS = ("auto", "scipy", "cuda")
+BROKEN = -2
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
 
@@ -60,20 +67,34 @@ def match(
         logits: [M, B, N, K]. boxes: [M, B, N, 4] cxcywh in 0–1.
         targets: labels [B, T], boxes [B, T, 4], valid [B, T].
         weights: of the terms "class", "l1" and "giou".
-        backend: "scipy" or "auto".
+        backend: "scipy", "cuda" or "auto".
 
     Returns:
         [M, B, T] int64 on the device of `logits`; −1 where a target is padding, or where there are more targets than queries
-        and the cheapest assignment leaves this one out.
+        and the cheapest assignment leaves this one out. −2 (``BROKEN``) throughout a problem with a cost that is not
+        finite, from "cuda", which cannot raise without waiting for the GPU; ``SetCriterion`` makes its loss NaN.
 
     Raises:
-        ValueError: an unknown backend.
-        NonFiniteError: a cost that is not finite (names layer, image, query and target).
+        ValueError: an unknown backend, or one that cannot run here.
+        NonFiniteError: a cost that is not finite (names layer, image, query and target), from "scipy".
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown matcher backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     cost = match_cost(logits.float() if logits.dtype != torch.float64 else logits, boxes, targets, weights)
-    return _match_scipy(cost, targets.valid)
+    missing = "it takes float32 costs" if cost.dtype != torch.float32 else assignment.available(cost.device)
+    if backend == "cuda" and missing:
+        raise ValueError(f"matcher backend 'cuda' cannot run here: {missing}")
+    if backend == "scipy" or missing:
+        if missing and cost.is_cuda and backend == "auto":
+            _say_once(missing)
+        return _match_scipy(cost, targets.valid)
+    query, status = assignment.assign(cost, targets.valid)
+    return torch.where(status[..., None] >= 0, BROKEN, query)
+
+
+@functools.cache
+def _say_once(missing: str) -> None:
+    warnings.warn(f"matching on the host, which the GPU has to wait for: {missing}", stacklevel=3)
 
 
 def _match_scipy(cost: Tensor, valid: Tensor) -> Tensor:

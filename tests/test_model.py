@@ -10,7 +10,8 @@ from smca.conformance.inputs_model import configuration
 from smca.datasets import Targets
 from smca.gpu import matcher
 from smca.gpu.config import LossConfig
-from smca.gpu.finite import NonFiniteError
+from smca.gpu.criterion import SetCriterion
+from smca.gpu.finite import NonFiniteError, check_terms
 from smca.gpu.model import SMCADETR
 from smca.reference.model import forward
 
@@ -53,3 +54,24 @@ def test_non_finite_costs_are_reported_not_repaired() -> None:
     targets = Targets(torch.tensor([[1]]), torch.full((1, 1, 4), 0.5), torch.tensor([[True]]))
     with pytest.raises(NonFiniteError, match=r"decoder layer 1, image 0 .* query 2 and target 0"):
         matcher.match(logits, boxes, targets, LossConfig().weights)
+
+
+def test_a_matching_broken_on_the_gpu_makes_the_loss_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA backend cannot raise without waiting for the GPU: it marks the problem, and the loss says so."""
+    broken = torch.tensor([[[matcher.BROKEN], [0]]])  # [M, B, T]
+    monkeypatch.setattr("smca.gpu.criterion.match", lambda *arguments, **options: broken)
+    outputs = {"logits": torch.zeros(1, 2, 3, 2), "boxes": torch.full((1, 2, 3, 4), 0.5)}
+    targets = Targets(torch.tensor([[1], [0]]), torch.full((2, 1, 4), 0.5), torch.tensor([[True], [True]]))
+    terms = SetCriterion(LossConfig())(outputs, targets)
+    assert torch.isnan(terms["loss"])
+    with pytest.raises(NonFiniteError, match="class term of decoder layer 0 is nan"):
+        check_terms(terms)
+
+
+def test_matcher_backends_that_cannot_run_say_why() -> None:
+    logits, boxes = torch.zeros(1, 1, 3, 2), torch.full((1, 1, 3, 4), 0.5)
+    targets = Targets(torch.tensor([[1]]), torch.full((1, 1, 4), 0.5), torch.tensor([[True]]))
+    with pytest.raises(ValueError, match="unknown matcher backend 'cupy': choose one of auto, scipy, cuda"):
+        matcher.match(logits, boxes, targets, LossConfig().weights, backend="cupy")
+    with pytest.raises(ValueError, match="'cuda' cannot run here: the assignment kernel needs a CUDA device"):
+        matcher.match(logits, boxes, targets, LossConfig().weights, backend="cuda")
