@@ -277,7 +277,7 @@ class Criterion:
     def __init__(self, backend: str, device: str) -> None:
         if device != "cpu" and not torch.cuda.is_available():
             raise Unavailable("PyTorch finds no CUDA device")
-        missing = assignment.available(device) if backend == "cuda" else None
+        missing = assignment.available(device) if backend == "cupy" else None
         if missing is not None:
             raise Unavailable(missing)
         self.name = f"criterion-{backend}"
@@ -368,7 +368,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
     "triton": lambda: Triton("cpu"),
     "triton-cuda": lambda: Triton("cuda"),
     "criterion-scipy": lambda: Criterion("scipy", "cpu"),
-    "criterion-cuda": lambda: Criterion("cuda", "cuda"),
+    "criterion-cupy": lambda: Criterion("cupy", "cuda"),
     "scipy": SciPyAssignment,
     "cuda-assignment": CudaAssignment,
 }

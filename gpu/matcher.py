@@ -3,8 +3,8 @@
 Costs are formed only between an image's predictions and its own targets, for all decoder layers at once.
 
 ``scipy``  makes one copy to the host and solves the M·B assignments there.
-``cuda``   solves them in one launch on the GPU and waits for nothing (``assignment``). Needs CuPy. Not yet measured on a GPU.
-``auto``   takes ``cuda`` where it can run, and says once why not where a GPU is there and it cannot.
+``cupy``   solves them in one launch on the GPU and waits for nothing (``assignment``). Needs CuPy. Not yet measured on a GPU.
+``auto``   takes ``cupy`` where it can run, and says once why not where a GPU is there and it cannot.
 
 Shape letters: M decoder layers, B images, N queries, K classes, T targets (padded).
 """
@@ -26,7 +26,7 @@ from smca.gpu import assignment
 from smca.gpu.boxes import cxcywh_to_xyxy, generalized_box_iou
 from smca.gpu.finite import NonFiniteError
 
-BACKENDS = ("auto", "scipy", "cuda")
+BACKENDS = ("auto", "scipy", "cupy")
 BROKEN = -2
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
@@ -67,12 +67,12 @@ def match(
         logits: [M, B, N, K]. boxes: [M, B, N, 4] cxcywh in 0–1.
         targets: labels [B, T], boxes [B, T, 4], valid [B, T].
         weights: of the terms "class", "l1" and "giou".
-        backend: "scipy", "cuda" or "auto".
+        backend: "scipy", "cupy" or "auto".
 
     Returns:
         [M, B, T] int64 on the device of `logits`; −1 where a target is padding, or where there are more targets than queries
         and the cheapest assignment leaves this one out. −2 (``BROKEN``) throughout a problem with a cost that is not
-        finite, from "cuda", which cannot raise without waiting for the GPU; ``SetCriterion`` makes its loss NaN.
+        finite, from "cupy", which cannot raise without waiting for the GPU; ``SetCriterion`` makes its loss NaN.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run here.
@@ -82,8 +82,8 @@ def match(
         raise ValueError(f"unknown matcher backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     cost = match_cost(logits.float() if logits.dtype != torch.float64 else logits, boxes, targets, weights)
     missing = "it takes float32 costs" if cost.dtype != torch.float32 else assignment.available(cost.device)
-    if backend == "cuda" and missing:
-        raise ValueError(f"matcher backend 'cuda' cannot run here: {missing}")
+    if backend == "cupy" and missing:
+        raise ValueError(f"matcher backend 'cupy' cannot run here: {missing}")
     if backend == "scipy" or missing:
         if missing and cost.is_cuda and backend == "auto":
             _say_once(missing)
