@@ -33,7 +33,8 @@ _KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 
 # Of each kernel in turn: (queries a block, keys a block, warps, stages of the loads' pipeline), by the bytes of a row of q
 # (padded width × size of the dtype). Not tuned by measurement: read off the compiler for compute capability 8.0 and 9.0, these
-# spill next to no registers and take under 64 KiB of shared memory. Few queries a block, because a detector has few: 300.
+# take under 64 KiB of shared memory and spill next to no registers, but with skip in float32 from d = 64 on. Few queries a
+# block, because a detector has few: 300.
 _CUDA_BLOCKS = {
     64: ((32, 64, 4, 3), (32, 32, 4, 2), (32, 64, 4, 2)),
     128: ((32, 64, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),

@@ -31,12 +31,12 @@ CASES = (
     (90, 32, torch.bfloat16, True, True),
     (90, 64, torch.bfloat16, True, False),
     (90, 128, torch.float16, False, True),
-    (90, 32, torch.float32, False, False),
+    (90, 32, torch.float32, True, True),
     (90, 64, torch.float32, True, False),
     (80, 32, torch.float16, True, False),
     (80, 64, torch.float16, False, True),
     (80, 128, torch.bfloat16, False, False),
-    (80, 128, torch.float32, True, True),
+    (80, 128, torch.float32, False, False),
 )
 
 
@@ -105,8 +105,8 @@ def test_kernels_compile_and_fit(tmp_path: Path) -> None:
     assert len(kernels) == 3 * len(CASES)
     for kernel in kernels:
         assert kernel["shared_bytes"] <= SHARED_LIMIT, kernel
-        # Products of float32 (no tensor cores: IEEE) hold whole rows in registers, and spill from d = 64 on.
-        if kernel["dtype"] != "float32" or kernel["d"] <= 32:
+        # Skipping holds more in registers. In float32, whose products hold whole rows there (IEEE: no tensor cores), that spills.
+        if kernel["dtype"] != "float32" or not kernel["skip"]:
             assert kernel["spilled_bytes"] <= 64, kernel
 
 
