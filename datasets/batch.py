@@ -171,22 +171,25 @@ class DetectionDataset(Protocol):
         """A COCO dictionary (info, images, annotations, categories) that pycocotools takes as it is."""
 
 
-def collate(samples: Sequence[Sample], size_divisor: int = 1) -> Batch:
+def collate(samples: Sequence[Sample], size_divisor: int = 1, target_divisor: int = 1) -> Batch:
     """Pad images and targets of `samples` to common sizes.
 
-    Height and width become the largest in the batch, rounded up to a multiple of `size_divisor` (the stride of a model
-    that wants whole cells); the number of targets becomes the largest in the batch, at least 1.
+    Height and width become the largest in the batch, rounded up to a multiple of `size_divisor`; the number of targets
+    becomes the largest in the batch, at least 1, rounded up to a multiple of `target_divisor`. Divisors above 1 make for
+    fewer different shapes.
 
-    Raises ValueError for an empty list and for a `size_divisor` below 1.
+    Raises ValueError for an empty list and for a divisor below 1.
     """
     if not samples:
         raise ValueError("collate: expected at least one sample, got an empty list; check the sampler's batches")
-    if size_divisor < 1:
-        raise ValueError(f"collate: expected size_divisor ≥ 1, got {size_divisor}; pass the model's stride, or 1")
+    for name, divisor in (("size_divisor", size_divisor), ("target_divisor", target_divisor)):
+        if divisor < 1:
+            raise ValueError(f"collate: expected {name} ≥ 1, got {divisor}; 1 rounds nothing up")
     count = len(samples)
     valid_sizes_B2 = np.array([sample.image.shape[:2] for sample in samples], dtype=np.int64)
     height, width = (-(-int(side) // size_divisor) * size_divisor for side in valid_sizes_B2.max(axis=0))
     max_targets = max(1, *(len(sample.labels) for sample in samples))
+    max_targets = -(-max_targets // target_divisor) * target_divisor
 
     # Written as [B, H, W, 3] and handed on as a permuted view: the rows are copied once, and the result is
     # channels-last, which convolutions on CPUs and tensor cores prefer.

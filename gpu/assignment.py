@@ -23,6 +23,7 @@ STATIC_BYTES = 1024  # shared memory that the kernel holds whatever the shape, f
 BYTES_PER_COLUMN = 38  # three float64, three int32 and two bytes
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available(device: torch.device | str) -> str | None:
     """Why `assign` cannot run on `device`, with what to do about it; None if it can."""
     if torch.device(device).type != "cuda":

@@ -10,7 +10,8 @@
 
             q̃·k̃ is the modulated logit up to a constant per query, so any fused attention kernel computes SMCA and
             nothing of size N × H·W is ever stored. Key padding is one more channel. (A bias of low rank carried by the
-            kernel's own channels: FlashBias, arXiv 2505.12044; a squared distance is exactly of low rank.)
+            kernel's own channels: FlashBias, arXiv 2505.12044; a squared distance is exactly of low rank.) Half precision
+            is lifted, and attended to, in float32: in half, x²·λ − 2x·λ·c cancels to nothing useful.
 ``triton``  a fused kernel of our own (``fused_attention``) that forms log G from (x − c) in float32 inside, so that half
             precision keeps it: for CUDA, and for tests in Triton's interpreter. Not yet measured on a GPU, so ``auto``
             does not choose it.
@@ -138,11 +139,9 @@ def multi_scale_smca_attention(
 
 
 def _choose_backend(q: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> str:
-    """The lifted form needs float32 (docs/method.md §6): in half precision x²·λ − 2x·λ·c cancels to nothing useful."""
+    """Lifted unless it would be less exact than eager: in float32, for priors that are narrow and far from the middle."""
     if q.dtype == torch.float64:
         return "lifted"
-    if q.dtype != torch.float32 or torch.is_autocast_enabled(q.device.type):
-        return "eager"
     if q.device.type == "cpu":  # reading one number is free here; on a GPU it would wait for the device
         if torch.compiler.is_compiling():  # nothing can be read while tracing: take what is exact for any number
             return "eager"
@@ -195,6 +194,11 @@ def _lifted(
     size: tuple[int, int],
     key_padding_mask: Tensor | None,
 ) -> Tensor:
+    dtype, device = v.dtype, q.device.type
+    if dtype != torch.float64 and (dtype != torch.float32 or torch.is_autocast_enabled(device)):
+        with torch.autocast(device, enabled=False):
+            q, k, v, center_xy, precision_xy = (tensor.float() for tensor in (q, k, v, center_xy, precision_xy))
+            return _lifted(q, k, v, center_xy, precision_xy, size, key_padding_mask).to(dtype)
     batch, heads, queries, channels = q.shape
     x, y = cell_centers(size, k)
     x, y = x - size[1] / 2, y - size[0] / 2  # relative to the middle of the map: the smallest x² there can be

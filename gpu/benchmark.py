@@ -142,7 +142,7 @@ def _attention_cases(size: Size, device: str, full: bool) -> dict[str, Callable[
         kinds = dict.fromkeys(("lifted", "eager", "sdpa-mask", "lifted-bf16-split", "plain"), torch.float32)
         kinds["lifted-bf16-split"] = torch.bfloat16
         return {name: partial(attention_case, name, dtype, size, device) for name, dtype in kinds.items()}
-    both = ("eager", "sdpa-mask", "lifted", "flex", "triton", "plain")
+    both = ("eager", "sdpa-mask", "lifted", "flex", "triton", "triton-skip", "plain")
     names = [(n, torch.float32) for n in both] + [(n, torch.bfloat16) for n in (*both, "lifted-bf16-split")]
     return {
         f"{name} {'bf16' if dtype == torch.bfloat16 else 'float32'}".replace("bf16-split bf16", "bf16-split"): partial(

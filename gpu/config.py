@@ -332,6 +332,15 @@ class RunConfig:
     """"cuda", "cpu", "mps" …; "auto" takes a GPU if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network; losses are always computed in float32."""
+    attention: Literal["auto", "eager", "lifted", "triton"] = "auto"
+    """How SMCA attention is computed in training: written out, as plain attention with four more channels, or in one fused
+    kernel. "auto" takes the fastest of those that have been measured and are as exact as "eager"."""
+    compile: bool = False
+    """Compile network and loss with torch.compile: minutes at the start, then faster steps. Each new shape of a batch may compile
+    anew: see `shape_bucket`."""
+    shape_bucket: int = 1
+    """Pad each batch's images to multiples of this many pixels, and (if it is more than 1) its targets to multiples of 16: fewer
+    different shapes to compile for and to find memory for. What is padded changes no result."""
     seed: int = 0
     """Seeds weights, data order and augmentation."""
     dry_run: bool = False
@@ -342,8 +351,14 @@ class RunConfig:
     """Start anew although `output` already holds a run."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_every", "eval_batch_size"):
+        for name in ("epochs", "batch_size", "eval_every", "eval_batch_size", "shape_bucket"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
         _require(self.workers >= 0, "workers", "0 or more", self.workers)
+        _require(
+            self.attention == "auto" or self.model.cross_attention == "smca",
+            "attention",
+            'left at its default with model.cross_attention="dense", which has no SMCA attention',
+            self.attention,
+        )
         _require(not (self.resume and self.overwrite), "resume", "not given together with overwrite", self.resume)

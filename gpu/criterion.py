@@ -37,8 +37,8 @@ class SetCriterion(nn.Module):
         if logits.dtype != torch.float64:  # under autocast the network is bf16, the loss never
             logits, boxes = logits.float(), boxes.float()
         query = match(logits, boxes, targets, self.weights, backend=self.matcher_backend)  # [M, B, T]
-        # A matching that is broken by NaN costs leaves its targets out; the loss must not look healthy for it.
-        broken = torch.where((query == BROKEN).any(), torch.nan, 0.0).to(logits.dtype)
+        # A matching that is broken by NaN costs leaves its targets out; that layer's loss must not look healthy for it.
+        broken = torch.where((query == BROKEN).any(2).any(1), torch.nan, 0.0).to(logits.dtype)  # [M]
         matched = query >= 0
         query = query.clamp(min=0)
         num_boxes = _num_boxes(targets.valid).to(logits.dtype)

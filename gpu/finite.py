@@ -2,33 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from smca.datasets import Batch
+from smca.gpu.checkpoint import CHECKPOINT_FILE, write_atomically
+
+BAD_BATCH_FILE = "bad_batch.safetensors"
 
 
 class NonFiniteError(ValueError):
     """A cost, loss or gradient is NaN or infinite."""
 
 
-def check_terms(terms: Mapping[str, Tensor]) -> None:
-    """Raise NonFiniteError naming the first bad term of the loss and its decoder layer (one copy to the host)."""
-    values = torch.stack([value.detach() for value in terms.values()])
-    finite = values.isfinite().tolist()
-    if all(finite):
-        return
-    name = next(name for name, good in zip(terms, finite, strict=True) if not good)
-    term, _, layer = name.partition("/")
-    where = f"the {term} term of decoder layer {layer}" if layer else "the sum of the terms"
-    raise NonFiniteError(f"the loss is not finite: {where} is {terms[name].item()}")
+class FiniteCheck:
+    """Looks at every step's loss and gradient without making the host wait for the GPU.
+
+    A copy of the numbers is on its way to the host while the GPU goes on with the next step's forward pass; they are looked at
+    before that step's backward pass replaces the gradients. Until then a device-side flag keeps a bad step from changing the
+    weights. Where the numbers are at hand anyway, as on a CPU, they are looked at at once.
+
+        with check.keeping(batch):          # a matcher that raises does so in here
+            terms = criterion(model(images), targets)
+        check.look()                        # at the step before this one
+        terms["loss"].backward()
+        norm = clip_grad_norm_(…)
+        check.watch(terms, norm, batch, optimizer)
+        optimizer.step()
+        …
+        check.look()                        # before anything is saved
+    """
+
+    def __init__(self, model: nn.Module, output: Path, file_name: str = BAD_BATCH_FILE) -> None:
+        """
+        Args:
+            model: whose gradients are looked through, for their names, if their norm is not finite.
+            output: folder that receives the offending batch.
+            file_name: of that batch.
+        """
+        self.model = model
+        self.path = output / file_name
+        self.values: dict[str, float] = {}
+        """Terms of the loss of the last step that was looked at."""
+        self._waiting: tuple[list[str], Tensor, Any, Batch] | None = None
+
+    def watch(self, terms: Mapping[str, Tensor], norm: Tensor, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+        """Note a step's numbers, and forbid the optimiser's next step if one of them is not finite.
+
+        Args:
+            terms: of the loss, scalars on one device.
+            norm: of the whole gradient, before it was clipped.
+            batch: on the host.
+            optimizer: on CUDA a fused one, which takes ``found_inf`` as from a gradient scaler.
+
+        Raises:
+            NonFiniteError: as ``look``, at once, if the numbers are not on CUDA.
+        """
+        numbers = torch.stack([*(value.detach() for value in terms.values()), norm.detach()])
+        names = list(terms)
+        if not numbers.is_cuda:
+            self._waiting = names, numbers, None, batch
+            self.look()
+            return
+        optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
+        there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        there.copy_(numbers, non_blocking=True)
+        event: Any = torch.cuda.Event  # untyped
+        arrived = event()
+        arrived.record()
+        self._waiting = names, there, arrived, batch
+
+    def look(self) -> None:
+        """Look at the numbers last noted.
+
+        Raises:
+            NonFiniteError: one is not finite; names the term and layer, or the parameter whose gradient it was, the images of
+                the batch, and the file that it is kept in.
+        """
+        if self._waiting is None:
+            return
+        names, numbers, arrived, batch = self._waiting
+        self._waiting = None
+        if arrived is not None:
+            arrived.synchronize()
+        *losses, norm = numbers.tolist()
+        self.values = dict(zip(names, losses, strict=True))
+        with self.keeping(batch):
+            check_terms(self.values)
+            if not torch.isfinite(numbers[-1]):
+                raise NonFiniteError(_bad_gradient(self.model, norm))
+
+    @contextmanager
+    def keeping(self, batch: Batch) -> Iterator[None]:
+        """On a NonFiniteError: keep the batch that led to it, and say where."""
+        try:
+            yield
+        except NonFiniteError as error:
+            tensors = {
+                "images": batch.images,
+                "padding_mask": batch.padding_mask,
+                "image_ids": batch.image_ids,
+                "labels": batch.targets.labels,
+                "boxes": batch.targets.boxes,
+                "valid": batch.targets.valid,
+            }
+            write_atomically(self.path, lambda file: file.write(save({k: v.contiguous() for k, v in tensors.items()})))
+            raise NonFiniteError(
+                f"{error}. Image ids of the batch: {batch.image_ids.tolist()}; the batch is kept in {self.path}, the last good "
+                f"state in {self.path.with_name(CHECKPOINT_FILE)} (if an epoch was done). Look at these images and boxes; a lower "
+                "--optim.lr often helps, then --resume"
+            ) from error
 
 
-def check_gradient(norm: Tensor, model: nn.Module) -> None:
-    """Raise NonFiniteError naming the first parameter with a bad gradient, if the gradient's norm is not finite."""
-    if torch.isfinite(norm):
-        return
+def check_terms(values: Mapping[str, float]) -> None:
+    """Raise NonFiniteError naming the first bad term of the loss and its decoder layer."""
+    for name, value in values.items():
+        if value - value != 0:  # NaN or infinite
+            term, _, layer = name.partition("/")
+            where = f"the {term} term of decoder layer {layer}" if layer else "the sum of the terms"
+            raise NonFiniteError(f"the loss is not finite: {where} is {value}")
+
+
+def _bad_gradient(model: nn.Module, norm: float) -> str:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            raise NonFiniteError(f"the gradient of {name} is not finite, though the loss is")
-    raise NonFiniteError(f"the norm of the gradient is {norm.item()}: it overflows")
+            return f"the gradient of {name} is not finite, though the loss is"
+    return f"the norm of the gradient is {norm}: it overflows"

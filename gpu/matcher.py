@@ -85,9 +85,9 @@ def match(
     if backend == "cupy" and missing:
         raise ValueError(f"matcher backend 'cupy' cannot run here: {missing}")
     if backend == "scipy" or missing:
-        if missing and cost.is_cuda and backend == "auto":
+        if missing and cost.is_cuda and backend == "auto" and not torch.compiler.is_compiling():
             _say_once(missing)
-        return _match_scipy(cost, targets.valid)
+        return _match_scipy(cost, targets.valid)  # type: ignore[no-any-return]  # ops are untyped
     query, status = assignment.assign(cost, targets.valid)
     return torch.where(status[..., None] >= 0, BROKEN, query)
 
@@ -97,7 +97,9 @@ def _say_once(missing: str) -> None:
     warnings.warn(f"matching on the host, which the GPU has to wait for: {missing}", stacklevel=3)
 
 
+@torch.library.custom_op("smca::match_scipy", mutates_args=())
 def _match_scipy(cost: Tensor, valid: Tensor) -> Tensor:
+    """[M, B, N, T] costs and [B, T] → [M, B, T] int64. An op, so that torch.compile passes it by without a graph break."""
     costs = cost.cpu().numpy()
     columns = [np.flatnonzero(row) for row in valid.cpu().numpy()]
     matched = np.full((*costs.shape[:2], costs.shape[3]), -1, dtype=np.int64)
@@ -113,3 +115,9 @@ def _match_scipy(cost: Tensor, valid: Tensor) -> Tensor:
             rows, cols = linear_sum_assignment(problem)
             matched[layer, image, column[cols]] = rows
     return torch.from_numpy(matched).to(cost.device)
+
+
+@_match_scipy.register_fake
+def _(cost: Tensor, valid: Tensor) -> Tensor:
+    layers, batch, _, targets = cost.shape
+    return torch.empty((layers, batch, targets), dtype=torch.int64, device=cost.device)

@@ -92,7 +92,10 @@ class SMCADETR(nn.Module):
         features = self.backbone(pixels)
         batch, _, height, width = images.shape
         if padding_mask is None:
-            valid_sizes = torch.tensor([height, width], device=images.device).expand(batch, 2)
+            # Filled on the device: a tensor made from a list would be copied there, which waits for the GPU.
+            valid_sizes = torch.stack(
+                [images.new_full((batch,), side, dtype=torch.int64) for side in (height, width)], -1
+            )
         else:
             valid_sizes = valid_sizes_of(padding_mask)
         return self.detect(features, valid_sizes, padded=padding_mask is not None)

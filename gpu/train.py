@@ -24,24 +24,24 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import save
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from smca.datasets import Augmented, Batch, collate, require_same_categories
-from smca.gpu.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint, write_atomically
+from smca.datasets import Augmented, collate, require_same_categories
+from smca.gpu.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from smca.gpu.coco_eval import evaluate_detections
 from smca.gpu.config import OptimConfig, RunConfig
 from smca.gpu.criterion import SetCriterion
 from smca.gpu.evaluate import DetectionData, detect, evaluation_loader, open_split, pick_device
-from smca.gpu.finite import NonFiniteError, check_gradient, check_terms
+from smca.gpu.finite import BAD_BATCH_FILE, FiniteCheck
 from smca.gpu.model import SMCADETR
 from smca.gpu.pictures import draw_run
 from smca.gpu.presets import PRESETS
@@ -50,7 +50,9 @@ from smca.gpu.summary import summarize
 
 LOG_EVERY = 10
 """Steps between updates of the progress bar and TensorBoard."""
-BAD_BATCH_FILE = "bad_batch.safetensors"
+TARGET_BUCKET = 16
+"""Targets are padded to multiples of this if images are padded to multiples of ``RunConfig.shape_bucket``: COCO's images have
+7 objects on average and 63 at most."""
 
 
 def train(config: RunConfig) -> Path:
@@ -81,7 +83,11 @@ def train(config: RunConfig) -> Path:
             augmented,
             per_process,
             sampler=sampler,
-            collate_fn=collate,
+            collate_fn=partial(
+                collate,
+                size_divisor=config.shape_bucket,
+                target_divisor=TARGET_BUCKET if config.shape_bucket > 1 else 1,
+            ),
             num_workers=config.workers,
             persistent_workers=config.workers > 0,
             pin_memory=device.type == "cuda",
@@ -95,10 +101,13 @@ def train(config: RunConfig) -> Path:
             total_steps = min(total_steps, config.max_steps)
 
         # Model, loss, optimiser.
-        model = SMCADETR(config.model).to(device)
+        model = SMCADETR(config.model, attention_backend=config.attention).to(device)
         model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
         criterion = SetCriterion(config.loss)
+        if config.compile:
+            model.compile()
+            criterion.compile()
         optimizer = _optimizer(model, config.optim, device)
         base_lrs = [group["lr"] for group in optimizer.param_groups]
         # After the optimiser, which may freeze the backbone: only what is trained is synchronised.
@@ -116,6 +125,7 @@ def train(config: RunConfig) -> Path:
             torch.set_rng_state(state["rng"])
             step, epoch, train_seconds = state["step"], state["epoch"], state["train_seconds"]
 
+        check = FiniteCheck(model, config.output, BAD_BATCH_FILE if rank == 0 else f"rank{rank}_{BAD_BATCH_FILE}")
         with RunLog(config.output, total_steps, first_step=step, first_epoch=epoch, main_process=rank == 0) as log:
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
             log.say(f"training images: {train_data.report}\nheld-out images: {val_data.report}")
@@ -140,18 +150,20 @@ def train(config: RunConfig) -> Path:
                     for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
                         group["lr"] = base * factor
 
-                    batch = host_batch.to(device)
-                    with _keep_bad_batch(host_batch, config.output, rank):
-                        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                            outputs = parallel(
-                                batch.images.contiguous(memory_format=torch.channels_last),
-                                batch.padding_mask if host_batch.padding_mask.any() else None,
-                            )
+                    # From here to the end of the step nothing waits for the GPU.
+                    batch = host_batch.to(device, non_blocking=True)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                        outputs = parallel(
+                            batch.images.contiguous(memory_format=torch.channels_last),
+                            batch.padding_mask if host_batch.padding_mask.any() else None,
+                        )
+                    with check.keeping(host_batch):
                         terms = criterion(outputs, batch.targets)
-                        check_terms(terms)
-                        optimizer.zero_grad(set_to_none=True)
-                        terms["loss"].backward()
-                        check_gradient(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm), model)
+                    check.look()
+                    optimizer.zero_grad(set_to_none=True)
+                    terms["loss"].backward()
+                    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+                    check.watch(terms, norm, host_batch, optimizer)
                     optimizer.step()
                     if average is not None:
                         _update_average(average, model, min(config.optim.ema_decay, (1 + step) / (10 + step)))
@@ -161,8 +173,8 @@ def train(config: RunConfig) -> Path:
                     epoch_loss += terms["loss"].detach()
                     if step % LOG_EVERY == 0:
                         speed = epoch_steps * config.batch_size / (time.perf_counter() - epoch_start)
-                        values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
-                        log.step(f"epoch {epoch + 1}", step, values, optimizer.param_groups[0]["lr"], speed)
+                        log.step(f"epoch {epoch + 1}", step, check.values, optimizer.param_groups[0]["lr"], speed)
+                check.look()
                 epoch += 1
                 seconds = time.perf_counter() - epoch_start
                 train_seconds += seconds
@@ -280,29 +292,6 @@ def _check_resumable(state: dict[str, Any], config: RunConfig, path: Path) -> No
         raise ValueError(
             f"{path} was trained {'without' if state['average'] is None else 'with'} optim.ema_decay: resume likewise"
         )
-
-
-@contextmanager
-def _keep_bad_batch(batch: Batch, output: Path, rank: int) -> Iterator[None]:
-    """On a non-finite value: keep the batch that led to it, and say where."""
-    try:
-        yield
-    except NonFiniteError as error:
-        path = output / (BAD_BATCH_FILE if rank == 0 else f"rank{rank}_{BAD_BATCH_FILE}")
-        tensors = {
-            "images": batch.images,
-            "padding_mask": batch.padding_mask,
-            "image_ids": batch.image_ids,
-            "labels": batch.targets.labels,
-            "boxes": batch.targets.boxes,
-            "valid": batch.targets.valid,
-        }
-        write_atomically(path, lambda file: file.write(save({k: v.contiguous() for k, v in tensors.items()})))
-        raise NonFiniteError(
-            f"{error}. Image ids of the batch: {batch.image_ids.tolist()}; the batch is kept in {path}, the last good state "
-            f"in {output / CHECKPOINT_FILE} (if an epoch was done). Look at these images and boxes; a lower --optim.lr often "
-            "helps, then --resume"
-        ) from error
 
 
 @contextmanager
