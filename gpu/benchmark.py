@@ -5,6 +5,8 @@
     smca benchmark --only multi-scale the same over three levels
     smca benchmark --only assignment  the matcher's assignments: SciPy on the host, and the kernel on a GPU
     smca benchmark --only step        inference and a whole training step against transformers' detectors
+    smca benchmark --only profile     where the time of a training step goes, part by part, and the floor of each
+    smca benchmark --only compiled    a training step through torch.compile; on a GPU only
 
 Writes docs/benchmarks/NAME.json and NAME.md, NAME from the card or the CPU. Times are medians; ratios are medians of the
 ratios turn by turn: cases take turns (A B C, A B C …), so that a machine whose speed drifts slows all alike. Memory is the
@@ -18,16 +20,16 @@ and are timed by CUDA events. The GPU part has not yet been run on a GPU.
 from __future__ import annotations
 
 import importlib.metadata
-import json
+import itertools
 import multiprocessing
 import os
 import platform
 import re
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
@@ -42,31 +44,19 @@ from rich.progress import Progress
 from smca.gpu import benchmark_cases as cases
 from smca.gpu.benchmark_attention import Size, attention_case
 from smca.gpu.benchmark_cases import Case, Work
-from smca.gpu.benchmark_measure import Part, Run, measure_apart, measure_together
+from smca.gpu.benchmark_measure import LEFT_OUT, Part, Run, measure_apart, measure_together
+from smca.gpu.benchmark_report import Report
 
-GROUPS = ("assignment", "step", "attention", "multi-scale")  # what has to be compiled comes last
-COCO_IMAGES, EPOCHS = 118_287, 50  # train2017; the published schedule
+GROUPS = ("assignment", "step", "profile", "attention", "multi-scale", "compiled")  # what has to be compiled comes last
 _GRACE = 30.0
 """Seconds that a process on the GPU gets beyond --minutes to finish the part that it is in."""
-
-NOTES = {
-    "attention": "q, k and v are numbers that bfloat16 holds exactly, so that all cases compute on the same ones. lifted computes "
-    "in float32 whatever its inputs are. plain has no prior: the floor. GPU times under 0.2 ms are mostly launching.",
-    "assignment": "scipy takes costs from the device to the host, solves there and takes the result back.",
-    "step": "All sides do the same work: the same ResNet from random weights, of which all but the stem and the first stage is "
-    "trained (as DETR does, and as transformers means to: its filter looks for “stage.1” where its own ResNet says “stages.1”, and "
-    "left alone trains none of it), dropout also inside the feed-forward blocks, 300 queries, no padding. Loading of images is "
-    "not part of a step. On a CPU a step is forward, loss and backward around a small ResNet; on a GPU it is those, gradient "
-    "clipping and AdamW around a ResNet-50. DeformableDetr has four levels, and runs transformers' PyTorch code in place of its "
-    "authors' kernel.",
-}
 
 
 @dataclass(frozen=True)
 class BenchmarkArgs:
     """Measure speed and memory on this machine."""
 
-    only: Literal["attention", "multi-scale", "assignment", "step"] | None = None
+    only: Literal["attention", "multi-scale", "assignment", "step", "profile", "compiled"] | None = None
     """Measure this part alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
@@ -77,9 +67,9 @@ class BenchmarkArgs:
     attention: Size = field(default_factory=Size)
     """Sizes of the attention comparison."""
     image_size: tuple[int, int] | None = None
-    """(height, width) in pixels of the images of the step; 800 1216 on a CPU and 800 1333 on a GPU if not given."""
+    """(height, width) in pixels of the images of a step; 800 1216 on a CPU and 800 1333 on a GPU if not given."""
     batches: tuple[int, ...] = (2, 16)
-    """Images a step on a GPU, each measured; a CPU takes two."""
+    """Images a step on a GPU, each measured; the most of them where one must do. A CPU takes two."""
     minutes: float = 7.5
     """On a GPU, begin no case after so many minutes; what is left is reported as left out."""
     output: Path = Path("docs/benchmarks")
@@ -123,6 +113,16 @@ def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Ite
                 {name: partial(cases.assignment_case, name, batch, device) for name in names},
                 reference="scipy",
             )
+    elif group == "compiled":
+        if full:
+            work = _largest_work(args, device)
+            steps: dict[str, Callable[[], Case]] = {
+                f"smca_r50{' compiled' * compiled}": partial(
+                    cases.smca_step_case, "smca_r50", "auto", work, compiled=compiled
+                )
+                for compiled in (False, True)
+            }
+            yield Part("compiled", f"Compiled {_describe(work)}", steps, images=work.batch)
     elif not full:
         work = Work(args.image_size or (800, 1216))
         sides = f"two {work.image_size[0]}×{work.image_size[1]} images, 6+6 layers, 300 queries"
@@ -131,10 +131,22 @@ def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Ite
         for dtype in (torch.bfloat16, torch.float32):
             for batch in sorted(args.batches, reverse=True):
                 work = Work(args.image_size or (800, 1333), batch, dtype, device, small=False)
-                height, width = work.image_size
-                kind = "bf16 autocast" if dtype == torch.bfloat16 else "float32"
-                title = f"Step: {batch} images of {height}×{width}, {kind}, ResNet-50, 300 queries"
-                yield Part(f"step {kind} {batch}", title, _step_cases(work, full), images=batch)
+                key = f"step {_KINDS[dtype]} {batch}"
+                yield Part(key, f"Step{_describe(work)[4:]}", _step_cases(work, full), images=batch)
+
+
+_KINDS = {torch.bfloat16: "bf16 autocast", torch.float32: "float32"}
+
+
+def _largest_work(args: BenchmarkArgs, device: str) -> Work:
+    """The step of a GPU that is looked at closely."""
+    return Work(args.image_size or (800, 1333), max(args.batches), torch.bfloat16, device, small=False)
+
+
+def _describe(work: Work) -> str:
+    height, width = work.image_size
+    backbone = "small ResNet" if work.small else "ResNet-50"
+    return f"step: {work.batch} images of {height}×{width}, {_KINDS[work.dtype]}, {backbone}, 300 queries"
 
 
 def _attention_cases(size: Size, device: str, full: bool) -> dict[str, Callable[[], Case]]:
@@ -164,104 +176,6 @@ def _step_cases(work: Work, full: bool) -> dict[str, Callable[[], Case]]:
         **{name: partial(cases.smca_step_case, *what, work) for name, what in ours.items()},
         **{f"transformers {name}": partial(cases.transformers_step_case, name, work) for name in theirs},
     }
-
-
-def summarize(runs: dict[str, Run], part: Part, *, gpu: bool) -> dict[str, dict[str, Any]]:
-    """By mode and case: seconds (of each turn), their median, the ratio to the first case that has any ("times as long", median
-    of turns, and its extremes), peak_mib and its ratio, differences, rates; or the error."""
-    modes = list(dict.fromkeys(mode for run in runs.values() for mode in (*run.seconds, *run.errors) if mode))
-    return {mode: _summarize_mode(runs, mode, part, gpu) for mode in modes or [""]}
-
-
-def _summarize_mode(runs: dict[str, Run], mode: str, part: Part, gpu: bool) -> dict[str, Any]:
-    measured = [name for name, run in runs.items() if mode in run.seconds and mode not in run.errors]
-    results: dict[str, Any] = {}
-    for name, run in runs.items():
-        if name not in measured:
-            key = mode if mode in run.errors else ""
-            results[name] = {"error": run.errors.get(key, "not measured"), "traceback": run.tracebacks.get(key, "")}
-            continue
-        first, seconds = runs[measured[0]], run.seconds[mode]
-        ratios = [a / b for a, b in zip(seconds, first.seconds[mode], strict=True)]
-        median = statistics.median(seconds)
-        results[name] = {
-            "seconds": seconds,
-            "median_seconds": median,
-            "times_as_long": statistics.median(ratios),
-            "times_as_long_spread": [min(ratios), max(ratios)],
-            "difference": run.difference.get(mode, {}),
-        }
-        if mode in run.peak_mib:
-            # A case smaller than a MiB hides in what importing took: no ratio can be read off it.
-            ratio = max(run.peak_mib[mode], 1.0) / max(first.peak_mib[mode], 1.0)
-            results[name] |= {"peak_mib": run.peak_mib[mode], "times_the_memory": ratio}
-        if part.images:
-            results[name]["images_per_second"] = part.images / median
-            if gpu and mode == "training":
-                results[name]["hours"] = EPOCHS * COCO_IMAGES * median / part.images / 3600
-    return results
-
-
-def table(title: str, results: dict[str, Any], reference: str | None) -> str:
-    """One comparison as Markdown; `results` of one mode."""
-    done = {name: r for name, r in results.items() if "error" not in r}
-    first = next(iter(done), "")
-    columns = ["case", "median (min–max)", f"time against {first} (min–max)"]
-    has = {key: any(key in r for r in done.values()) for key in ("peak_mib", "images_per_second", "hours")}
-    columns += ["peak memory", f"memory against {first}"] * has["peak_mib"]
-    columns += ["images/s"] * has["images_per_second"] + [f"{EPOCHS} epochs of COCO"] * has["hours"]
-    columns += [f"largest relative difference from {reference}"] * (reference is not None)
-    lines = [f"### {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name, r in results.items():
-        if name not in done:
-            cells = [name, r["error"].replace("|", "\\|"), *[""] * (len(columns) - 2)]
-        else:
-            low, high = r["times_as_long_spread"]
-            cells = [name, _duration(r["seconds"]), f"{r['times_as_long']:.2f}× ({low:.2f}–{high:.2f})"]
-            cells += [f"{r['peak_mib']:.0f} MiB", f"{r['times_the_memory']:.2f}×"] if has["peak_mib"] else []
-            cells += [f"{r['images_per_second']:.1f}"] if has["images_per_second"] else []
-            cells += [f"{r['hours']:.0f} h"] if has["hours"] else []
-            if reference is not None:
-                key, worst = max(r["difference"].items(), key=lambda item: item[1], default=("", None))
-                cells.append("" if worst is None else f"{worst:.1e} ({key})")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _duration(seconds: list[float]) -> str:
-    scale, unit, digits = (1.0, "s", 3) if statistics.median(seconds) >= 0.1 else (1e3, "ms", 3)
-    middle, low, high = (f"{f(seconds) * scale:.{digits}f}" for f in (statistics.median, min, max))
-    return f"{middle} {unit} ({low}–{high})"
-
-
-class Report:
-    """Results so far, written out after each part: what was measured stays if the rest does not come."""
-
-    def __init__(self, header: str, stem: Path, *, gpu: bool) -> None:
-        self.stem, self.gpu, self.failed = stem, gpu, False
-        self.record: dict[str, Any] = {"header": header, "parts": {}}
-        self.text = [header]
-
-    def add(self, part: Part, runs: dict[str, Run]) -> None:
-        """Take up one part."""
-        self.failed |= any(run.failed for run in runs.values())
-        summary = summarize(runs, part, gpu=self.gpu)
-        main = next(reversed(summary))  # the heaviest mode gives the part its key
-        for mode, results in summary.items():
-            self.record["parts"][part.key if mode == main else f"{part.key}, {mode}"] = results
-            self.text += ["", table(f"{part.title}: {mode}" if mode else part.title, results, part.reference)]
-        self._write()
-
-    def note(self, group: str) -> None:
-        """End a group."""
-        if group in NOTES:
-            self.text += ["", NOTES[group]]
-            self._write()
-
-    def _write(self) -> None:
-        self.stem.parent.mkdir(parents=True, exist_ok=True)
-        self.stem.with_name(f"{self.stem.name}.json").write_text(json.dumps(self.record, indent=2) + "\n")
-        self.stem.with_name(f"{self.stem.name}.md").write_text("\n".join(self.text) + "\n")
 
 
 def measure_on_gpu(group: str, args: BenchmarkArgs, repeats: int, deadline: float, report: Report) -> None:
@@ -295,6 +209,32 @@ def measure_on_gpu(group: str, args: BenchmarkArgs, repeats: int, deadline: floa
 def _serve_group(group: str, args: BenchmarkArgs, repeats: int, device: str, deadline: float, pipe: Connection) -> None:
     for part in parts_of(group, args, device, full=True):
         pipe.send(measure_together(part, repeats, device, deadline))
+
+
+def measure_profile(args: BenchmarkArgs, repeats: int, deadline: float, device: str, report: Report) -> None:
+    """Profiles of our steps, each in a process of its own. On a GPU of both attention backends, until the deadline."""
+    from smca.gpu.benchmark_profile import profile_step  # it imports the model, whose memory other parts count
+
+    gpu = device == "cuda"
+    work = _largest_work(args, device) if gpu else Work(args.image_size or (800, 1216))
+    for preset, backend in itertools.product(
+        ("smca_r50", "smca_r50_multiscale"), ("auto", "triton") if gpu else ("auto",)
+    ):
+        name = f"{preset}{' triton' * (backend == 'triton')}"
+        stem = report.stem.with_name(f"{report.stem.name}-{name.replace(' ', '-')}")
+        result: Any = Run(errors={"": LEFT_OUT})
+        if not gpu or time.time() < deadline:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                future = pool.submit(profile_step, preset, backend, work, repeats, stem, None if gpu else args.threads)
+                try:
+                    result = future.result(deadline + _GRACE - time.time() if gpu else None)
+                except TimeoutError:
+                    for child in multiprocessing.active_children():
+                        child.terminate()
+                except Exception as error:  # whatever it does, the rest is measured
+                    result.add_error("", error)
+        report.add_profile(f"profile {name}", f"Profile of {name}, training {_describe(work)}", result)
+        print(f"Profile of {name}: done")
 
 
 def machine(gpu: bool) -> str:
@@ -336,12 +276,18 @@ def main(argv: list[str] | None = None) -> None:
     gpu = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not gpu:
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
+    if args.only == "compiled" and not gpu:
+        raise ValueError(
+            "--only compiled: measured on a GPU only; on a CPU compiling takes longer than it is worth here"
+        )
     repeats = args.repeats or (10 if gpu else 7)
     name = args.name or "-".join(re.findall("[a-z0-9]+", f"{machine(gpu)} {args.only or ''}".lower()))
     report = Report(_header(args, argv, repeats, gpu), args.output / name, gpu=gpu)
     deadline = time.time() + 60 * args.minutes
     for group in [args.only] if args.only else GROUPS:
-        if gpu:
+        if group == "profile":
+            measure_profile(args, repeats, deadline, "cuda" if gpu else "cpu", report)
+        elif gpu:
             measure_on_gpu(group, args, repeats, deadline, report)
         else:
             with Progress() as progress:

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # imported where needed: what a case takes counts as its memory
+    from smca.datasets import Targets
+    from smca.gpu.criterion import SetCriterion
+    from smca.gpu.model import SMCADETR
 
 Step = Callable[[], dict[str, Tensor]]
 """One repetition of a case in one mode."""
@@ -76,8 +81,31 @@ def assignment_case(name: str, batch: int, device: str = "cpu") -> Case:
     return {"forward": {"kernel": kernel, "scipy": scipy}[name]}
 
 
-def smca_step_case(preset: str, backend: str, work: Work) -> Case:
+def smca_step_case(preset: str, backend: str, work: Work, *, compiled: bool = False) -> Case:
     """Our model of a preset, 80 classes: "inference", and "training", which is forward, loss and backward (see ``Work``).
+
+    Args:
+        preset: as ``smca_detector``.
+        backend: of ``smca_attention``.
+        work: what it is given to do.
+        compiled: model and criterion through torch.compile. Then "training" alone: each mode is a compilation, a minute long.
+    """
+    model, criterion, targets, images = smca_detector(preset, backend, work)
+    if compiled:
+        model.compile()
+        criterion.compile()
+
+    def loss() -> Tensor:
+        with autocast(work):
+            outputs = model(images)
+        return criterion(outputs, targets)["loss"]  # type: ignore[no-any-return]
+
+    case = _modes(model, model.backbone, lambda: model(images)["logits"][-1], loss, work)
+    return {"training": case["training"]} if compiled else case
+
+
+def smca_detector(preset: str, backend: str, work: Work) -> tuple[SMCADETR, SetCriterion, Targets, Tensor]:
+    """Our model and criterion with something to detect: targets, and images [B, 3, H, W] in [0, 1].
 
     Args:
         preset: name of a preset; its backbone is replaced by that of `work`, which trains the same stages: all but the stem
@@ -98,16 +126,8 @@ def smca_step_case(preset: str, backend: str, work: Work) -> Case:
     config = replace(config, backbone=replace(PUBLISHED, options=options, weights=None))
     with torch.device(work.device):
         model = SMCADETR(config, attention_backend=backend).to(work.device)
-    criterion = SetCriterion(LossConfig())
     images, labels, boxes = _images(work)
-    targets = Targets(labels, boxes, torch.ones_like(labels, dtype=torch.bool))
-
-    def loss() -> Tensor:
-        with _autocast(work):
-            outputs = model(images)
-        return criterion(outputs, targets)["loss"]  # type: ignore[no-any-return]
-
-    return _modes(model, model.backbone, lambda: model(images)["logits"][-1], loss, work)
+    return model, SetCriterion(LossConfig()), Targets(labels, boxes, torch.ones_like(labels, dtype=torch.bool)), images
 
 
 def transformers_step_case(name: str, work: Work) -> Case:
@@ -141,13 +161,14 @@ def transformers_step_case(name: str, work: Work) -> Case:
     targets = [{"class_labels": c, "boxes": b} for c, b in zip(labels, boxes, strict=True)]
 
     def loss() -> Tensor:
-        with _autocast(work):
+        with autocast(work):
             return model(pixel_values=images, labels=targets).loss  # type: ignore[no-any-return]
 
     return _modes(model, model.model.backbone, lambda: model(pixel_values=images).logits, loss, work)
 
 
-def _autocast(work: Work) -> torch.autocast:
+def autocast(work: Work) -> torch.autocast:
+    """Of a forward pass: bfloat16 where `work` asks for it."""
     return torch.autocast(torch.device(work.device).type, torch.bfloat16, enabled=work.dtype == torch.bfloat16)
 
 
@@ -155,16 +176,12 @@ def _modes(
     model: nn.Module, backbone: nn.Module, outputs: Callable[[], Tensor], loss: Callable[[], Tensor], work: Work
 ) -> Case:
     """The steps of a detector; both sides of a comparison get theirs here."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = None
-    if not work.small:
-        backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=1e-4, fused=True)
+    optimizer = None if work.small else trained_by_adamw(model, backbone)
 
     def inference() -> dict[str, Tensor]:
         if model.training:
             model.eval()
-        with torch.no_grad(), _autocast(work):
+        with torch.no_grad(), autocast(work):
             return {"logits": outputs().float()}
 
     def training() -> dict[str, Tensor]:
@@ -174,11 +191,18 @@ def _modes(
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]
         if optimizer is not None:
-            nn.utils.clip_grad_norm_(trained, 0.1)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
         return {"loss": value.detach()}
 
     return {"inference": inference, "training": training}
+
+
+def trained_by_adamw(model: nn.Module, backbone: nn.Module) -> torch.optim.AdamW:
+    """The optimiser of all that is trained, after the backbone was laid out as a GPU's convolutions want it."""
+    backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-5, weight_decay=1e-4, fused=True)
 
 
 def _images(work: Work) -> tuple[Tensor, Tensor, Tensor]:

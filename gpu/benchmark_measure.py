@@ -27,6 +27,9 @@ Values = dict[str, dict[str, Tensor]]
 WARM_UP = 2
 """Runs of each step on a GPU that are not counted."""
 
+LEFT_OUT = "left out: --minutes were used up"
+"""What is said of a case that was not begun."""
+
 NO_COMPARISON = "plain"
 """Cases whose names begin so compute something else."""
 
@@ -125,7 +128,7 @@ def _serve(build: Callable[[], Case], threads: int, pipe: Connection) -> None:
     try:
         case = build()
         while (request := pipe.recv()) == "run":
-            seconds = {mode: _timed(step, "cpu", 1) for mode, step in case.items()}
+            seconds = {mode: timed(step, "cpu", 1) for mode, step in case.items()}
             pipe.send((seconds, _peak_mib() - before))
         if request == "values":  # after all runs: sending them takes memory
             values = {mode: _values(step) for mode, step in case.items()}
@@ -166,7 +169,7 @@ def measure_together(part: Part, repeats: int, device: str, deadline: float) -> 
     for name in sorted(part.cases, key=lambda name: name != part.reference):  # the reference first
         run = runs[name]
         if time.time() > deadline:
-            run.errors[""] = "left out: --minutes were used up"
+            run.errors[""] = LEFT_OUT
             continue
         _release(cuda)
         before = _allocated(cuda)
@@ -178,7 +181,7 @@ def measure_together(part: Part, repeats: int, device: str, deadline: float) -> 
         for mode, step in case.items():
             try:
                 for _ in range(WARM_UP):
-                    seconds = _timed(step, device, 1)
+                    seconds = timed(step, device, 1)
                 if part.reference is not None and not name.startswith(NO_COMPARISON):
                     values = _values(step)
                     if name == part.reference:
@@ -202,7 +205,7 @@ def measure_together(part: Part, repeats: int, device: str, deadline: float) -> 
                     if cuda:
                         torch.cuda.reset_peak_memory_stats()
                     before = _allocated(cuda)
-                    seconds = _timed(live[key], device, times[key])
+                    seconds = timed(live[key], device, times[key])
                     peak = held[key] + (torch.cuda.max_memory_allocated() - before if cuda else 0)
                 except Exception as error:
                     run.add_error(mode, error)
@@ -225,7 +228,7 @@ def _allocated(cuda: bool) -> int:
     return torch.cuda.memory_allocated() if cuda else 0
 
 
-def _timed(step: Step, device: str, times: int) -> float:
+def timed(step: Step, device: str, times: int) -> float:
     """Seconds of one `step`, of `times` in a row."""
     if not device.startswith("cuda"):
         began = time.perf_counter()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from smca.gpu import benchmark
+from smca.gpu import benchmark, criterion, decoder
 from smca.gpu.attention import smca_attention
 from smca.gpu.benchmark_attention import Size, _attention_inputs, attention_case, flex, lifted_bf16_split
 from smca.gpu.benchmark_cases import Step, Work, assignment_case, smca_step_case, transformers_step_case
 from smca.gpu.benchmark_measure import Part, Run, measure_together
+from smca.gpu.benchmark_profile import profile_step
+from smca.gpu.benchmark_report import PARTS, Report, summarize, table
 
 ON_CPU = ["--device", "cpu", "--repeats", "2", "--threads", "1", "--name", "benchmark"]
 SMALL = Size(batch=1, heads=2, queries=9, maps=((50, 84),))
@@ -140,7 +144,7 @@ def test_a_case_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert not runs["big"].failed
     assert runs["forward only"].errors == {"training": "ValueError: last line"}
     assert len(runs["forward only"].seconds["forward"]) == 3
-    report = benchmark.Report("header", tmp_path / "gpu", gpu=True)
+    report = Report("header", tmp_path / "gpu", gpu=True)
     report.add(part, runs)
     assert report.failed
     text = (tmp_path / "gpu.md").read_text()
@@ -153,7 +157,7 @@ def test_a_case_that_fails_leaves_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU every case fails, which is what this looks at")
 def test_a_group_on_the_gpu_reports_from_its_own_process(tmp_path: Path) -> None:
-    report = benchmark.Report("header", tmp_path / "gpu", gpu=True)
+    report = Report("header", tmp_path / "gpu", gpu=True)
     benchmark.measure_on_gpu("assignment", benchmark.BenchmarkArgs(), 2, time.time() + 120, report)
     assert report.failed
     assert list(report.record["parts"]) == [f"assignment {batch}" for batch in (2, 8, 16, 32)]
@@ -164,11 +168,11 @@ def test_a_group_on_the_gpu_reports_from_its_own_process(tmp_path: Path) -> None
 def test_hours_follow_from_the_rate() -> None:
     runs = {"ours": Run(seconds={"training": [2.0, 1.0, 1.0]}, peak_mib={"training": 5.0})}
     part = Part("step", "Step", {}, images=16)
-    result = benchmark.summarize(runs, part, gpu=True)["training"]["ours"]
+    result = summarize(runs, part, gpu=True)["training"]["ours"]
     assert result["images_per_second"] == 16
     assert result["hours"] == pytest.approx(50 * 118_287 / 16 / 3600)
-    assert "hours" not in benchmark.summarize(runs, part, gpu=False)["training"]["ours"]
-    assert f"| {result['hours']:.0f} h |" in benchmark.table("Step", {"ours": result}, None)
+    assert "hours" not in summarize(runs, part, gpu=False)["training"]["ours"]
+    assert f"| {result['hours']:.0f} h |" in table("Step", {"ours": result}, None)
 
 
 def test_the_command_ends_with_an_error_after_a_failed_case(
@@ -185,6 +189,74 @@ def test_the_command_ends_with_an_error_after_a_failed_case(
     out = capsys.readouterr().out
     assert "| kernel | RuntimeError: the assignment kernel needs a CUDA device" in out
     assert "| scipy | " in out, "the others are measured"
+
+
+def test_a_profile_tells_parts_and_directions_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that takes 20 ms longer forward and 40 ms backward, a layer; a matcher that takes 0.1 s longer."""
+    attend, match = decoder.multi_scale_smca_attention, criterion.match
+
+    def slow_attend(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        time.sleep(0.02)
+        q.register_hook(lambda grad: time.sleep(0.04))
+        return attend(q, *args, **options)
+
+    def slow_match(*args: Any, **options: Any) -> torch.Tensor:
+        time.sleep(0.1)
+        return match(*args, **options)
+
+    monkeypatch.setattr(decoder, "multi_scale_smca_attention", slow_attend)
+    monkeypatch.setattr(criterion, "match", slow_match)
+    result = profile_step("smca_r50", "auto", Work((64, 96), batch=1), 2, tmp_path / "step")
+    parts = result["parts"]
+    assert list(parts) == list(PARTS)
+    seconds = {(part, direction): x["seconds"] for part, found in parts.items() for direction, x in found.items()}
+    assert 0.12 < seconds["attention", "forward"] < seconds["attention", "backward"] - 0.1
+    assert seconds["matcher", "forward"] > 0.1
+    assert all(s < 0.1 for where, s in seconds.items() if where[0] in ("input", "rest", "criterion"))
+    assert sum(seconds.values()) == pytest.approx(result["step_seconds"], rel=0.1)
+    assert parts["attention"]["forward"]["flops"] == 4 * 6 * 300 * (2 * 3) * 256  # 6 layers, 2×3 cells, 256 channels
+    for part in ("backbone", "encoder", "decoder"):
+        flops = {direction: found["flops"] for direction, found in parts[part].items()}
+        assert 0.9 * flops["forward"] < flops["backward"] < 2.1 * flops["forward"], part  # the stem is not trained
+    assert all(x["floor_seconds"] > 0 for found in parts.values() for x in found.values())
+    assert decoder.multi_scale_smca_attention is slow_attend, "put back"
+    with gzip.open(tmp_path / "step.trace.json.gz") as file:
+        assert json.load(file)["traceEvents"]
+    assert "aten::addmm" in (tmp_path / "step.ops.txt").read_text()
+
+
+def test_the_profile_part_writes_a_table(tmp_path: Path) -> None:
+    benchmark.main(["--only", "profile", "--output", str(tmp_path), *ON_CPU, "--image-size", "64", "96"])
+    parts = json.loads((tmp_path / "benchmark.json").read_text())["parts"]
+    assert list(parts) == ["profile smca_r50", "profile smca_r50_multiscale"]
+    text = (tmp_path / "benchmark.md").read_text()
+    assert text.count("| SMCA attention | ") == 2
+    assert (tmp_path / "benchmark-smca_r50_multiscale.ops.txt").is_file()
+
+
+def test_a_profile_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU profiles, without one; in this process, which is faster."""
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
+    if torch.cuda.is_available():
+        pytest.skip("without a GPU every profile fails, which is what this looks at")
+    report = Report("header", tmp_path / "gpu", gpu=True)
+    benchmark.measure_profile(benchmark.BenchmarkArgs(image_size=(64, 96)), 1, time.time() + 60, "cuda", report)
+    assert report.failed
+    assert len(report.record["parts"]) == 4
+    assert all("Traceback" in found["traceback"] for found in report.record["parts"].values())
+    late = Report("header", tmp_path / "late", gpu=True)
+    benchmark.measure_profile(benchmark.BenchmarkArgs(), 1, time.time() - 1, "cuda", late)
+    assert not late.failed
+    assert "left out" in (tmp_path / "late.md").read_text()
+
+
+def test_compiled_is_for_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="on a GPU only"):
+        benchmark.main(["--only", "compiled", "--output", str(tmp_path), *ON_CPU])
+    (part,) = benchmark.parts_of("compiled", benchmark.BenchmarkArgs(), "cuda", full=True)
+    assert list(part.cases) == ["smca_r50", "smca_r50 compiled"]
+    assert part.images == 16
+    assert list(benchmark.parts_of("compiled", benchmark.BenchmarkArgs(), "cpu", full=False)) == []
 
 
 def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
