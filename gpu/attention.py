@@ -22,6 +22,7 @@ Shape letters: B images, N queries, h heads, d channels a head, size = (H, W) of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -195,8 +196,9 @@ def _lifted(
     key_padding_mask: Tensor | None,
 ) -> Tensor:
     dtype, device = v.dtype, q.device.type
-    if dtype != torch.float64 and (dtype != torch.float32 or torch.is_autocast_enabled(device)):
-        with torch.autocast(device, enabled=False):
+    autocast = is_autocast(device)
+    if dtype != torch.float64 and (dtype != torch.float32 or autocast):
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
             q, k, v, center_xy, precision_xy = (tensor.float() for tensor in (q, k, v, center_xy, precision_xy))
             return _lifted(q, k, v, center_xy, precision_xy, size, key_padding_mask).to(dtype)
     batch, heads, queries, channels = q.shape
@@ -224,6 +226,11 @@ def _lifted(
     v_lifted = torch.cat([v, zero.expand(*v.shape[:-1], extra + align)], dim=-1)
     out = functional.scaled_dot_product_attention(q_lifted, k_lifted, v_lifted, scale=1.0)
     return out[..., :channels]
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on; also for devices that have none, as "meta"."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def check_shapes(

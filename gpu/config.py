@@ -340,7 +340,7 @@ class RunConfig:
     anew: see `shape_bucket`."""
     shape_bucket: int = 1
     """Pad each batch's images to multiples of this many pixels, and (if it is more than 1) its targets to multiples of 16: fewer
-    different shapes to compile for and to find memory for. What is padded changes no result."""
+    different shapes to compile for and to find memory for. Padding is masked, as in any batch of images of unequal sizes."""
     seed: int = 0
     """Seeds weights, data order and augmentation."""
     dry_run: bool = False

@@ -25,8 +25,8 @@ class FiniteCheck:
     """Looks at every step's loss and gradient without making the host wait for the GPU.
 
     A copy of the numbers is on its way to the host while the GPU goes on with the next step's forward pass; they are looked at
-    before that step's backward pass replaces the gradients. Until then a device-side flag keeps a bad step from changing the
-    weights. Where the numbers are at hand anyway, as on a CPU, they are looked at at once.
+    before that step's backward pass replaces the gradients. A flag on the device keeps a bad step from changing the weights
+    meanwhile. Where the numbers are at hand anyway, as on a CPU, they are looked at at once.
 
         with check.keeping(batch):          # a matcher that raises does so in here
             terms = criterion(model(images), targets)
@@ -39,14 +39,17 @@ class FiniteCheck:
         check.look()                        # before anything is saved
     """
 
-    def __init__(self, model: nn.Module, output: Path, file_name: str = BAD_BATCH_FILE) -> None:
-        """
+    def __init__(self, model: nn.Module, output: Path, *, delayed: bool, file_name: str = BAD_BATCH_FILE) -> None:
+        """Check the training of a model.
+
         Args:
             model: whose gradients are looked through, for their names, if their norm is not finite.
             output: folder that receives the offending batch.
-            file_name: of that batch.
+            delayed: look at a step's numbers when ``look`` is called, not at once: for CUDA. The optimiser must be a fused one,
+                which takes ``found_inf`` as from a gradient scaler.
+            file_name: of the offending batch.
         """
-        self.model = model
+        self.model, self.delayed = model, delayed
         self.path = output / file_name
         self.values: dict[str, float] = {}
         """Terms of the loss of the last step that was looked at."""
@@ -59,23 +62,24 @@ class FiniteCheck:
             terms: of the loss, scalars on one device.
             norm: of the whole gradient, before it was clipped.
             batch: on the host.
-            optimizer: on CUDA a fused one, which takes ``found_inf`` as from a gradient scaler.
+            optimizer: whose next step is to follow.
 
         Raises:
-            NonFiniteError: as ``look``, at once, if the numbers are not on CUDA.
+            NonFiniteError: as ``look``, if it is not delayed.
         """
         numbers = torch.stack([*(value.detach() for value in terms.values()), norm.detach()])
         names = list(terms)
-        if not numbers.is_cuda:
+        if not self.delayed:
             self._waiting = names, numbers, None, batch
             self.look()
             return
         optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
-        there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
         there.copy_(numbers, non_blocking=True)
         event: Any = torch.cuda.Event  # untyped
-        arrived = event()
-        arrived.record()
+        arrived = event() if numbers.is_cuda else None
+        if arrived is not None:
+            arrived.record()
         self._waiting = names, there, arrived, batch
 
     def look(self) -> None:

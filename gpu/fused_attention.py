@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca.gpu.attention import Level, check_shapes
+from smca.gpu.attention import Level, check_shapes, is_autocast
 
 MAX_HEAD_WIDTH = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -96,7 +96,7 @@ def fused_smca_attention(
         RuntimeError: the kernels cannot run on this device; the message is that of ``available``.
     """
     check_shapes(q, k, v, center_xy, precision_xy, size, key_padding_mask)
-    if torch.is_autocast_enabled(q.device.type):
+    if is_autocast(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (tensor.to(dtype) if tensor.dtype in DTYPES else tensor for tensor in (q, k, v))
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:

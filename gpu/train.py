@@ -125,7 +125,8 @@ def train(config: RunConfig) -> Path:
             torch.set_rng_state(state["rng"])
             step, epoch, train_seconds = state["step"], state["epoch"], state["train_seconds"]
 
-        check = FiniteCheck(model, config.output, BAD_BATCH_FILE if rank == 0 else f"rank{rank}_{BAD_BATCH_FILE}")
+        file_name = BAD_BATCH_FILE if rank == 0 else f"rank{rank}_{BAD_BATCH_FILE}"
+        check = FiniteCheck(model, config.output, delayed=device.type == "cuda", file_name=file_name)
         with RunLog(config.output, total_steps, first_step=step, first_epoch=epoch, main_process=rank == 0) as log:
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
             log.say(f"training images: {train_data.report}\nheld-out images: {val_data.report}")

@@ -60,11 +60,20 @@ def test_size_divisor_rounds_the_padded_size_up() -> None:
     assert batch.padding_mask[0].sum() == 31 * 64
 
 
+def test_target_divisor_rounds_the_number_of_targets_up() -> None:
+    box = [0.0, 0.0, 1.0, 1.0]
+    batch = collate([sample(5, 5, [box] * 5, [0] * 5), sample(5, 5, [], [])], target_divisor=4)
+    assert batch.targets.boxes.shape == (2, 8, 4)
+    assert batch.targets.valid.tolist() == [[True] * 5 + [False] * 3, [False] * 8]
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         collate([])
     with pytest.raises(ValueError, match="size_divisor ≥ 1, got 0"):
         collate([sample(5, 5, [], [])], size_divisor=0)
+    with pytest.raises(ValueError, match="target_divisor ≥ 1, got -1"):
+        collate([sample(5, 5, [], [])], target_divisor=-1)
 
 
 def test_to_moves_every_tensor() -> None:

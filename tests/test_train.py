@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from smca.datasets import SyntheticShapes
-from smca.gpu import cli, train
+from smca.gpu import attention, cli, train
 from smca.gpu.checkpoint import load_checkpoint
 from smca.gpu.config import RunConfig
 from smca.gpu.finite import NonFiniteError
@@ -141,6 +141,42 @@ def test_bf16_trains_with_losses_in_float32(tmp_path: Path) -> None:
     assert 0 < metrics["loss"] < 30
 
 
+def test_compiled_training_has_no_graph_break_and_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network, matching and loss are each traced whole. (What the compiler makes of it, conformance/ checks for attention.)"""
+    compiled: list[str] = []
+    original = torch.nn.Module.compile
+
+    def traced(self: torch.nn.Module) -> None:
+        compiled.append(type(self).__name__)
+        original(self, backend="eager", fullgraph=True)  # the tracer alone; C++ takes minutes
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    plain, bucket = tiny(tmp_path / "plain", epochs=1), {"epochs": 1, "compile": True, "shape_bucket": 32}
+    expected = weights_of(train.train(plain))
+    found = weights_of(train.train(tiny(tmp_path / "compiled", **bucket)))
+    assert compiled == ["SMCADETR", "SetCriterion"]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["eager", "lifted"])
+def test_attention_is_computed_as_asked(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for name in ("eager", "lifted"):
+        plain = getattr(attention, f"_{name}")
+        monkeypatch.setattr(attention, f"_{name}", lambda *a, n=name, f=plain: (taken.append(n), f(*a))[1])
+    train.train(tiny(tmp_path, epochs=1, attention=backend, max_steps=1, model=tiny(tmp_path).model))
+    assert backend in taken
+
+
+def test_no_way_to_compute_smca_attention_is_asked_of_detr(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'attention must be left at its default with model.cross_attention="dense"'):
+        tiny(tmp_path, attention="lifted", model=dataclasses.replace(tiny(tmp_path).model, cross_attention="dense"))
+
+
 def coco_folder(root: Path) -> Path:
     """The built-in data as files: 8 images to train on, 4 held out."""
     for split, count, seed in (("train", 8, 0), ("val", 4, 1)):
@@ -234,9 +270,9 @@ def test_presets_parse_and_take_overrides(name: str) -> None:
 
 
 def test_published_presets_stay_as_published() -> None:
-    for name, attention in (("smca_r50", "smca"), ("detr_r50", "dense")):
+    for name, kind in (("smca_r50", "smca"), ("detr_r50", "dense")):
         run = PRESETS[name]()
-        assert run.model.cross_attention == attention
+        assert run.model.cross_attention == kind
         assert (run.model.num_queries, run.model.encoder_layers, run.model.decoder_layers) == (300, 6, 6)
         assert (run.model.hidden_dim, run.model.num_heads, run.model.strides) == (256, 8, (32,))
         assert (run.optim.lr, run.optim.backbone_lr, run.optim.weight_decay) == (1e-4, 1e-5, 1e-4)
