@@ -1,84 +1,106 @@
-"""A training step on a GPU waits for nothing: no copy to the host, no synchronisation, with any backend of the attention."""
+"""The trainer's step on a GPU: the CUDA runtime finds nothing in it that waits for the device, whatever backend attends.
+
+tests/test_no_sync.py shows the same without a GPU.
+"""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from smca.datasets import Batch, Targets
+from smca.gpu import train
 from smca.gpu.benchmark_cases import Work, autocast, smca_detector, trained_by_adamw
-from smca.gpu.criterion import SetCriterion
+from smca.gpu.finite import FiniteCheck
+
+STEPS, WARM_UP = 4, 2
+"""The first steps compile kernels and make the optimiser's state, and may wait."""
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("cupy") is None, reason="needs a CUDA device and cupy"
 )
 
 
-def losses(work: Work, preset: str, attention: str, matcher: str, *, compiled: bool = False) -> list[float]:
-    """Of four steps, of which on a GPU the last two may not wait: the first ones compile kernels and make the optimiser's
-    state."""
+def losses(
+    work: Work, preset: str, attention: str, matcher: str, output: Path, *, compiled: bool = False
+) -> list[float]:
+    """Of a few steps, as ``smca.gpu.train`` takes them; the last two with the debug mode that raises where one waits."""
     model, criterion, targets, images = smca_detector(preset, attention, work)
-    assert isinstance(criterion, SetCriterion)
     criterion.matcher_backend = matcher
+    cuda, average = work.device == "cuda", copy.deepcopy(model).requires_grad_(False)
     optimizer = trained_by_adamw(model, model.backbone)
     if compiled:
         model.compile()
         criterion.compile()
-    pixels = (images * 255).byte().cpu()
-    if work.device == "cuda":
-        pixels = pixels.pin_memory()
+    check = FiniteCheck(model, output, delayed=cuda)
+    mask = torch.zeros(work.batch, *work.image_size, dtype=torch.bool)
+    mask[:, :, -64:] = True
+    sizes = torch.tensor([work.image_size] * work.batch)
+    on_host = Targets(targets.labels.cpu(), targets.boxes.cpu(), targets.valid.cpu())
+    host = Batch((images * 255).byte().cpu(), mask, on_host, torch.arange(work.batch), sizes, sizes)
+    pixels, mask = (tensor.pin_memory() if cuda else tensor for tensor in (host.images, mask))
     found = []
     model.train()
-    for index in range(4):
-        if work.device == "cuda" and index == 2:
+    for index in range(STEPS):
+        if cuda and index == WARM_UP:
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
-        try:
-            there = pixels.to(work.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-            with autocast(work):
-                outputs = model(there)
-            terms = criterion(outputs, targets)
-            optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            optimizer.step()
-            found.append(terms["loss"].detach())
-        finally:
-            if work.device == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
+        there = pixels.to(work.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        with autocast(work):
+            outputs = model(there, mask.to(work.device, non_blocking=True))
+        terms = criterion(outputs, targets)
+        check.look()
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        check.watch(terms, norm, host, optimizer)
+        optimizer.step()
+        train._update_average(average, model, 0.9)
+        found.append(terms["loss"].detach())
+    if cuda:
+        torch.cuda.set_sync_debug_mode("default")
     return torch.stack(found).tolist()
+
+
+@pytest.fixture(autouse=True)
+def _debug_mode_ends_here() -> Iterator[None]:
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def assert_learning(found: list[float]) -> None:
+    assert len(set(found)) == STEPS
+    assert all(0 < loss < 1e4 for loss in found)
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("attention", ["eager", "lifted", "triton"])
 @pytest.mark.parametrize("preset", ["smca_r50", "smca_r50_multiscale"])
-def test_a_step_does_not_wait_for_the_gpu(preset: str, attention: str, dtype: torch.dtype) -> None:
+def test_a_step_does_not_wait(preset: str, attention: str, dtype: torch.dtype, tmp_path: Path) -> None:
     work = Work((256, 320), batch=2, dtype=dtype, device="cuda", small=False)
-    first, *_, last = losses(work, preset, attention, "cupy")
-    assert 0 < last < 1e4
-    assert last != first
+    assert_learning(losses(work, preset, attention, "cupy", tmp_path))
 
 
 @needs_gpu
-def test_a_compiled_step_does_not_wait_either() -> None:
+def test_a_compiled_step_does_not_wait_either(tmp_path: Path) -> None:
     work = Work((256, 320), batch=2, dtype=torch.bfloat16, device="cuda", small=False)
-    first, *_, last = losses(work, "smca_r50", "triton", "cupy", compiled=True)
-    assert 0 < last < 1e4
-    assert last != first
+    assert_learning(losses(work, "smca_r50", "triton", "cupy", tmp_path, compiled=True))
 
 
 @needs_gpu
-def test_the_debug_mode_finds_a_step_that_waits() -> None:
-    """SciPy's matcher does: the comparison above can fail."""
-    work = Work((256, 320), batch=2, device="cuda")
+def test_a_step_that_waits_is_found(tmp_path: Path) -> None:
+    """SciPy's matcher does, from the first step with the debug mode on."""
     with pytest.raises(RuntimeError, match="synchroniz"):
-        losses(work, "smca_r50", "lifted", "scipy")
+        losses(Work((256, 320), batch=2, device="cuda"), "smca_r50", "lifted", "scipy", tmp_path)
 
 
-def test_the_step_itself_on_a_cpu() -> None:
-    first, *_, last = losses(Work((64, 96), batch=1), "smca_r50", "eager", "scipy")
-    assert 0 < last < 1e4
-    assert last != first
+def test_the_step_itself_on_a_cpu(tmp_path: Path) -> None:
+    assert_learning(losses(Work((64, 96), batch=1), "smca_r50", "eager", "scipy", tmp_path))
