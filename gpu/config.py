@@ -336,8 +336,8 @@ class RunConfig:
     """How SMCA attention is computed in training: written out, as plain attention with four more channels, or in one fused
     kernel. "auto" takes the fastest of those that have been measured and are as exact as "eager"."""
     compile: bool = False
-    """Compile network and loss with torch.compile: minutes at the start, then faster steps. Each new shape of a batch may compile
-    anew: see `shape_bucket`."""
+    """Compile network and loss with torch.compile: minutes at the start; what it gains is not yet measured. Each new shape of a
+    batch may compile anew: see `shape_bucket`."""
     shape_bucket: int = 1
     """Pad each batch's images to multiples of this many pixels, and (if it is more than 1) its targets to multiples of 16: fewer
     different shapes to compile for and to find memory for. Padding is masked, as in any batch of images of unequal sizes."""
