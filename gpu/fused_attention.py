@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smca.gpu.attention import Level, check_shapes, is_autocast
+from smca.gpu.attention import check_shapes, is_autocast
 
 MAX_HEAD_WIDTH = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _SKIP_MARGIN = 40.0
 """A block is skipped if its weights are below 2^−(40 + log₂(H·W)) of the largest: float32 resolves 2^−24 of the sum."""
-
-_LEVEL_STEP = 0x1E3779B97F4A7C15
-"""Between the dropout seeds of two levels: large, so that seeds counted up from step to step don't meet another level's."""
 
 _KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 
@@ -110,24 +106,6 @@ def fused_smca_attention(
         *(dropout, _seed_tensor(seed, q) if dropout > 0.0 else None, skip),
     )
     return out.to(q.dtype)  # type: ignore[no-any-return]  # torch.ops is untyped
-
-
-def multi_scale_fused_attention(
-    q: Tensor, levels: Sequence[Level], level_weights: Tensor, dropout: float = 0.0, seed: int | Tensor = 0
-) -> Tensor:
-    """Σ_j α_j · fused SMCA attention over level j (13): arguments as ``attention.multi_scale_smca_attention``, and above.
-
-    One launch a level. A single launch for all is not written, and what it would gain is not measured.
-    """
-    expected = (q.shape[0], q.shape[2], len(levels))
-    if not levels or tuple(level_weights.shape) != expected:
-        raise ValueError(f"level_weights must be [B, N, J] = {expected}, J ≥ 1, got {tuple(level_weights.shape)}")
-    terms = []
-    for j, level in enumerate(levels):
-        step = (j * _LEVEL_STEP + 2**63) % 2**64 - 2**63  # wraps around, as int64 does
-        found = fused_smca_attention(q, *level, dropout, _seed_tensor(seed, q) + step if dropout > 0.0 else 0)
-        terms.append(found * level_weights[:, None, :, j, None].to(found.dtype))
-    return sum(terms[1:], start=terms[0])
 
 
 def _seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:

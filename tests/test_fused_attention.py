@@ -15,8 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 from smca.gpu import attention, fused_attention
-from smca.gpu.attention import Level
-from smca.gpu.fused_attention import fused_smca_attention, multi_scale_fused_attention
+from smca.gpu.fused_attention import fused_smca_attention
 from smca.reference.attention import smca_attention, smca_attention_vjp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -253,20 +252,6 @@ def test_dropout_depends_on_the_seed_and_keeps_the_mean() -> None:
         assert not torch.equal(masks[0][:, :, 0], masks[0][:, :, 1])
         mean = torch.stack([fused_smca_attention(*inputs, size, dropout=0.2, seed=s) for s in range(50)]).mean(0)
         assert (mean - fused_smca_attention(*inputs, size)).abs().max() < 0.35  # σ of the mean is up to 0.07
-
-
-def test_several_levels() -> None:
-    sizes = ((4, 6), (2, 3))
-    examples = [example(size) for size in sizes]
-    q, alpha = examples[0][0], torch.rand(2, 5, 2, device=DEVICE)
-    levels = [Level(*inputs[1:], size) for inputs, size in zip(examples, sizes, strict=True)]
-    expected = attention.multi_scale_smca_attention(q, levels, alpha, backend="eager")
-    torch.testing.assert_close(multi_scale_fused_attention(q, levels, alpha), expected, rtol=1e-5, atol=1e-6)
-    dropped = multi_scale_fused_attention(q, [levels[1], levels[1]], torch.ones_like(alpha), 0.5, 1)
-    one_mask = 2 * fused_smca_attention(q, *levels[1], 0.5, 1)
-    assert not torch.allclose(dropped, one_mask)
-    with pytest.raises(ValueError, match="level_weights must be"):
-        multi_scale_fused_attention(q, levels, alpha[..., :1])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
