@@ -125,10 +125,7 @@ def _backbone_settings(config: BackboneConfig) -> Any:
         try:
             return AutoConfig.from_pretrained(config.weights)
         except OSError as error:
-            raise ValueError(
-                f"backbone weights {config.weights!r} are neither a local folder nor reachable on the hub: download them first "
-                "(huggingface_hub.snapshot_download), or set model.backbone.weights to None to train from scratch"
-            ) from error
+            raise _unreachable(config) from error
     try:
         return AutoConfig.for_model(config.name, **config.options)
     except ValueError as error:
@@ -157,7 +154,14 @@ def _load_weights(config: BackboneConfig, settings: Any) -> nn.Module:
         # Not AutoBackbone.from_pretrained: it asks the hub even for a local folder or for what is already downloaded.
         return cast(nn.Module, network.from_pretrained(config.weights, config=settings, use_safetensors=True))
     except OSError as error:
-        raise ValueError(f"no safetensors weights for backbone {config.weights!r}: {error}") from error
+        raise _unreachable(config) from error
+
+
+def _unreachable(config: BackboneConfig) -> ValueError:
+    return ValueError(
+        f"backbone weights {config.weights!r} are neither a local folder with safetensors weights nor reachable on the hub: "
+        "download them first (huggingface_hub.snapshot_download), or train from scratch (--model.backbone.weights None)"
+    )
 
 
 def _freeze_stages(body: nn.Module, config: BackboneConfig) -> None:
