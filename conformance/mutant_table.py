@@ -1,11 +1,12 @@
-"""Plausible bugs, each one line of the specification or of the production code changed.
+"""Plausible bugs, each one line of the specification changed; those of the production code are in `mutant_table_gpu`.
 
 Left out because they change nothing, or nothing that is specified:
 - softmax without the maximum taken off, in float64 and below logits of 700: the same numbers (above, it is in the table);
 - −10⁹ in place of −∞ for padded keys beside logits that are finite: exp gives the same 0;
 - ties of the assignment broken the other way: the specification leaves them open;
 - the square in r² taken of |r|: the same; cos and sine swapped in the position encoding together with their weights;
-- the sum over heads in the gradient of level weights taken before that over channels: the same.
+- the sum over heads in the gradient of level weights taken before that over channels: the same;
+- what a kernel skips bounded by the distance from p, the nearest point of the map, for that from the centre c: skips less.
 """
 
 from __future__ import annotations
@@ -253,75 +254,3 @@ ORACLE: list[Mutant] = [
          "np.concatenate([encoded_y, encoded_x], axis=-1)", "np.concatenate([encoded_x, encoded_y], axis=-1)"),
     ]
 ]  # fmt: skip
-
-PRODUCTION: list[Mutant] = [
-    Mutant(*entry)
-    for entry in [
-        ("lifted: ½ forgotten", "gpu", "attention", "[q * channels**-0.5, -0.5 * precision, precision * center]",
-         "[q * channels**-0.5, -precision, precision * center]"),
-        ("lifted: x² and y² swapped", "gpu", "attention", "[x.square(), y.square(), x, y]", "[y.square(), x.square(), x, y]"),
-        ("lifted: centre from the corner, cells from the middle", "gpu", "attention",
-         "center_xy[..., 0] - size[1] / 2", "center_xy[..., 0]"),
-        ("lifted: scaled by the lifted width", "gpu", "attention", "scale=1.0)", "scale=(channels / q_lifted.shape[-1]) ** 0.5)"),
-        ("lifted: padded values not cleared", "gpu", "attention",
-         "k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)\n        mask_term",
-         "k = k.masked_fill(padded, 0.0)\n        mask_term"),
-        ("eager: prior in the dtype of q", "gpu", "attention",
-         "logit_dtype = torch.promote_types(q.dtype, torch.float32)", "logit_dtype = q.dtype"),
-        ("eager: q not scaled before the product", "gpu", "attention",
-         "(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).to(logit_dtype)",
-         "(q @ k.transpose(-1, -2)).to(logit_dtype) / q.shape[-1] ** 0.5"),
-        ("levels: weights cut from the graph", "gpu", "attention",
-         "weight[:, None, :, None].to(found.dtype)", "weight.detach()[:, None, :, None].to(found.dtype) + 0 * weight[:, None, :, None]"),
-        ("one-hot target at the wrong query", "gpu", "criterion", "query * classes + labels", "labels * classes + query"),
-        ("padded targets matched", "gpu", "criterion", "matched = query >= 0", "matched = query >= -1"),
-        ("focal loss: gradient through the weight cut", "gpu", "criterion",
-         "miss = p * (1 - target) + (1 - p) * target", "miss = (p * (1 - target) + (1 - p) * target).detach()"),
-        ("boxes cut from the graph in GIoU", "gpu", "criterion",
-         "generalized_box_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(true))) * matched",
-         "generalized_box_iou(cxcywh_to_xyxy(pred.detach()), cxcywh_to_xyxy(true))) * matched"),
-        ("NaN of padded targets let in", "gpu", "criterion", "true = true.masked_fill(~matched[..., None], 0.0)", "true = true + 0.0"),
-        ("GIoU without a floor for empty hulls", "gpu", "boxes", "hull.clamp(min=tiny)", "hull"),
-        ("matching cost with α = ¾", "gpu", "matcher", "FOCAL_ALPHA = 0.25", "FOCAL_ALPHA = 0.75"),
-        ("targets of the image before", "gpu", "matcher", "targets.labels[None, :, None]", "targets.labels.roll(1, 0)[None, :, None]"),
-        ("query and target of a pair mixed up", "gpu", "matcher", "matched[layer, image, column[cols]] = rows",
-         "matched[layer, image, column[cols]] = rows[::-1].copy()"),
-    ]
-]  # fmt: skip
-
-KERNELS: list[Mutant] = [
-    Mutant(*entry)
-    for entry in [
-        ("kernel: cells of a row at i for i + ½", "gpu", "fused_kernels",
-         "return (key % W).to(tl.float32) + 0.5,", "return (key % W).to(tl.float32),"),
-        ("kernel: x and y of a key swapped", "gpu", "fused_kernels",
-         "return (key % W).to(tl.float32) + 0.5, (key // W).to(tl.float32) + 0.5, there",
-         "return (key // W).to(tl.float32) + 0.5, (key % W).to(tl.float32) + 0.5, there"),
-        ("kernel: mask not read", "gpu", "fused_kernels",
-         "there = there & (tl.load(mask_ptr + first + key, mask=there, other=1) == 0)", "there = there & (key >= 0)"),
-        ("kernel: mask of the next key", "gpu", "fused_kernels", "mask_ptr + first + key,", "mask_ptr + first + (key + 1) % L,"),
-        ("kernel: ½ forgotten in log G", "gpu", "fused_kernels", "- (0.5 * LOG2_E) * (lx", "- LOG2_E * (lx"),
-        ("kernel: log₂e forgotten with q·k", "gpu", "fused_kernels", "product * (scale * LOG2_E)", "product * scale"),
-        ("kernel: precisions of the axes swapped", "gpu", "fused_kernels",
-         "(lx * ux * (ux + tx) + ly * uy * (uy + ty))", "(ly * ux * (ux + tx) + lx * uy * (uy + ty))"),
-        ("kernel: centre held inside the map", "gpu", "fused_kernels", "return near, 2.0 * (near - center),", "return near, 0.0 * center,"),
-        ("kernel: running sum not shrunk when the maximum rises", "gpu", "fused_kernels",
-         "total = total * shrink + tl.sum(weights, axis=1)", "total = total + tl.sum(weights, axis=1)"),
-        ("kernel: output not shrunk when the maximum rises", "gpu", "fused_kernels",
-         "summed = summed * shrink[:, None] + tl.dot", "summed = summed + tl.dot"),
-        ("kernel: last block of keys left out", "gpu", "fused_kernels",
-         "    summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n    for start in range(0, L, BLOCK_L):",
-         "    summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n    for start in range(0, L - L % BLOCK_L + (L < BLOCK_L), BLOCK_L):"),
-        ("kernel: delta forgotten for k̄", "gpu", "fused_kernels", "weights * (dweights - delta[None, :])", "weights * dweights"),
-        ("kernel: delta forgotten for q̄, c̄ and λ̄", "gpu", "fused_kernels", "weights * (dweights - delta[:, None])", "weights * dweights"),
-        ("kernel: c̄ without λ", "gpu", "fused_kernels", "tl.store(dcenter_ptr + at, lx * sum_x, mask=real)",
-         "tl.store(dcenter_ptr + at, sum_x, mask=real)"),
-        ("kernel: λ̄ of y from x", "gpu", "fused_kernels", "tl.store(dprecision_ptr + at + 1, -0.5 * sum_yy, mask=real)",
-         "tl.store(dprecision_ptr + at + 1, -0.5 * sum_xx, mask=real)"),
-        ("kernel: √d missing in k̄", "gpu", "fused_kernels", "key < L, dk * scale, D, BLOCK_D)",
-         "key < L, dk, D, BLOCK_D)"),
-        ("kernel: last queries left out of k̄ and v̄", "gpu", "fused_kernels", "for start in range(0, N, BLOCK_N):",
-         "for start in range(0, N - N % BLOCK_N + (N < BLOCK_N), BLOCK_N):"),
-    ]
-]  # fmt: skip
-"""Bugs in the fused kernels; they need Triton, and take seconds each in its interpreter."""

@@ -22,19 +22,21 @@ import torch
 
 import smca.gpu
 import smca.reference
-from smca.conformance.implementations import AUTO, LIFTED, Criterion, Oracle, TorchModel, Triton
-from smca.conformance.mutant_table import KERNELS, ORACLE, PRODUCTION, Mutant
+from smca.conformance.implementations import Criterion, Oracle
+from smca.conformance.implementations_torch import LIFTED, Auto, TorchModel, Triton, TritonSkip
+from smca.conformance.mutant_table import ORACLE, Mutant
+from smca.conformance.mutant_table_gpu import KERNELS, PRODUCTION, SKIPPING
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
 from smca.gpu import fused_attention
 
-MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS]
+MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *SKIPPING]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
     "reference": r"smca\.reference",
     # Of the production package only what the mutants are in or what uses them: the rest, with its registrations, is shared.
-    "gpu": r"smca\.gpu(?=\.(?:attention|boxes|matcher|criterion)\b)",
+    "gpu": r"smca\.gpu(?=\.(?:attention|boxes|matcher|criterion|decoder|encoder|prior|model)\b)",
 }
 CONCERNS = {
     "gaussian": ("smca_attention", "smca_attention_vjp", "multi_scale_smca_attention"),
@@ -44,7 +46,7 @@ CONCERNS = {
         "multi_scale_smca_attention",
         "multi_scale_smca_attention_vjp",
     ),
-    "fused_kernels": ("smca_attention", "smca_attention_vjp"),
+    "fused_kernels": ("smca_attention", "smca_attention_vjp", "smca_attention_dropout"),
     "boxes": ("generalized_box_iou", "match_cost", "set_loss", "set_loss_vjp"),
     "matching": ("match_cost", "assign", "set_loss"),
     "matcher": ("match_cost", "set_loss"),
@@ -82,6 +84,9 @@ class _Loader(importlib.abc.Loader):
         if stem == mutant.module:
             text = _changed(text, mutant)
         text = re.sub(REPLACED[mutant.package], self.finder.name, text)
+        text = text.replace(
+            '"smca::', f'"{self.finder.name}::'
+        )  # a custom op of that name would take the true one's place
         exec(compile(text, f"<{path.name} with the bug: {mutant.bug}>", "exec"), module.__dict__)
 
 
@@ -97,7 +102,8 @@ def _changed(text: str, mutant: Mutant) -> str:
 @contextmanager
 def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
     """The fused kernels with the bug in them. Triton reads the source of what it compiles: it has to be in a file."""
-    kernels: Any = Triton("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernels: Any = TritonSkip(device) if mutant in SKIPPING else Triton(device)
     kernels.share, kernels.dtypes = 1.0, ("float32",)
     text = (FOLDERS["smca.gpu"] / "fused_kernels.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
@@ -146,13 +152,17 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
     if mutant.module == "attention":
         backends: list[Any] = [
             TorchModel("eager", "cpu", ("float64", "float32", "float16"), {}),
-            TorchModel("lifted", "cpu", ("float64", "float32"), LIFTED),
-            TorchModel("auto", "cpu", ("float32",), AUTO),
+            TorchModel("lifted", "cpu", ("float64", "float32", "float16"), LIFTED),
+            Auto("cpu"),
         ]
         changed = importlib.import_module(f"{name}.attention")
         for backend in backends:
             backend.attention, backend.forward, backend.forward_vjp = changed, None, None
         return backends
+    if mutant.module in ("decoder", "encoder", "prior"):
+        model: Any = TorchModel("eager", "cpu", ("float64",), {})
+        model.model = importlib.import_module(f"{name}.model").SMCADETR
+        return [model]
     criterion: Any = Criterion("scipy", "cpu")
     for module in ("boxes", "matcher", "criterion"):
         setattr(criterion, module, importlib.import_module(f"{name}.{module}"))
@@ -176,7 +186,8 @@ class Death:
 
 
 def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, thorough: bool = False) -> Death:
-    """Run the properties that a bug there can reach: first equality with the oracle, then the others.
+    """Run the properties that a bug there can reach: first equality with the oracle (for what is skipped, the properties
+    that are about it), then the others.
 
     Args:
         mutant: what to plant.
@@ -184,9 +195,9 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
         profile: how many examples of each.
         thorough: don't stop at the first that fails; find all that fail without the oracle.
     """
-    operations = CONCERNS.get(mutant.module, ("forward",))
+    operations = CONCERNS.get(mutant.module, ("forward", "forward_vjp"))
     concerned = [prop for prop in properties if prop.operation in operations]
-    concerned.sort(key=lambda prop: not prop.oracle)
+    concerned.sort(key=lambda prop: (not (prop.for_skipping and mutant in SKIPPING), not prop.oracle))
     begun, first, killer, examples, message, without = time.perf_counter(), 0.0, "", 0, "", []
     with planted(mutant) as implementations:
         for prop in concerned:

@@ -19,7 +19,7 @@ from smca.conformance.inputs_matching import (
     loss_inputs,
 )
 from smca.conformance.property import Judge, Property, property_of
-from smca.conformance.tolerances import UNIT_ROUNDOFF, giou_bound
+from smca.conformance.tolerances import UNIT_ROUNDOFF, giou_bound, round_to
 from smca.reference import boxes as oracle_boxes
 from smca.reference import matching as oracle
 
@@ -238,17 +238,19 @@ def reordering(impl: Any, recipe: CostInputs, dtype: str, judge: Judge) -> None:
 
 @property_of(
     "assign.constants",
-    "a constant added to each row of a matrix all of whose rows are assigned changes the optimum by their sum",
+    "a constant added to each row changes the optimum by their sum where every row is assigned, and so for columns",
     ASSIGNED,
     cost_inputs(least=1),
     into=PROPERTIES,
 )
 def constants(impl: Any, recipe: CostInputs, dtype: str, judge: Judge) -> None:
-    matrix = recipe.array(dtype)
-    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else np.ascontiguousarray(matrix.T)
-    added = np.round(np.random.default_rng(recipe.seed).uniform(-64, 64, len(matrix)))
-    other = matrix + added[:, None]
-    rounded = other.astype(np.float32).astype(np.float64) if dtype == "float32" else other
-    total = assignment(impl, matrix, dtype, judge)[1] + added.sum()
-    bound = total_bound(matrix, dtype) + 2 * total_bound(other, dtype)
-    judge.close(assignment(impl, rounded, dtype, judge)[1], total, bound, "total with the constants added")
+    matrix, rng = recipe.array(dtype), np.random.default_rng(recipe.seed)
+    before = assignment(impl, matrix, dtype, judge)[1]
+    for axis, name in ((0, "rows"), (1, "columns")):
+        if matrix.shape[axis] > matrix.shape[1 - axis]:
+            continue  # some of them stay without a partner, and which ones may change
+        added = np.round(rng.uniform(-64, 64, matrix.shape[axis]))
+        other = matrix + (added[:, None] if axis == 0 else added)
+        bound = total_bound(matrix, dtype) + 2 * total_bound(other, dtype)
+        after = assignment(impl, round_to(other, dtype), dtype, judge)[1]
+        judge.close(after, before + added.sum(), bound, f"total with constants added to {name}")

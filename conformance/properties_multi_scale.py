@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from smca.conformance.inputs_attention import LevelsArrays, LevelsInputs, levels_inputs
 from smca.conformance.property import Judge, Property, property_of
-from smca.conformance.protocol import expanded_up_to
+from smca.conformance.protocol import expanded_up_to, skips_below
 from smca.conformance.tolerances import AttentionBounds, accumulation_roundoff, attention_bounds
 from smca.reference import attention as oracle
 
@@ -31,7 +31,7 @@ def of_levels(impl: Any, x: LevelsArrays, dtype: str) -> list[AttentionBounds]:
     """The bounds of each level, for the gradient that reaches it."""
     limit = expanded_up_to(impl, dtype)
     return [
-        attention_bounds(x.q, level, x.level_weights[:, None, :, j, None] * x.grad_out, dtype, limit)
+        attention_bounds(x.q, level, x.level_weights[:, None, :, j, None] * x.grad_out, dtype, limit, skips_below(impl))
         for j, level in enumerate(x.levels)
     ]
 
@@ -138,7 +138,7 @@ def gradients_equal_the_oracle(impl: Any, recipe: LevelsInputs, dtype: str, judg
     arguments = (x.grad_out, x.q, x.levels, x.level_weights)
     dq, per_level, dweights = impl.multi_scale_smca_attention_vjp(*arguments, dtype=dtype)
     want_q, want_levels, want_weights = oracle.multi_scale_smca_attention_vjp(*arguments)
-    limits = of_levels(impl, x, dtype)
+    limits, choices = of_levels(impl, x, dtype), (expanded_up_to(impl, dtype), skips_below(impl))
     rounding = (len(x.levels) + 2) * accumulation_roundoff(dtype) if dtype in ("float64", "float32") else 2.0**-6
     # The weight of a level multiplies the gradient before or after it is stored: a rounding of each term either way.
     limit_q = sum(limit.dq for limit in limits) + rounding * sum(
@@ -154,7 +154,7 @@ def gradients_equal_the_oracle(impl: Any, recipe: LevelsInputs, dtype: str, judg
             np.einsum(
                 "bhnd,bhnd->bn",
                 np.abs(x.grad_out),
-                attention_bounds(x.q, level, x.grad_out, dtype, expanded_up_to(impl, dtype)).out
+                attention_bounds(x.q, level, x.grad_out, dtype, *choices).out
                 + rounding * (2 + x.q.shape[1] * x.q.shape[3]) * np.abs(oracle.smca_attention(x.q, *level)),
             )
             for level in x.levels
@@ -179,7 +179,7 @@ def weights_feel_their_level(impl: Any, recipe: LevelsInputs, dtype: str, judge:
     terms = x.q.shape[1] * x.q.shape[3] + 4
     for j, level in enumerate(x.levels):
         alone = np.asarray(impl.smca_attention(x.q, *level, dtype=dtype), dtype=np.float64)
-        limit = attention_bounds(x.q, level, x.grad_out, dtype, expanded_up_to(impl, dtype)).out
+        limit = attention_bounds(x.q, level, x.grad_out, dtype, expanded_up_to(impl, dtype), skips_below(impl)).out
         limit = limit + terms * accumulation_roundoff(dtype) * np.abs(alone)
         expected = np.einsum("bhnd,bhnd->bn", x.grad_out, alone)
         judge.close(

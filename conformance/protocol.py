@@ -11,6 +11,8 @@ T targets.
 
     smca_attention(q, k, v, center_xy, precision_xy, size, key_padding_mask, *, dtype) → [B, h, N, d]
     smca_attention_vjp(grad_out, *the same, dtype) → dq, dk, dv, dcenter_xy, dprecision_xy
+    smca_attention_dropout(grad_out, *the same, rate, seed, dtype) → output and the five gradients, each weight of A dropped
+        with probability `rate` and the others divided by 1 − rate; `seed`, an int64, says which
     multi_scale_smca_attention(q, levels, level_weights, *, dtype) → [B, h, N, d]
     multi_scale_smca_attention_vjp(grad_out, q, levels, level_weights, *, dtype)
         → dq, a list of (dk, dv, dcenter_xy, dprecision_xy) by level, dlevel_weights
@@ -32,6 +34,7 @@ from typing import Any
 OPERATIONS = (
     "smca_attention",
     "smca_attention_vjp",
+    "smca_attention_dropout",
     "multi_scale_smca_attention",
     "multi_scale_smca_attention_vjp",
     "match_cost",
@@ -83,6 +86,14 @@ def expanded_up_to(implementation: Any, dtype: str) -> float:
     """
     limits: dict[str, float] = getattr(implementation, "expanded_up_to", {})
     return float(limits.get(dtype, 0.0))
+
+
+def skips_below(implementation: Any) -> float:
+    """What the weights that it passes over unread may add up to, as a part of all of them.
+
+    An implementation that skips keys too far off to show says so by an attribute ``skips_below``, and is held to it.
+    """
+    return float(getattr(implementation, "skips_below", 0.0))
 
 
 def load_outside(target: str) -> Any:

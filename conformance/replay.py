@@ -10,6 +10,7 @@ from typing import Any
 
 from smca.conformance.implementations import IMPLEMENTATIONS
 from smca.conformance.inputs_attention import AttentionInputs, LevelsInputs
+from smca.conformance.inputs_distance import DistantInputs, DropoutInputs
 from smca.conformance.inputs_matching import BoxInputs, CostInputs, LossInputs
 from smca.conformance.inputs_model import ModelInputs
 from smca.conformance.property import Judge
@@ -20,6 +21,8 @@ __all__ = [
     "AttentionInputs",
     "BoxInputs",
     "CostInputs",
+    "DistantInputs",
+    "DropoutInputs",
     "LevelsInputs",
     "LossInputs",
     "ModelInputs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,10 +30,12 @@ derived from each input (`conformance/tolerances.py`), entry by entry:
 
 The table shows the worst error seen, as a multiple of that bound: 1 would be a failure. "Error" and "bound" are those of
 the entry with the worst ratio, in units of the output. Where the bound is loose the condition number is at work and not
-a tolerance: an entry that rounding hardly touches is held to its last digits in the same array.
+a tolerance: an entry that rounding hardly touches is held to its last digits in the same array. An example is made again by
+`from smca.conformance.replay import *`; its `arrays(dtype)` are the inputs, and `replay(property, implementation, dtype, example)`
+checks it.
 """
 
-SLOW_EXAMPLES = 20
+SLOW_EXAMPLES = 12
 """Examples of a property where each takes seconds: of what is compiled for every shape, or interpreted."""
 
 
@@ -92,19 +95,30 @@ def _numerics_lines(outcomes: Sequence[Outcome]) -> list[str]:
             "",
             f"{total:,} examples; {rows[0].case.prop.sentence}. Constant {constant:g}: {reason}.",
             "",
-            "| implementation | dtype | examples | worst error / bound | error | bound | of | example |",
-            "|---|---|---:|---:|---:|---:|---|---|",
+            "| implementation | dtype | examples | worst error / bound | error | bound | of |",
+            "|---|---|---:|---:|---:|---:|---|",
         ]
+        recipes = []
         for outcome in rows:
             worst, name = outcome.worst, outcome.case.implementation.name
             ratio = "**failed**" if outcome.status == "failed" else f"{max(worst.ratio, 0):.3f}"
             lines.append(
                 f"| {name} | {outcome.case.dtype} | {worst.examples:,} | {ratio} | {worst.error:.1e} | {worst.bound:.1e} "
-                f"| {worst.what.rstrip(', ')} | `{worst.recipe!r}` |"
+                f"| {worst.what.rstrip(', ')} |"
             )
-        lines.append("")
+            recipes.append(f"- {name}, {outcome.case.dtype}: `{short(worst.recipe)}`")
+        lines += ["", "<details><summary>The examples that gave them</summary>", "", *recipes, "", "</details>", ""]
     roundoffs = ", ".join(f"{dtype} {value:.1e}" for dtype, value in UNIT_ROUNDOFF.items())
     return [*lines, f"Unit roundoffs: {roundoffs}."]
+
+
+def short(recipe: Any) -> str:
+    """Python that makes a recipe again, without the fields that stand at their defaults."""
+    if not dataclasses.is_dataclass(recipe):
+        return repr(recipe)
+    values = {field.name: (getattr(recipe, field.name), field.default) for field in dataclasses.fields(recipe)}
+    given = ", ".join(f"{name}={short(value)}" for name, (value, default) in values.items() if value != default)
+    return f"{type(recipe).__name__}({given})"
 
 
 def mutants_table(deaths: Sequence[Death]) -> list[str]:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from smca.conformance.property import Judge, Property, Worst
-from smca.conformance.protocol import OPERATIONS, dtypes_of, implemented, name_of
+from smca.conformance.protocol import OPERATIONS, dtypes_of, implemented, name_of, skips_below
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Profile:
     random: bool
     """New examples in every run, found failures kept in .hypothesis/; otherwise the same in every run."""
     patient: bool
-    """All properties of slow implementations too; otherwise only their equality with the oracle."""
+    """All properties of slow implementations too; otherwise only their equality with the oracle and what shows what they skip."""
 
 
 PROFILES = {
@@ -81,7 +81,7 @@ def cases(properties: Iterable[Property], implementations: Iterable[Any], profil
     for implementation in implementations:
         hurried = getattr(implementation, "slow", False) and not profile.patient
         for prop in everything:
-            if hurried and not prop.oracle:
+            if hurried and not (prop.oracle or (prop.for_skipping and skips_below(implementation))):
                 continue
             names = dtypes_of(implementation)
             wanted = [dtype for dtype in names if prop.dtypes is None or dtype in prop.dtypes]

@@ -15,7 +15,7 @@ def test_passes_and_what_is_lacking_are_told_apart(capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "scipy              float64   assign                              3      0" in out
     assert "scipy                        smca_attention                 not implemented" in out
-    assert "example            float32   smca_attention                     16      0" in out
+    assert "example            float32   smca_attention                     17      0" in out
     assert "no properties failed" in out
 
 
@@ -41,6 +41,7 @@ def test_the_report_has_a_table_an_operation(tmp_path: Path, capsys: pytest.Capt
     text = path.read_text(encoding="utf-8")
     assert "## `smca_attention`" in text
     assert "| eager | bfloat16 | 8 | 0." in text
+    assert "- eager, bfloat16: `AttentionInputs(" in text
     assert "AttentionInputs(" in text
 
 

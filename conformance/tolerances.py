@@ -44,6 +44,7 @@ to 0, which processors may do below 2⁻¹²⁶ and vector units do."""
 CONSTANTS: dict[str, tuple[float, str]] = {
     "smca_attention": (1.0, "every rounding is counted"),
     "smca_attention_vjp": (2.0, "half precision stores weights and their gradients once more than is counted"),
+    "smca_attention_dropout": (2.0, "as smca_attention_vjp; and divided by 1 − rate"),
     "multi_scale_smca_attention": (2.0, "each level's output is stored once more"),
     "multi_scale_smca_attention_vjp": (2.0, "as smca_attention_vjp"),
     "match_cost": (4.0, "sigmoid, logarithm and power: some four roundings a factor"),
@@ -94,13 +95,16 @@ class AttentionBounds:
         return self.dq, self.dk, self.dv, self.dcenter_xy, self.dprecision_xy
 
 
-def attention_bounds(q: Array, level: Level, grad_out: Array, dtype: str, expanded_up_to: float) -> AttentionBounds:
+def attention_bounds(
+    q: Array, level: Level, grad_out: Array, dtype: str, expanded_up_to: float, skips_below: float = 0.0
+) -> AttentionBounds:
     """Equations (16) and (17), and what follows from them for the output and the gradients.
 
     Args:
         q: [B, h, N, d]. level: keys, values, priors. grad_out: [B, h, N, d] (anything, if only `out` is wanted).
         dtype: of the arithmetic.
         expanded_up_to: largest λ·(extent/2)² at which log G is in the expanded form; 0 = never.
+        skips_below: what the weights that are passed over may add up to: none of them is larger than this / L.
     """
     u, a, eta = UNIT_ROUNDOFF[dtype], accumulation_roundoff(dtype), UNDERFLOW[dtype]
     mask = level.key_padding_mask
@@ -124,7 +128,7 @@ def attention_bounds(q: Array, level: Level, grad_out: Array, dtype: str, expand
     kappa = dots * (2 * u + (d + 2) * a) + prior * 8 * a  # (16)
     spread = np.log(np.sum(weights * np.exp(np.minimum(kappa, 600)), axis=-1, keepdims=True))
     epsilon = kappa + spread + (keys + 8) * a + 2 * u  # (17)
-    off = np.minimum(weights * np.expm1(np.minimum(epsilon, 600)), 1.0) + eta
+    off = np.minimum(weights * np.expm1(np.minimum(epsilon, 600)), 1.0) + np.minimum(weights, skips_below / keys) + eta
 
     size = np.max(v, axis=2, keepdims=True)
     out = (off + 2 * u * weights) @ v + eta

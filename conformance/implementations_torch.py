@@ -1,0 +1,274 @@
+"""Our own attention and model, by backend, behind the protocol of the suite."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from smca.conformance.protocol import Unavailable
+from smca.gpu import attention, fused_attention
+from smca.gpu.backbone import Backbone
+from smca.gpu.config import BackboneConfig, ModelConfig
+from smca.gpu.model import SMCADETR
+from smca.reference.attention import Level
+
+Array = npt.NDArray[Any]
+
+ALL = ("float64", "float32", "float16", "bfloat16")
+HALF = ("float16", "bfloat16")
+LIFTED = dict.fromkeys(ALL, float("inf"))
+AUTO = {**dict.fromkeys(ALL, attention.LIFTED_LOGIT_LIMIT), "float64": float("inf")}
+"""dtype → largest λ·(extent/2)² at which log G is in the expanded form; in half precision that is computed in float32."""
+
+
+def numpy_of(tensor: Tensor) -> Array:
+    """In float64, on the host."""
+    return tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
+
+
+class TorchAttention:
+    """A backend of `smca.gpu.attention`."""
+
+    attention: Any = attention
+
+    def __init__(self, backend: str, device: str, dtypes: Sequence[str], expanded_up_to: Mapping[str, float]) -> None:
+        if device != "cpu" and not torch.cuda.is_available():
+            raise Unavailable("PyTorch finds no CUDA device")
+        self.name = backend if device == "cpu" else f"{backend}-{device}"
+        self.backend, self.device, self.dtypes, self.expanded_up_to = backend, device, tuple(dtypes), expanded_up_to
+
+    def _tensor(self, values: Array, dtype: str, grad: bool = False) -> Tensor:
+        return torch.tensor(values, dtype=getattr(torch, dtype), device=self.device, requires_grad=grad)
+
+    def _leaves(self, values: Sequence[Array], dtype: str, grad: bool) -> list[Tensor]:
+        """k, v (after q) in `dtype`; the centre and the precision behind them in at least float32."""
+        coarse = "float32" if dtype in HALF else dtype
+        wanted = [coarse if i >= len(values) - 2 else dtype for i in range(len(values))]
+        return [self._tensor(value, name, grad) for value, name in zip(values, wanted, strict=True)]
+
+    def _mask(self, mask: Array | None) -> Tensor | None:
+        return None if mask is None else torch.tensor(mask, device=self.device)
+
+    def _attend(self, *arguments: Any) -> Tensor:
+        out: Tensor = self.attention.smca_attention(*arguments, backend=self.backend)
+        return out
+
+    def _attend_to_levels(self, *arguments: Any) -> Tensor:
+        out: Tensor = self.attention.multi_scale_smca_attention(*arguments, backend=self.backend)
+        return out
+
+    def smca_attention(
+        self, q: Array, k: Array, v: Array, center_xy: Array, precision_xy: Array, size: Any, mask: Any, *, dtype: str
+    ) -> Array:
+        leaves = self._leaves((q, k, v, center_xy, precision_xy), dtype, grad=False)
+        return numpy_of(self._attend(*leaves, size, self._mask(mask)))
+
+    def smca_attention_vjp(
+        self,
+        grad_out: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        center_xy: Array,
+        precision_xy: Array,
+        size: Any,
+        mask: Any,
+        *,
+        dtype: str,
+    ) -> tuple[Array, ...]:
+        leaves = self._leaves((q, k, v, center_xy, precision_xy), dtype, grad=True)
+        out = self._attend(*leaves, size, self._mask(mask))
+        return tuple(map(numpy_of, torch.autograd.grad(out, leaves, self._tensor(grad_out, dtype).to(out.dtype))))
+
+    def _levels(self, levels: Sequence[Level], dtype: str, grad: bool) -> list[attention.Level]:
+        return [
+            attention.Level(k, v, center, precision, level.size, self._mask(level.key_padding_mask))
+            for level in levels
+            for k, v, center, precision in [self._leaves(level[:4], dtype, grad)]
+        ]
+
+    def multi_scale_smca_attention(
+        self, q: Array, levels: Sequence[Level], level_weights: Array, *, dtype: str
+    ) -> Array:
+        coarse = "float32" if dtype in HALF else dtype
+        arguments = self._tensor(q, dtype), self._levels(levels, dtype, False), self._tensor(level_weights, coarse)
+        return numpy_of(self._attend_to_levels(*arguments))
+
+    def multi_scale_smca_attention_vjp(
+        self, grad_out: Array, q: Array, levels: Sequence[Level], level_weights: Array, *, dtype: str
+    ) -> Any:
+        coarse = "float32" if dtype in HALF else dtype
+        there = self._levels(levels, dtype, True)
+        tensors = self._tensor(q, dtype, True), self._tensor(level_weights, coarse, True)
+        out = self._attend_to_levels(tensors[0], there, tensors[1])
+        leaves = [tensors[0], tensors[1], *(x for level in there for x in level[:4])]
+        dq, dweights, *rest = map(
+            numpy_of, torch.autograd.grad(out, leaves, self._tensor(grad_out, dtype).to(out.dtype))
+        )
+        return dq, [tuple(rest[4 * j : 4 * j + 4]) for j in range(len(levels))], dweights
+
+
+class Auto(TorchAttention):
+    """What ``auto`` chooses: each of the others, so that fewer examples tell as much."""
+
+    share = 0.5
+
+    def __init__(self, device: str) -> None:
+        super().__init__("auto", device, ALL, AUTO if device == "cpu" else LIFTED)
+
+
+class Autocast(Auto):
+    """What ``auto`` makes of float32 tensors under autocast, held to what the lower dtype may cost."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.dtypes = ("bfloat16",)
+        self.name = self.name.replace("auto", "autocast")
+
+    def _tensor(self, values: Array, dtype: str, grad: bool = False) -> Tensor:
+        return super()._tensor(values, "float32", grad)
+
+    def _attend(self, *arguments: Any) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16):
+            return super()._attend(*arguments)
+
+    def _attend_to_levels(self, *arguments: Any) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16):
+            return super()._attend_to_levels(*arguments)
+
+
+class Triton(TorchAttention):
+    """The fused kernels: on a GPU, or in Triton's interpreter on the CPU."""
+
+    slow, share = True, 0.2
+
+    def __init__(self, device: str) -> None:
+        if device == "cpu" and torch.cuda.is_available():
+            raise Unavailable("where there is a GPU the kernels run on it: triton-cuda")
+        super().__init__("triton", device, ("float32", "float16", "bfloat16"), {})
+        missing = fused_attention.available(device)
+        if missing is not None:
+            raise Unavailable(missing)
+
+    def smca_attention_dropout(
+        self,
+        grad_out: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        center_xy: Array,
+        precision_xy: Array,
+        size: Any,
+        mask: Any,
+        rate: float,
+        seed: int,
+        *,
+        dtype: str,
+    ) -> tuple[Array, ...]:
+        leaves = self._leaves((q, k, v, center_xy, precision_xy), dtype, grad=True)
+        arguments: tuple[Any, ...] = (*leaves, size, self._mask(mask), rate, seed)
+        out = fused_attention.fused_smca_attention(*arguments)
+        return tuple(map(numpy_of, (out, *torch.autograd.grad(out, leaves, self._tensor(grad_out, dtype)))))
+
+
+class TritonSkip(Triton):
+    """The fused kernels, passing over the blocks of keys that are too far off to matter."""
+
+    skips_below = 2.0**-40
+    multi_scale_smca_attention = multi_scale_smca_attention_vjp = smca_attention_dropout = None  # type: ignore[assignment]
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.name, self.dtypes = self.name.replace("triton", "triton-skip"), ("float32", "bfloat16")
+
+    def _attend(self, *arguments: Any) -> Tensor:
+        return fused_attention.fused_smca_attention(*arguments, skip=True)
+
+
+class TorchModel(TorchAttention):
+    """A backend that the whole model can be run with, besides attention alone."""
+
+    model: Any = SMCADETR
+
+    def _model(self, params: Mapping[str, Array], config: Any, dtype: str) -> SMCADETR:
+        model: SMCADETR = (
+            _built(self.model, config.to_json(), self.backend)
+            .to(device=self.device, dtype=getattr(torch, dtype))
+            .eval()
+        )
+        state = {name: self._tensor(np.asarray(value), dtype) for name, value in params.items()}
+        missing = model.load_state_dict(state, strict=False)
+        assert not missing.unexpected_keys, missing.unexpected_keys
+        assert all(name.startswith("backbone.") for name in missing.missing_keys), missing.missing_keys
+        return model
+
+    def forward(self, params: Any, features: Any, valid_sizes: Array, config: Any, *, dtype: str) -> dict[str, Array]:
+        model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
+        with torch.no_grad():
+            found = model.detect([self._tensor(x, dtype) for x in features], sizes)
+        return {name: numpy_of(value) for name, value in found.items()}
+
+    def forward_vjp(
+        self,
+        grad_logits: Array,
+        grad_boxes: Array,
+        params: Any,
+        features: Any,
+        valid_sizes: Array,
+        config: Any,
+        *,
+        dtype: str,
+    ) -> dict[str, Array]:
+        model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
+        found = model.detect([self._tensor(x, dtype) for x in features], sizes)
+        leaves = {name: value for name, value in model.named_parameters() if name in params}
+        seeds = [self._tensor(grad_logits, dtype), self._tensor(grad_boxes, dtype)]
+        gradients = torch.autograd.grad(
+            [found["logits"], found["boxes"]], list(leaves.values()), seeds, allow_unused=True
+        )
+        return {
+            name: np.zeros(tuple(leaf.shape)) if gradient is None else numpy_of(gradient)
+            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+        }
+
+
+@functools.lru_cache(maxsize=64)
+def _built(model: Any, config: str, backend: str) -> SMCADETR:
+    """Building a model costs more than running it; its weights are loaded anew for each example. All share one backbone for
+    each choice of levels: what is tested begins at its features, and it costs the most."""
+    with mock.patch.object(sys.modules[model.__module__], "Backbone", _backbone):
+        return model(ModelConfig.from_json(config), attention_backend=backend)  # type: ignore[no-any-return]
+
+
+_backbones: dict[tuple[str, tuple[int, ...]], Backbone] = {}
+
+
+def _backbone(config: BackboneConfig, strides: tuple[int, ...], **options: Any) -> Backbone:
+    key = repr(config), tuple(strides)
+    if key not in _backbones:
+        _backbones[key] = Backbone(config, strides, **options)
+    return _backbones[key]
+
+
+class Compiled(TorchAttention):
+    """`torch.compile` of the module's attention."""
+
+    slow, share = True, 0.05  # each new shape is compiled: seconds
+
+    def __init__(self) -> None:
+        super().__init__("auto", "cpu", ("float32",), AUTO)
+        self.name = "compiled"
+        # That a cached graph is of no use, for whatever reason, costs a compilation and nothing else.
+        logging.getLogger("torch._inductor.codecache").setLevel(logging.ERROR)
+        torch._dynamo.config.recompile_limit = 1000  # past it, what runs is no longer the compiled code
+        compiled: Any = torch.compile(dynamic=True, fullgraph=True)
+        self._attend, self._attend_to_levels = map(compiled, (super()._attend, super()._attend_to_levels))  # type: ignore[method-assign]

@@ -1,0 +1,166 @@
+"""Plausible bugs, each one line of the production code changed. What is not in the tables, and why: `mutant_table`."""
+
+# ruff: noqa: E501 - a table: pieces of source and what they become, side by side
+
+from __future__ import annotations
+
+from smca.conformance.mutant_table import Mutant
+
+PRODUCTION: list[Mutant] = [
+    Mutant(*entry)
+    for entry in [
+        ("lifted: ½ forgotten", "gpu", "attention", "[q * channels**-0.5, -0.5 * precision, precision * center]",
+         "[q * channels**-0.5, -precision, precision * center]"),
+        ("lifted: x² and y² swapped", "gpu", "attention", "[x.square(), y.square(), x, y]", "[y.square(), x.square(), x, y]"),
+        ("lifted: centre from the corner, cells from the middle", "gpu", "attention",
+         "center_xy[..., 0] - size[1] / 2", "center_xy[..., 0]"),
+        ("lifted: scaled by the lifted width", "gpu", "attention", "scale=1.0)", "scale=(channels / q_lifted.shape[-1]) ** 0.5)"),
+        ("lifted: padded values not cleared", "gpu", "attention",
+         "k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)\n        mask_term",
+         "k = k.masked_fill(padded, 0.0)\n        mask_term"),
+        ("eager: prior in the dtype of q", "gpu", "attention",
+         "logit_dtype = torch.promote_types(q.dtype, torch.float32)", "logit_dtype = q.dtype"),
+        ("eager: q not scaled before the product", "gpu", "attention",
+         "(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).to(logit_dtype)",
+         "(q @ k.transpose(-1, -2)).to(logit_dtype) / q.shape[-1] ** 0.5"),
+        ("levels: weights cut from the graph", "gpu", "attention",
+         "weight[:, None, :, None].to(found.dtype)", "weight.detach()[:, None, :, None].to(found.dtype) + 0 * weight[:, None, :, None]"),
+        ("one-hot target at the wrong query", "gpu", "criterion", "query * classes + labels", "labels * classes + query"),
+        ("padded targets matched", "gpu", "criterion", "matched = query >= 0", "matched = query >= -1"),
+        ("focal loss: gradient through the weight cut", "gpu", "criterion",
+         "miss = p * (1 - target) + (1 - p) * target", "miss = (p * (1 - target) + (1 - p) * target).detach()"),
+        ("boxes cut from the graph in GIoU", "gpu", "criterion",
+         "generalized_box_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(true))) * matched",
+         "generalized_box_iou(cxcywh_to_xyxy(pred.detach()), cxcywh_to_xyxy(true))) * matched"),
+        ("NaN of padded targets let in", "gpu", "criterion", "true = true.masked_fill(~matched[..., None], 0.0)", "true = true + 0.0"),
+        ("GIoU without a floor for empty hulls", "gpu", "boxes", "hull.clamp(min=tiny)", "hull"),
+        ("matching cost with α = ¾", "gpu", "matcher", "FOCAL_ALPHA = 0.25", "FOCAL_ALPHA = 0.75"),
+        ("targets of the image before", "gpu", "matcher", "targets.labels[None, :, None]", "targets.labels.roll(1, 0)[None, :, None]"),
+        ("query and target of a pair mixed up", "gpu", "matcher", "matched[layer, image, column[cols]] = rows",
+         "matched[layer, image, column[cols]] = rows[::-1].copy()"),
+        # The model
+        ("centre's gradient cut at the prior", "gpu", "decoder",
+         "reference_xy = reference_logits[..., :2].sigmoid()", "reference_xy = reference_logits[..., :2].detach().sigmoid()"),
+        ("reference centre's gradient cut at the boxes", "gpu", "decoder",
+         "self.box_heads[0](decoded).to(dtype) + reference_logits]", "self.box_heads[0](decoded).to(dtype) + reference_logits.detach()]"),
+        ("level weights' gradient cut", "gpu", "decoder",
+         "self.level_head(state).softmax(dim=-1)", "self.level_head(state).softmax(dim=-1).detach()"),
+        ("level weights normalised over the queries", "gpu", "decoder",
+         "self.level_head(state).softmax(dim=-1)", "self.level_head(state).softmax(dim=1)"),
+        ("keys without their position", "gpu", "decoder", "memory_pos = memory + pos", "memory_pos = memory + 0 * pos"),
+        ("refined boxes from the first layer's head", "gpu", "decoder", "self.box_heads[index](states[-1])",
+         "self.box_heads[0](states[-1])"),
+        ("refinement from the reference centre instead of the box before", "gpu", "decoder",
+         "reference_logits = refined[-1][0].detach()", "reference_logits = reference_logits + 0.0"),
+        ("offset of the first level for all", "gpu", "prior", "+ offsets[..., level, :]", "+ offsets[..., 0, :]"),
+        ("width of the prior in the first level's cells", "gpu", "prior",
+         "unit = self.unit_precision[level]", "unit = self.unit_precision[0]"),
+        ("centre scaled by height and width swapped", "gpu", "prior", "grid.valid_cells.flip(-1)", "grid.valid_cells"),
+        ("scale's gradient cut", "gpu", "prior", "unit * r[..., level, :].square()", "unit * r[..., level, :].square().detach()"),
+        ("heads and levels of the prior mixed up", "gpu", "prior",
+         "x.reshape(*x.shape[:2], self.gaussians, levels, -1).transpose(1, 2)",
+         "x.reshape(*x.shape[:2], levels, self.gaussians, -1).transpose(2, 3).transpose(1, 2)"),
+        ("padded cells convolved", "gpu", "encoder", "        tokens = tokens.masked_fill(grid.key_padding_mask[..., None], 0.0)\n",
+         "        tokens = tokens + 0.0\n"),
+        ("convolution: the coarser level's kernel for the finer", "gpu", "encoder",
+         "functional.conv2d(maps[level - 1], self.finer.weight,", "functional.conv2d(maps[level - 1], self.coarser.weight,"),
+        ("convolution: levels aligned by their middle", "gpu", "encoder",
+         "    x = x[:, :, : size[0], : size[1]]\n", "    x = x[:, :, -size[0] :, -size[1] :]\n"),
+        ("levels never cross", "gpu", "encoder", "if self.crosses_levels or len(grids) == 1:", "if len(grids) == 1:"),
+        ("values carry their position", "gpu", "encoder", "self.self_attn.project(x + pos, x + pos, x)",
+         "self.self_attn.project(x + pos, x + pos, x + pos)"),
+    ]
+]  # fmt: skip
+
+KERNELS: list[Mutant] = [
+    Mutant(*entry)
+    for entry in [
+        ("kernel: cells of a row at i for i + ½", "gpu", "fused_kernels",
+         "return (key % W).to(tl.float32) + 0.5,", "return (key % W).to(tl.float32),"),
+        ("kernel: x and y of a key swapped", "gpu", "fused_kernels",
+         "return (key % W).to(tl.float32) + 0.5, (key // W).to(tl.float32) + 0.5, there",
+         "return (key // W).to(tl.float32) + 0.5, (key % W).to(tl.float32) + 0.5, there"),
+        ("kernel: mask not read", "gpu", "fused_kernels",
+         "there = there & (tl.load(mask_ptr + first + key, mask=there, other=1) == 0)", "there = there & (key >= 0)"),
+        ("kernel: mask of the next key", "gpu", "fused_kernels", "mask_ptr + first + key,", "mask_ptr + first + (key + 1) % L,"),
+        ("kernel: ½ forgotten in log G", "gpu", "fused_kernels", "- (0.5 * LOG2_E) * (lx", "- LOG2_E * (lx"),
+        ("kernel: log₂e forgotten with q·k", "gpu", "fused_kernels", "product * (scale * LOG2_E)", "product * scale"),
+        ("kernel: precisions of the axes swapped", "gpu", "fused_kernels",
+         "(lx * ux * (ux + tx) + ly * uy * (uy + ty))", "(ly * ux * (ux + tx) + lx * uy * (uy + ty))"),
+        ("kernel: centre held inside the map", "gpu", "fused_kernels", "return near, 2.0 * (near - center),", "return near, 0.0 * center,"),
+        ("kernel: running sum not shrunk when the maximum rises", "gpu", "fused_kernels",
+         "total = total * shrink + tl.sum(weights, axis=1)", "total = total + tl.sum(weights, axis=1)"),
+        ("kernel: output not shrunk when the maximum rises", "gpu", "fused_kernels",
+         "summed = summed * shrink[:, None] + tl.dot", "summed = summed + tl.dot"),
+        ("kernel: last block of keys left out", "gpu", "fused_kernels",
+         "    summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n    for start in range(0, L, BLOCK_L):",
+         "    summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n    for start in range(0, L - L % BLOCK_L + (L < BLOCK_L), BLOCK_L):"),
+        ("kernel: delta forgotten for k̄", "gpu", "fused_kernels", "weights * (dweights - delta[None, :])", "weights * dweights"),
+        ("kernel: delta forgotten for q̄, c̄ and λ̄", "gpu", "fused_kernels", "weights * (dweights - delta[:, None])", "weights * dweights"),
+        ("kernel: c̄ without λ", "gpu", "fused_kernels", "tl.store(dcenter_ptr + at, lx * sum_x, mask=real)",
+         "tl.store(dcenter_ptr + at, sum_x, mask=real)"),
+        ("kernel: λ̄ of y from x", "gpu", "fused_kernels", "tl.store(dprecision_ptr + at + 1, -0.5 * sum_yy, mask=real)",
+         "tl.store(dprecision_ptr + at + 1, -0.5 * sum_xx, mask=real)"),
+        ("kernel: √d missing in k̄", "gpu", "fused_kernels", "key < L, dk * scale, D, BLOCK_D)",
+         "key < L, dk, D, BLOCK_D)"),
+        ("kernel: last queries left out of k̄ and v̄", "gpu", "fused_kernels", "for start in range(0, N, BLOCK_N):",
+         "for start in range(0, N - N % BLOCK_N + (N < BLOCK_N), BLOCK_N):"),
+        # Dropout
+        ("kernel: dropout of key and query swapped backwards", "gpu", "fused_kernels",
+         "kept = _kept(seed, bh, query[None, :], key[:, None], dropout)",
+         "kept = _kept(seed, bh, key[:, None], query[None, :], dropout)"),
+        ("kernel: dropped weights left out of the denominator", "gpu", "fused_kernels",
+         "            total = total * shrink + tl.sum(weights, axis=1)\n            if HAS_DROPOUT:  # of A, after the softmax: the "
+         "dropped weights count in the denominator\n"
+         "                weights = tl.where(_kept(seed, bh, query[:, None], key[None, :], dropout), weights, 0.0)\n",
+         "            if HAS_DROPOUT:\n"
+         "                weights = tl.where(_kept(seed, bh, query[:, None], key[None, :], dropout), weights, 0.0)\n"
+         "            total = total * shrink + tl.sum(weights, axis=1)\n"),
+        ("kernel: output not divided by 1 − p", "gpu", "fused_kernels", "        out = out / (1.0 - dropout)\n",
+         "        out = out * 1.0\n"),
+        ("kernel: Ā of q̄ not divided by 1 − p", "gpu", "fused_kernels",
+         "kept = _kept(seed, bh, query[:, None], key[None, :], dropout)\n"
+         "                dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)",
+         "kept = _kept(seed, bh, query[:, None], key[None, :], dropout)\n"
+         "                dweights = tl.where(kept, dweights, 0.0)"),
+        ("kernel: v̄ from weights not dropped", "gpu", "fused_kernels",
+         "dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)", "dropped = weights / (1.0 - dropout)"),
+        ("kernel: k̄ through dropped weights", "gpu", "fused_kernels",
+         "dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)\n"
+         "                dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)",
+         "dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)\n                dweights = dweights / (1.0 - dropout)"),
+        ("kernel: the same dropout for every head", "gpu", "fused_kernels",
+         "zero + query, zero + bh.to(tl.int32), zero)", "zero + query, zero, zero)"),
+        ("kernel: kept with the probability of being dropped", "gpu", "fused_kernels",
+         "uint_to_uniform_float(random) >= dropout", "uint_to_uniform_float(random) < dropout"),
+    ]
+]  # fmt: skip
+"""Bugs in the fused kernels; they need Triton, and take seconds each in its interpreter."""
+
+SKIPPING: list[Mutant] = [
+    Mutant(*entry)
+    for entry in [
+        ("skipping: q·k not looked at", "gpu", "fused_kernels", "bound = q_norm * k_norm * scale", "bound = 0 * q_norm"),
+        ("skipping: q·k from the first key of a block", "gpu", "fused_kernels",
+         "k_norm = tl.max(tl.load(norms_ptr + bh * L + key, mask=key < L, other=float(\"-inf\")), axis=0)",
+         "k_norm = tl.load(norms_ptr + bh * L + start)"),
+        ("skipping: √d twice in the bound of q·k", "gpu", "fused_kernels",
+         "bound = q_norm * k_norm * scale", "bound = q_norm * k_norm * scale * scale"),
+        ("skipping: farthest key of a block for its nearest", "gpu", "fused_kernels",
+         "distance = tl.where(precision < 0, farthest, nearest)", "distance = tl.where(precision < 0, nearest, farthest)"),
+        ("skipping: a block over the end of a row taken for a part of it", "gpu", "fused_kernels",
+         "tl.where(top == bottom, start % W, 0), tl.where(top == bottom, last % W, W - 1)", "start % W, last % W"),
+        ("skipping: the block's first row for all of its rows", "gpu", "fused_kernels",
+         "bottom.to(tl.float32) + 0.5, py, ty, ly)", "top.to(tl.float32) + 0.5, py, ty, ly)"),
+        ("skipping: axes of the precision swapped", "gpu", "fused_kernels",
+         "right.to(tl.float32) + 0.5, px, tx, lx)", "right.to(tl.float32) + 0.5, px, tx, ly)"),
+        ("skipping: a block that one query of many can do without", "gpu", "fused_kernels",
+         "matters = tl.max((real & (below == 0)).to(tl.int32), axis=0) > 0",
+         "matters = tl.max((real & (below != 0)).to(tl.int32), axis=0) == 0"),
+        ("skipping: a quarter of the margin", "gpu", "fused_kernels", "bh, largest - margin, real", "bh, largest - 0.25 * margin, real"),
+        ("skipping: natural for binary logarithm", "gpu", "fused_kernels", "below = bound * LOG2_E < limit", "below = bound * (LOG2_E * LOG2_E) < limit"),
+        ("skipping: no margin for q̄, c̄ and λ̄", "gpu", "fused_kernels", "bh, lse - margin, real", "bh, lse, real"),
+        ("skipping: no margin for k̄ and v̄", "gpu", "fused_kernels", "limit = lse - margin\n", "limit = lse\n"),
+    ]
+]  # fmt: skip
+"""Bugs in what the fused kernels pass over, which only those that do so show."""
