@@ -67,7 +67,7 @@ class BenchmarkArgs:
     attention: Size = field(default_factory=Size)
     """Sizes of the attention comparison."""
     image_size: tuple[int, int] | None = None
-    """(height, width) in pixels of the images of a step; 800 1216 on a CPU and 800 1333 on a GPU if not given."""
+    """(height, width) in pixels of the images of a step; 800 1333 on a GPU and 800 1216 on a CPU (in a profile 400 608) if not given."""
     batches: tuple[int, ...] = (2, 16)
     """Images a step on a GPU, each measured; the most of them where one must do. A CPU takes two."""
     minutes: float = 7.5
@@ -216,7 +216,7 @@ def measure_profile(args: BenchmarkArgs, repeats: int, deadline: float, device: 
     from smca.gpu.benchmark_profile import profile_step  # it imports the model, whose memory other parts count
 
     gpu = device == "cuda"
-    work = _largest_work(args, device) if gpu else Work(args.image_size or (800, 1216))
+    work = _largest_work(args, device) if gpu else Work(args.image_size or (400, 608))
     for preset, backend in itertools.product(
         ("smca_r50", "smca_r50_multiscale"), ("auto", "triton") if gpu else ("auto",)
     ):

@@ -28,7 +28,9 @@ parts() {
     cat << 'END'
 kernels|triton|180|check|python tests/test_kernel_compilation.py
 fused-attention|cuda triton|180|check|pytest tests/test_fused_attention.py --deselect tests/test_fused_attention.py::test_at_the_size_of_a_detector
-fused-attention-large|cuda triton|180|check|pytest tests/test_fused_attention.py -k size_of_a_detector
+fused-attention-float32|cuda triton|180|check|pytest tests/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.float32
+fused-attention-float16|cuda triton|180|check|pytest tests/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.float16
+fused-attention-bfloat16|cuda triton|180|check|pytest tests/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.bfloat16
 real-sizes|cuda triton cupy|180|check|pytest tests/test_real_sizes.py -rP
 assignment|cuda cupy|180|check|pytest tests/test_assignment.py
 step|cuda triton cupy|180|check|pytest tests/test_gpu_step.py --deselect tests/test_gpu_step.py::test_a_compiled_step_does_not_wait_either
