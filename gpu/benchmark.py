@@ -67,7 +67,8 @@ class BenchmarkArgs:
     attention: Size = field(default_factory=Size)
     """Sizes of the attention comparison."""
     image_size: tuple[int, int] | None = None
-    """(height, width) in pixels of the images of a step; 800 1333 on a GPU and 800 1216 on a CPU (in a profile 400 608) if not given."""
+    """(height, width) in pixels of the images of a step; if not given 800 1333 on a GPU, on a CPU 800 1216 and in a profile
+    400 608."""
     batches: tuple[int, ...] = (2, 16)
     """Images a step on a GPU, each measured; the most of them where one must do. A CPU takes two."""
     minutes: float = 7.5

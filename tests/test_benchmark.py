@@ -250,6 +250,11 @@ def test_a_profile_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pyt
     assert "left out" in (tmp_path / "late.md").read_text()
 
 
+def test_a_gpu_compares_skipping_too() -> None:
+    first, *_ = benchmark.parts_of("attention", benchmark.BenchmarkArgs(), "cpu", full=True)
+    assert {f"triton{skip} {kind}" for skip in ("", "-skip") for kind in ("float32", "bf16")} <= set(first.cases)
+
+
 def test_compiled_is_for_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="on a GPU only"):
         benchmark.main(["--only", "compiled", "--output", str(tmp_path), *ON_CPU])

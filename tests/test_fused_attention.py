@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 from smca.gpu import attention, fused_attention
+from smca.gpu.benchmark_attention import Size, attention_case
 from smca.gpu.fused_attention import fused_smca_attention
 from smca.reference.attention import smca_attention, smca_attention_vjp
 
@@ -205,6 +206,15 @@ def test_skipping_knows_negative_precisions_and_centers_anywhere() -> None:
     check(inputs, size, skip=True, factor=20.0)  # logits of hundreds that are not relative to the largest
 
 
+def test_the_benchmark_measures_skipping() -> None:
+    """Nothing that shows, again: beside the kernels without it, in the benchmark's own cases."""
+    size = Size(batch=1, heads=2, queries=5, maps=((40, 9),))
+    names = ("triton-skip", "triton")
+    found, expected = (attention_case(name, torch.float32, size, DEVICE)["forward+backward"]() for name in names)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 def weights_kept(inputs: list[torch.Tensor], size: tuple[int, int], dropout: float, seed: int | torch.Tensor) -> Any:
     """[B, h, N, L] bool: with the identity for v, the output is A itself, 0 where it was dropped."""
     keys = size[0] * size[1]
@@ -334,6 +344,7 @@ def test_says_that_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_says_how_to_run_on_the_cpu() -> None:
     code = """
 import os, sys
+from smca.gpu.benchmark_attention import Size, attention_case
 from smca.gpu.fused_attention import available
 assert "triton" not in sys.modules
 print(available("cpu"))
