@@ -1,4 +1,4 @@
-"""What is wrong, as far as it can be guessed: the known bug that makes the specification give the same wrong numbers."""
+"""What is wrong, as far as it can be guessed: what it hangs on, and a known bug that gives the same wrong numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from smca.conformance.contrast import contrast
 from smca.conformance.mutant_table import ORACLE
 from smca.conformance.mutants import CONCERNS, planted
 from smca.conformance.property import Judge
@@ -31,6 +32,11 @@ class _Recorder(Judge):
 
 
 def explain(outcome: Outcome) -> str:
+    """What can be said of a failure: what it hangs on, and which known bug makes the specification fail alike."""
+    return "\n".join(filter(None, [contrast(outcome), known_bugs(outcome)]))
+
+
+def known_bugs(outcome: Outcome) -> str:
     """A line that names the bugs of `mutant_table` that reproduce a failure, for every failing example; "" if none does.
 
     Only for comparisons with the oracle: the others have no wrong numbers to reproduce.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -52,6 +53,10 @@ class DistantInputs:
         )
 
 
+BEHIND = st.one_of(st.integers(4, 20), st.integers(-4, 48))
+"""Mostly weights that show in float32, and down to far too light for it."""
+
+
 @st.composite
 def distant_inputs(draw: st.DrawFn, /) -> DistantInputs:
     """Maps of several blocks of keys, narrow priors, favoured keys from the heaviest to far too light to show."""
@@ -65,7 +70,24 @@ def distant_inputs(draw: st.DrawFn, /) -> DistantInputs:
         precision=1.0,
         spread=st.sampled_from(["even", "wide", "one axis"]),
     )
-    return DistantInputs(draw(maps), draw(st.sampled_from([100.0, 30.0, 400.0])), draw(st.integers(-4, 48)))
+    return DistantInputs(draw(maps), draw(st.sampled_from([100.0, 30.0, 400.0])), draw(BEHIND))
+
+
+def _tight(size: tuple[int, int], gap: float, behind: int, seed: int, **others: Any) -> DistantInputs:
+    return DistantInputs(AttentionInputs(channels=8, size=size, precision=1.0, seed=seed, **others), gap, behind)
+
+
+TIGHT = [
+    _tight((40, 3), 400.0, 12, 1),
+    _tight((3, 40), 400.0, 12, 2),
+    _tight((9, 17), 400.0, 12, 3),
+    _tight((40, 3), 400.0, 14, 5),
+    _tight((17, 9), 400.0, 13, 8, spread="one axis"),
+    _tight((40, 3), 100.0, 13, 10, queries=3, centers="outside"),
+    _tight((3, 40), 400.0, 12, 15, spread="one axis"),
+]
+"""Where a bound on what is skipped is just met, each in another way: of blocks within a row and over several, of either axis,
+of queries that share a block, of a key on the edge of what shows. Random examples come near to that too seldom."""
 
 
 @dataclass(frozen=True)

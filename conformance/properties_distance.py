@@ -9,7 +9,7 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from smca.conformance.inputs_attention import AttentionInputs, attention_inputs
-from smca.conformance.inputs_distance import DistantInputs, distant_inputs
+from smca.conformance.inputs_distance import TIGHT, DistantInputs, distant_inputs
 from smca.conformance.properties_attention import bounds, forward, real_keys
 from smca.conformance.properties_gradients import GRADIENTS, backward
 from smca.conformance.property import Judge, Property, property_of
@@ -73,6 +73,7 @@ def infinite_precision_picks_the_nearest_key(impl: Any, recipe: AttentionInputs,
     distant_inputs(),
     into=PROPERTIES,
     for_skipping=True,
+    always=TIGHT,
 )
 def distant_keys_count(impl: Any, recipe: DistantInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
@@ -86,6 +87,7 @@ def distant_keys_count(impl: Any, recipe: DistantInputs, dtype: str, judge: Judg
     distant_inputs(),
     into=PROPERTIES,
     for_skipping=True,
+    always=TIGHT,
 )
 def gradients_of_distant_keys(impl: Any, recipe: DistantInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)

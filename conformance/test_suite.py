@@ -82,6 +82,25 @@ def test_a_failure_prints_what_replays_it() -> None:
         replay(prop.name, "egger", "float64", None)
 
 
+@pytest.mark.parametrize(
+    ("bug", "operation", "backend", "lines"),
+    [
+        ("lifted: centre from the corner, cells from the middle", "smca_attention", 1, ["λ_x = 0", "q = 0"]),
+        ("padded targets matched", "set_loss", 0, ["no padding among the targets", ""]),
+    ],
+)
+def test_what_a_failure_hangs_on_is_said(bug: str, operation: str, backend: int, lines: list[str]) -> None:
+    """With what it passes, and with what it still fails."""
+    mutant = next(mutant for mutant in MUTANTS if mutant.bug == bug)
+    prop = next(prop for prop in PROPERTIES if prop.name == f"{operation}.equals_the_oracle")
+    with planted(mutant) as implementations:
+        text = explain(run(Case(prop, implementations[backend], "float64"), PROFILES["quick"]))
+    passes, _, fails = text.partition("    it still fails with: ")
+    assert "it passes with: " in passes
+    assert lines[0] in passes
+    assert lines[1] in fails
+
+
 @pytest.mark.parametrize("mutant", MUTANTS[::17], ids=lambda mutant: mutant.bug)
 def test_a_known_bug_is_called_by_its_name(mutant: Any) -> None:
     """What fails as a mutant fails is reported with that mutant's name."""
