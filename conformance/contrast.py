@@ -50,7 +50,8 @@ def contrast(outcome: Outcome) -> str:
             except Exception:  # a mismatch, or whatever the implementation raises
                 found.setdefault(False, []).append(words)
             else:
-                found.setdefault(True, []).append(words)
+                if judge.worst.ratio >= 0 or outcome.worst.ratio < 0:  # else there was nothing left to compare
+                    found.setdefault(True, []).append(words)
     lines = [("    it passes with: ", found.get(True)), ("    it still fails with: ", found.get(False))]
     return "\n".join(start + ", ".join(words) for start, words in lines if words)
 
@@ -122,6 +123,13 @@ def _without_axis(level: Level, axis: int) -> Level:
 
 _CHANGES: list[tuple[str, Callable[[Any], Any], Callable[[Level], Level]]] = [
     ("q = 0", lambda q: q if not q.any() else np.zeros_like(q), lambda level: level),
+    (
+        "λ = 0",
+        lambda q: q,
+        lambda level: (
+            level._replace(precision_xy=np.zeros_like(level.precision_xy)) if level.precision_xy.any() else level
+        ),
+    ),
     ("λ_x = 0", lambda q: q, lambda level: _without_axis(level, 0)),
     ("λ_y = 0", lambda q: q, lambda level: _without_axis(level, 1)),
     (

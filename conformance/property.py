@@ -48,6 +48,8 @@ class Judge:
     dtype: str
     recipe: Any = None
     worst: Worst = field(default_factory=Worst)
+    address: str = ""
+    """What `replay` finds the implementation by, if not by its name."""
     note: Callable[[tuple[int, ...]], str] | None = None
     """What else to print for the worst index: the parts that the expected number is made of."""
 
@@ -105,7 +107,7 @@ class Judge:
             f"    why: {prop.equation}\n"
             f"    again:\n"
             f"        from smca.conformance.replay import *\n"
-            f"        replay({prop.name!r}, {self.implementation!r}, {self.dtype!r}, {self.recipe!r})"
+            f"        replay({prop.name!r}, {(self.address or self.implementation)!r}, {self.dtype!r}, {self.recipe!r})"
         )
 
 

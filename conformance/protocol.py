@@ -78,6 +78,11 @@ def name_of(implementation: Any) -> str:
     return str(getattr(implementation, "name", type(implementation).__name__))
 
 
+def address_of(implementation: Any) -> str:
+    """What `replay` finds the object by: "package.module:Class" of an outside one, else its name."""
+    return str(getattr(implementation, "conformance_address", name_of(implementation)))
+
+
 def expanded_up_to(implementation: Any, dtype: str) -> float:
     """Largest λ·(extent/2)² up to which it forms log G in the expanded form (docs/method.md §6), from x²·λ and x·λ·c apart.
 
@@ -118,4 +123,5 @@ def load_outside(target: str) -> Any:
     if not any(implemented(made, operation) for operation in OPERATIONS):
         raise ValueError(f"--implementation {target}: it has none of the operations {', '.join(OPERATIONS)}")
     dtypes_of(made)
+    made.conformance_address = target
     return made

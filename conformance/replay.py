@@ -14,7 +14,7 @@ from smca.conformance.inputs_distance import DistantInputs, DropoutInputs
 from smca.conformance.inputs_matching import BoxInputs, CostInputs, LossInputs
 from smca.conformance.inputs_model import ModelInputs
 from smca.conformance.property import Judge
-from smca.conformance.protocol import load_outside, name_of
+from smca.conformance.protocol import address_of, load_outside, name_of
 from smca.conformance.suite import PROPERTIES
 
 __all__ = [
@@ -50,7 +50,7 @@ def replay(property_name: str, implementation: Any, dtype: str, recipe: Any) -> 
     if not found:
         raise ValueError(f"no property {property_name!r}; there are {', '.join(prop.name for prop in PROPERTIES)}")
     made = implementation_of(implementation) if isinstance(implementation, str) else implementation
-    judge = Judge(found[0], name_of(made), dtype, recipe)
+    judge = Judge(found[0], name_of(made), dtype, recipe, address=address_of(made))
     found[0].check(made, recipe, dtype, judge)
     return judge
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from smca.conformance.property import Judge, Property, Worst
-from smca.conformance.protocol import OPERATIONS, dtypes_of, implemented, name_of, skips_below
+from smca.conformance.protocol import OPERATIONS, address_of, dtypes_of, implemented, name_of, skips_below
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
         examples: in place of the profile's number.
         shrink: look for the smallest failing example; False = report the first.
     """
-    judge = Judge(case.prop, name_of(case.implementation), case.dtype)
+    judge = Judge(case.prop, name_of(case.implementation), case.dtype, address=address_of(case.implementation))
     if case.missing is not None:
         return Outcome(case, "not implemented", "", judge.worst, 0.0)
     share = case.prop.share * float(getattr(case.implementation, "share", 1.0))

@@ -25,7 +25,11 @@ def test_a_failure_is_printed_and_ends_in_status_1(capsys: pytest.CaptureFixture
     assert stop.value.code == 1
     out = capsys.readouterr().out
     assert "expected = class" in out
-    assert "replay('match_cost.equals_the_oracle', 'transformers-detr', 'float64', LossInputs(" in out
+    assert "implementation: transformers-detr, float64" in out
+    snippet = "\n".join(line.strip() for line in out.split("again:\n")[1].splitlines()[:2])
+    assert "'smca.conformance.transformers_adapter:Detr', 'float64', LossInputs(" in snippet
+    with pytest.raises(AssertionError, match="cost"):
+        exec(snippet, {})
 
 
 def test_everything_there_is_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
