@@ -125,3 +125,7 @@ def dropout_inputs(draw: st.DrawFn, /) -> DropoutInputs:
     return DropoutInputs(
         draw(maps), draw(st.sampled_from([0.3, 0.0, 0.1, 0.5])), draw(st.integers(-(2**63), 2**63 - 1))
     )
+
+
+MANY_WEIGHTS = [DropoutInputs(AttentionInputs(batch=2, heads=2, queries=17, channels=8, size=(4, 5)), 0.3, 5)]
+"""Enough of them in every image, head and query for chance to be told from the same dropout."""

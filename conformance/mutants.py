@@ -25,12 +25,12 @@ import smca.reference
 from smca.conformance.implementations import Criterion, Oracle
 from smca.conformance.implementations_torch import LIFTED, Auto, TorchModel, Triton, TritonSkip
 from smca.conformance.mutant_table import ORACLE, Mutant
-from smca.conformance.mutant_table_gpu import KERNELS, PRODUCTION, SKIPPING
+from smca.conformance.mutant_table_gpu import DROPOUT, KERNELS, PRODUCTION, SKIPPING
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
 from smca.gpu import fused_attention
 
-MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *SKIPPING]
+MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *SKIPPING]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
@@ -46,7 +46,7 @@ CONCERNS = {
         "multi_scale_smca_attention",
         "multi_scale_smca_attention_vjp",
     ),
-    "fused_kernels": ("smca_attention", "smca_attention_vjp", "smca_attention_dropout"),
+    "fused_kernels": ("smca_attention", "smca_attention_vjp"),
     "boxes": ("generalized_box_iou", "match_cost", "set_loss", "set_loss_vjp"),
     "matching": ("match_cost", "assign", "set_loss"),
     "matcher": ("match_cost", "set_loss"),
@@ -196,6 +196,7 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
         thorough: don't stop at the first that fails; find all that fail without the oracle.
     """
     operations = CONCERNS.get(mutant.module, ("forward", "forward_vjp"))
+    operations = ("smca_attention_dropout",) if mutant in DROPOUT else operations
     concerned = [prop for prop in properties if prop.operation in operations]
     concerned.sort(key=lambda prop: (not (prop.for_skipping and mutant in SKIPPING), not prop.oracle))
     begun, first, killer, examples, message, without = time.perf_counter(), 0.0, "", 0, "", []

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smca.conformance.inputs_attention import AttentionArrays
-from smca.conformance.inputs_distance import DropoutInputs, dropout_inputs
+from smca.conformance.inputs_distance import MANY_WEIGHTS, DropoutInputs, dropout_inputs
 from smca.conformance.properties_attention import bounds, real_keys
 from smca.conformance.properties_gradients import GRADIENTS
 from smca.conformance.property import Judge, Property, property_of
@@ -57,6 +57,7 @@ def kept_by(impl: Any, x: AttentionArrays, recipe: DropoutInputs, dtype: str, se
     dropout_inputs(),
     into=PROPERTIES,
     dtypes=WIDE,
+    always=MANY_WEIGHTS,
 )
 def dropout_equals_the_oracle(impl: Any, recipe: DropoutInputs, dtype: str, judge: Judge) -> None:
     x, rate = recipe.arrays(dtype), recipe.rate
@@ -92,6 +93,7 @@ def dropout_equals_the_oracle(impl: Any, recipe: DropoutInputs, dtype: str, judg
     dropout_inputs(),
     into=PROPERTIES,
     dtypes=WIDE,
+    always=MANY_WEIGHTS,
 )
 def drops_its_share(impl: Any, recipe: DropoutInputs, dtype: str, judge: Judge) -> None:
     x, rate = recipe.arrays(dtype), recipe.rate
