@@ -104,7 +104,7 @@ def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
     """The fused kernels with the bug in them. Triton reads the source of what it compiles: it has to be in a file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels: Any = TritonSkip(device) if mutant in SKIPPING else Triton(device)
-    kernels.share, kernels.dtypes = 1.0, ("float32",)
+    kernels.share, kernels.dtypes = 0.25 if mutant in DROPOUT else 1.0, ("float32",)
     text = (FOLDERS["smca.gpu"] / "fused_kernels.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"mutant_{next(_count)}.py"
@@ -150,15 +150,16 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
 
 def _production(name: str, mutant: Mutant) -> list[Any]:
     if mutant.module == "attention":
-        backends: list[Any] = [
-            TorchModel("eager", "cpu", ("float64", "float32", "float16"), {}),
-            TorchModel("lifted", "cpu", ("float64", "float32", "float16"), LIFTED),
-            Auto("cpu"),
-        ]
-        changed = importlib.import_module(f"{name}.attention")
-        for backend in backends:
-            backend.attention, backend.forward, backend.forward_vjp = changed, None, None
-        return backends
+        # The backend that the bug is named after; what is none's shows in any.
+        backend: Any = TorchModel("eager", "cpu", ("float64", "float16"), {})
+        if mutant.bug.startswith("lifted"):
+            backend = TorchModel("lifted", "cpu", ("float64", "float16"), LIFTED)
+        elif mutant.bug.startswith("auto"):
+            backend = Auto("cpu")
+            backend.share, backend.dtypes = 1.0, ("float32", "float16")
+        backend.attention = importlib.import_module(f"{name}.attention")
+        backend.forward = backend.forward_vjp = None
+        return [backend]
     if mutant.module in ("decoder", "encoder", "prior"):
         model: Any = TorchModel("eager", "cpu", ("float64",), {})
         model.model = importlib.import_module(f"{name}.model").SMCADETR

@@ -129,7 +129,8 @@ def mutants_table(deaths: Sequence[Death]) -> list[str]:
     ]
     for death in deaths:
         mutant = death.mutant
-        also = ", ".join(name.partition(".")[2].replace("_", " ") for name in death.without_oracle) or "—"
+        names = [name.partition(".")[2].replace("_", " ") for name in death.without_oracle]
+        also = ", ".join([*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]) or "—"
         lines.append(
             f"| {mutant.bug} | {mutant.package}/{mutant.module}.py | {death.killer or '**alive**'} | {death.examples} "
             f"| {death.first_seconds:.2f} | {also} |"
