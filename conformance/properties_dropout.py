@@ -57,7 +57,6 @@ def kept_by(impl: Any, x: AttentionArrays, recipe: DropoutInputs, dtype: str, se
     dropout_inputs(),
     into=PROPERTIES,
     dtypes=WIDE,
-    always=MANY_WEIGHTS,
 )
 def dropout_equals_the_oracle(impl: Any, recipe: DropoutInputs, dtype: str, judge: Judge) -> None:
     x, rate = recipe.arrays(dtype), recipe.rate
