@@ -149,7 +149,7 @@ class Autocast(Auto):
 class Triton(TorchAttention):
     """The fused kernels: on a GPU, or in Triton's interpreter on the CPU."""
 
-    slow, share = True, 0.15
+    slow, share = True, 0.1
 
     def __init__(self, device: str) -> None:
         if device == "cpu" and torch.cuda.is_available():
@@ -271,7 +271,7 @@ def _backbone(config: BackboneConfig, strides: tuple[int, ...], **options: Any) 
 class Compiled(TorchAttention):
     """`torch.compile` of the module's attention."""
 
-    slow, share = True, 0.05  # each new shape is compiled: seconds
+    slow, share = True, 0.02  # each new shape is compiled: seconds
 
     def __init__(self) -> None:
         super().__init__("auto", "cpu", ("float32",), AUTO)

@@ -154,6 +154,10 @@ def attention_inputs(draw: st.DrawFn, /, **fixed: Any) -> AttentionInputs:
     )
 
 
+USUAL = [AttentionInputs(2, 2, 5, 8, (3, 5), 10.0, 0.5, "even", "outside", "some", 1)]
+"""Nothing about it is simple: what is slow may get to see few others, and Hypothesis begins with the simplest."""
+
+
 class LevelsArrays(NamedTuple):
     """Arguments of multi_scale_smca_attention, and a gradient of its output."""
 
@@ -205,3 +209,7 @@ def levels_inputs(draw: st.DrawFn, /, **fixed: Any) -> LevelsInputs:
     weights = fixed.pop("weights", st.sampled_from(["softmax", "any", "one hot"]))
     kind = draw(weights) if isinstance(weights, st.SearchStrategy) else weights
     return LevelsInputs(draw(attention_inputs(size=sizes[0], **fixed)), sizes, kind)
+
+
+USUAL_LEVELS = [LevelsInputs(USUAL[0], ((3, 5), (2, 3), (1, 1)), "softmax")]
+"""As USUAL; the maps of an odd size at three strides, which do not nest."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from smca.conformance.inputs_attention import AttentionArrays, AttentionInputs, attention_inputs
+from smca.conformance.inputs_attention import USUAL, AttentionArrays, AttentionInputs, attention_inputs
 from smca.conformance.properties_attention import PADDED, bounds, forward, poisoned, real_keys
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.protocol import expanded_up_to
@@ -27,7 +27,14 @@ def backward(impl: Any, x: AttentionArrays, dtype: str) -> tuple[Array, ...]:
     return tuple(np.asarray(gradient, dtype=np.float64) for gradient in gradients)
 
 
-@property_of("smca_attention_vjp.equals_the_oracle", "equals the oracle", BACKWARD, attention_inputs(), into=PROPERTIES)
+@property_of(
+    "smca_attention_vjp.equals_the_oracle",
+    "equals the oracle",
+    BACKWARD,
+    attention_inputs(),
+    into=PROPERTIES,
+    always=USUAL,
+)
 def equals_the_oracle_of_gradients(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     expected = oracle.smca_attention_vjp(x.grad_out, *x.arguments)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from smca.conformance.inputs_attention import LevelsArrays, LevelsInputs, levels_inputs
+from smca.conformance.inputs_attention import USUAL_LEVELS, LevelsArrays, LevelsInputs, levels_inputs
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.protocol import expanded_up_to, skips_below
 from smca.conformance.tolerances import AttentionBounds, accumulation_roundoff, attention_bounds
@@ -48,7 +48,12 @@ def bound(impl: Any, x: LevelsArrays, dtype: str) -> Array:
 
 
 @property_of(
-    "multi_scale_smca_attention.equals_the_oracle", "equals the oracle", MIXED, levels_inputs(), into=PROPERTIES
+    "multi_scale_smca_attention.equals_the_oracle",
+    "equals the oracle",
+    MIXED,
+    levels_inputs(),
+    into=PROPERTIES,
+    always=USUAL_LEVELS,
 )
 def equals_the_oracle(impl: Any, recipe: LevelsInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
@@ -131,7 +136,12 @@ def padded_keys_are_never_read(impl: Any, recipe: LevelsInputs, dtype: str, judg
 
 
 @property_of(
-    "multi_scale_smca_attention_vjp.equals_the_oracle", "equals the oracle", BACKWARD, levels_inputs(), into=PROPERTIES
+    "multi_scale_smca_attention_vjp.equals_the_oracle",
+    "equals the oracle",
+    BACKWARD,
+    levels_inputs(),
+    into=PROPERTIES,
+    always=USUAL_LEVELS,
 )
 def gradients_equal_the_oracle(impl: Any, recipe: LevelsInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)

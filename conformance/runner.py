@@ -102,13 +102,15 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
     if case.missing is not None:
         return Outcome(case, "not implemented", "", judge.worst, 0.0)
     share = case.prop.share * float(getattr(case.implementation, "share", 1.0))
-    number = max(1, round((examples or profile.examples) * share))
+    number = round((examples or profile.examples) * share)
     phases = [Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else [])]
+    if number == 0 and case.prop.always:
+        phases = [Phase.explicit]  # the first that Hypothesis draws is the simplest: it says next to nothing
     database = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples") if profile.random else None
     tried, failing = 0, dict[str, Any]()
 
     @settings(
-        max_examples=number,
+        max_examples=max(1, number),
         deadline=None,
         derandomize=not profile.random,
         database=database,

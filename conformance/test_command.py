@@ -44,7 +44,7 @@ def test_the_report_has_a_table_an_operation(tmp_path: Path, capsys: pytest.Capt
     main(["--report", str(path), "--examples", "30", "--implementation", "eager", "--only", "smca_attention.equals"])
     text = path.read_text(encoding="utf-8")
     assert "## `smca_attention`" in text
-    assert "| eager | bfloat16 | 8 | 0." in text
+    assert "| eager | bfloat16 | 9 | 0." in text
     assert "- eager, bfloat16: `AttentionInputs(" in text
     assert "AttentionInputs(" in text
 
