@@ -149,7 +149,7 @@ class Autocast(Auto):
 class Triton(TorchAttention):
     """The fused kernels: on a GPU, or in Triton's interpreter on the CPU."""
 
-    slow, share = True, 0.1
+    slow, share = True, 0.05
 
     def __init__(self, device: str) -> None:
         if device == "cpu" and torch.cuda.is_available():
@@ -272,6 +272,7 @@ class Compiled(TorchAttention):
     """`torch.compile` of the module's attention."""
 
     slow, share = True, 0.02  # each new shape is compiled: seconds
+    hurried = ("smca_attention", "smca_attention_vjp")  # several levels are a loop over what these compile
 
     def __init__(self) -> None:
         super().__init__("auto", "cpu", ("float32",), AUTO)

@@ -37,6 +37,8 @@ checks it.
 
 SLOW_EXAMPLES = 12
 """Examples of a property where each takes seconds: of what is compiled for every shape, or interpreted."""
+ONLY_SLOW_EXAMPLES = 150
+"""The same, of an operation that no other implementation has."""
 
 
 def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Property], examples: int) -> None:
@@ -62,7 +64,9 @@ def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Pr
             number = int(np.ceil(examples / sum(shares[case] for case in quick))) if quick else 0
             for case in found:
                 progress.update(task, description=f"{case.prop.operation} {case.dtype}")
-                wanted = number if case in quick else round(SLOW_EXAMPLES / shares[case])
+                wanted = number or round(ONLY_SLOW_EXAMPLES / shares[case])
+                if quick and case not in quick:
+                    wanted = round(SLOW_EXAMPLES / shares[case])
                 outcomes.append(run(case, PROFILES["deep"], examples=wanted))
                 progress.advance(task)
     path.write_text("\n".join([INTRODUCTION, *_numerics_lines(outcomes), ""]), encoding="utf-8")
@@ -90,10 +94,12 @@ def _numerics_lines(outcomes: Sequence[Outcome]) -> list[str]:
             continue
         constant, reason = CONSTANTS[operation]
         total = sum(outcome.worst.examples for outcome in rows)
+        slow = all(getattr(outcome.case.implementation, "slow", False) for outcome in rows)
         lines += [
             f"## `{operation}`",
             "",
             f"{total:,} examples; {rows[0].case.prop.sentence}. Constant {constant:g}: {reason}.",
+            *(["Here each example takes a second, in Triton's interpreter or compiled: hence few."] if slow else []),
             "",
             "| implementation | dtype | examples | worst error / bound | error | bound | of |",
             "|---|---|---:|---:|---:|---:|---|",

@@ -75,12 +75,16 @@ class Outcome:
 def cases(properties: Iterable[Property], implementations: Iterable[Any], profile: Profile) -> Iterator[Case]:
     """All combinations, implementation by implementation; what is not implemented once, not once a dtype.
 
-    An implementation that is slow to try (it compiles every new shape, or is interpreted) says so by a true ``slow``.
+    An implementation that is slow to try (it compiles every new shape, or is interpreted) says so by a true ``slow``, and may
+    name in ``hurried`` the operations that are enough of it in the quick profile.
     """
     everything = sorted(properties, key=lambda prop: OPERATIONS.index(prop.operation))
     for implementation in implementations:
         hurried = getattr(implementation, "slow", False) and not profile.patient
+        enough = getattr(implementation, "hurried", OPERATIONS) if hurried else OPERATIONS
         for prop in everything:
+            if prop.operation not in enough:
+                continue
             if hurried and not (prop.oracle or (prop.for_skipping and skips_below(implementation))):
                 continue
             names = dtypes_of(implementation)
