@@ -9,7 +9,9 @@ arithmetic determines well are held tightly, in the same array as entries that i
 
 Attention (reference/attention.py, equations (4) to (12)). The error of a logit is at most
 
-    (16) κ_l = (|q|·|k_l|/√d)·(2u + (d + 2)·a) + g_l·8a
+    (16) κ_l = (|q|·|k_l|/√d)·(2u + u² + (d + 2)·a) + g_l·8a
+
+(q is scaled and q·k stored: two roundings, and in bfloat16 at logits of 10⁴ their product counts)
 
 with g_l = ½λ_x·X² + ½λ_y·Y², where X = |x − c| if the prior is formed from the difference, or X = |x| + |c| (from the
 middle of the map) in the expanded form, whose terms of that size cancel. A weight A_l then has the relative error
@@ -125,7 +127,7 @@ def attention_bounds(
         reach = np.abs(difference + level.center_xy[..., None, :] - middle) + center
     prior = 0.5 * np.einsum("bhna,bhnla->bhnl", level.precision_xy, reach**2)
     dots = np.abs(q) @ np.swapaxes(k, -1, -2) / root_d
-    kappa = dots * (2 * u + (d + 2) * a) + prior * 8 * a  # (16)
+    kappa = dots * (2 * u + u**2 + (d + 2) * a) + prior * 8 * a  # (16)
     spread = np.log(np.sum(weights * np.exp(np.minimum(kappa, 600)), axis=-1, keepdims=True))
     epsilon = kappa + spread + (keys + 8) * a + 2 * u  # (17)
     off = np.minimum(weights * np.expm1(np.minimum(epsilon, 600)), 1.0) + np.minimum(weights, skips_below / keys) + eta
