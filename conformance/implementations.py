@@ -41,6 +41,7 @@ class Oracle:
 
     name = "oracle"
     dtypes = ("float64",)
+    share = 0.5
     attention: Any = reference_attention
     boxes: Any = reference_boxes
     matching: Any = reference_matching

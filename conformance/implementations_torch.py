@@ -120,7 +120,7 @@ class TorchAttention:
 class Auto(TorchAttention):
     """What ``auto`` chooses: each of the others, so that fewer examples tell as much."""
 
-    share = 0.5
+    share = 0.35
 
     def __init__(self, device: str) -> None:
         super().__init__("auto", device, ALL, AUTO if device == "cpu" else LIFTED)
