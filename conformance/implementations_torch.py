@@ -120,7 +120,7 @@ class TorchAttention:
 class Auto(TorchAttention):
     """What ``auto`` chooses: each of the others, so that fewer examples tell as much."""
 
-    share = 0.35
+    share = 0.25
 
     def __init__(self, device: str) -> None:
         super().__init__("auto", device, ALL, AUTO if device == "cpu" else LIFTED)
@@ -242,9 +242,9 @@ class TorchModel(TorchAttention):
 
 
 class Lifted(TorchModel):
-    """The lifted form; what ``auto`` chooses most of the time, so that half the examples tell as much."""
+    """The lifted form; what ``auto`` chooses most of the time, so that fewer examples tell as much."""
 
-    share = 0.5
+    share = 0.35
 
     def __init__(self, device: str) -> None:
         super().__init__("lifted", device, ALL, LIFTED)
