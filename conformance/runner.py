@@ -107,23 +107,9 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
         return Outcome(case, "not implemented", "", judge.worst, 0.0)
     share = case.prop.share * float(getattr(case.implementation, "share", 1.0))
     number = round((examples or profile.examples) * share)
-    phases = [Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else [])]
-    if number == 0 and case.prop.always:
-        phases = [Phase.explicit]  # the first that Hypothesis draws is the simplest: it says next to nothing
     database = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples") if profile.random else None
     tried, failing = 0, dict[str, Any]()
 
-    @settings(
-        max_examples=max(1, number),
-        deadline=None,
-        derandomize=not profile.random,
-        database=database,
-        phases=phases,
-        print_blob=False,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(recipe=case.prop.recipes)
     def check(recipe: Any) -> None:
         nonlocal tried
         tried += 1
@@ -138,14 +124,33 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
                 raise  # Hypothesis's own way to reject an example
             raise judge.mismatch(f"it raised {type(error).__name__}: {error}") from error
 
-    for recipe in case.prop.always:
-        check = example(recipe=recipe)(check)
+    def attempt(*phases: Phase) -> tuple[str, Any]:
+        """Message and recipe of the failure; "" if there is none."""
+        test = given(recipe=case.prop.recipes)(check)
+        for recipe in case.prop.always:
+            test = example(recipe=recipe)(test)
+        test = settings(
+            max_examples=max(1, number),
+            deadline=None,
+            derandomize=not profile.random,
+            database=database,
+            phases=phases,
+            print_blob=False,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        )(test)
+        try:
+            test()
+        except AssertionError as error:
+            return str(error), judge.recipe
+        return "", None
+
     begun = time.perf_counter()
-    try:
-        check()
-    except AssertionError as error:
-        judge.worst.examples = tried
-        some = (*list(failing.values())[:4], judge.recipe)
-        return Outcome(case, "failed", str(error), judge.worst, time.perf_counter() - begun, some)
-    judge.worst.examples = tried
-    return Outcome(case, "passed", "", judge.worst, time.perf_counter() - begun)
+    message, smallest = attempt(Phase.explicit) if case.prop.always else ("", None)
+    # The first that Hypothesis draws is the simplest and says next to nothing: no use in drawing it alone.
+    if (number > 0 or not case.prop.always) and not (message and not shrink):
+        drawn = attempt(Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else []))
+        message, smallest = drawn if drawn[0] else (message, smallest)
+    judge.worst.examples, seconds = tried, time.perf_counter() - begun
+    some = (*list(failing.values())[:4], smallest) if message else ()
+    return Outcome(case, "failed" if message else "passed", message, judge.worst, seconds, some)
