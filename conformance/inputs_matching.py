@@ -163,6 +163,13 @@ class LossInputs:
         )
 
 
+USUAL_LOSSES = [
+    LossInputs(layers=2, batch=2, queries=6, classes=3, targets=5, filled=0.5, seed=0),
+    LossInputs(layers=1, batch=2, queries=2, classes=2, targets=4, filled=1.0, seed=0),
+]
+"""Always tried: padding before, between and behind the objects; more objects than queries."""
+
+
 @st.composite
 def loss_inputs(draw: st.DrawFn, /, **fixed: Any) -> LossInputs:
     """One to three layers and images; `fixed` pins fields, or gives a strategy in place of the usual one."""

@@ -40,6 +40,8 @@ PRODUCTION: list[Mutant] = [
         ("GIoU without a floor for empty hulls", "gpu", "boxes", "hull.clamp(min=tiny)", "hull"),
         ("matching cost with α = ¾", "gpu", "matcher", "FOCAL_ALPHA = 0.25", "FOCAL_ALPHA = 0.75"),
         ("targets of the image before", "gpu", "matcher", "targets.labels[None, :, None]", "targets.labels.roll(1, 0)[None, :, None]"),
+        ("padding between objects not counted", "gpu", "matcher", "matched[layer, image, column[cols]] = rows",
+         "matched[layer, image, cols] = rows"),
         ("query and target of a pair mixed up", "gpu", "matcher", "matched[layer, image, column[cols]] = rows",
          "matched[layer, image, column[cols]] = rows[::-1].copy()"),
         # The model

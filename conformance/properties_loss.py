@@ -9,7 +9,7 @@ import numpy.typing as npt
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from smca.conformance.inputs_matching import WEIGHTS, LossArrays, LossInputs, loss_inputs
+from smca.conformance.inputs_matching import USUAL_LOSSES, WEIGHTS, LossArrays, LossInputs, loss_inputs
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF, giou_bound
 from smca.reference import boxes as oracle_boxes
@@ -87,7 +87,14 @@ def compare(got: dict[str, float], expected: dict[str, float], limits: dict[str,
         judge.close([got[name]], [expected[name]], limits[name], f"{of} {name}")
 
 
-@property_of("set_loss.equals_the_oracle", "every term equals the oracle's", LOSS, CONTINUOUS, into=PROPERTIES)
+@property_of(
+    "set_loss.equals_the_oracle",
+    "every term equals the oracle's",
+    LOSS,
+    CONTINUOUS,
+    into=PROPERTIES,
+    always=USUAL_LOSSES,
+)
 def loss_equals_the_oracle(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     assume(clear_matching(x, dtype))
@@ -239,6 +246,7 @@ def fixed_loss(x: LossArrays, query: npt.NDArray[np.int64]) -> float:
     CONTINUOUS,
     into=PROPERTIES,
     dtypes=["float64", "float32"],
+    always=USUAL_LOSSES,
 )
 def loss_agrees_with_central_differences(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
