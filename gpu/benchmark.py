@@ -294,7 +294,8 @@ def main(argv: list[str] | None = None) -> None:
             with Progress() as progress:
                 for part in parts_of(group, args, "cpu", full=False):
                     report.add(part, measure_apart(part, repeats, args.threads, progress))
-        report.note(group)
+        if gpu or group != "compiled":  # of which a CPU measures nothing
+            report.note(group)
     print("\n".join(report.text))
     print(f"\nwritten to {report.stem}.json and {report.stem.name}.md")
     if report.failed:
