@@ -216,6 +216,7 @@ def train(config: RunConfig) -> Path:
                 final.save_pretrained(model_dir)
                 draw_run(final, val_data, log.metrics, config.output)
                 log.say(_farewell(config, log.metrics[-1]))
+        del parallel  # it holds the process group, which ends next
         return model_dir
 
 
@@ -304,6 +305,7 @@ def _process_group() -> Iterator[tuple[int, int]]:
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield distributed.get_rank(), distributed.get_world_size()
+        distributed.barrier()  # the others wait for what the first writes: a group that ends by halves may hang
     finally:
         distributed.destroy_process_group()
 
