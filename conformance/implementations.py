@@ -121,7 +121,7 @@ class OracleOnCuPy(Oracle):
 class Criterion:
     """`smca.gpu.matcher` and `smca.gpu.criterion` with one of the matcher's backends."""
 
-    dtypes = ("float64", "float32")
+    dtypes: tuple[str, ...] = ("float64", "float32")
     boxes: Any = boxes
     matcher: Any = matcher
     criterion: Any = criterion
@@ -134,6 +134,8 @@ class Criterion:
             raise Unavailable(missing)
         self.name = f"criterion-{backend}"
         self.backend, self.device = backend, device
+        if backend == "cupy":
+            self.dtypes = ("float32",)  # of the kernel's costs; with others "auto" takes scipy
 
     def _tensor(self, values: Any, dtype: str, grad: bool = False) -> Tensor:
         return torch.tensor(values, dtype=getattr(torch, dtype), device=self.device, requires_grad=grad)

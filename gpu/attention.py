@@ -230,7 +230,11 @@ def _lifted(
 
 def is_autocast(device_type: str) -> bool:
     """Whether autocast is on; also for devices that have none, as "meta"."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
+
+
+# Asked once, here: PyTorch 2.11 cannot trace the question.
+_WITH_AUTOCAST = {device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)}
 
 
 def check_shapes(

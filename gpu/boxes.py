@@ -18,16 +18,21 @@ def generalized_box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     Empty unions and empty hulls count as overlap 0 and gap 0, so degenerate boxes give finite values and gradients.
     """
     low, high = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2]), torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    overlap = (high - low).clamp(min=0).prod(-1)
+    overlap = _product((high - low).clamp(min=0))
     union = _area(a_xyxy) + _area(b_xyxy) - overlap
     hull_low, hull_high = (
         torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2]),
         torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]),
     )
-    hull = (hull_high - hull_low).clamp(min=0).prod(-1)
+    hull = _product((hull_high - hull_low).clamp(min=0))
     tiny = torch.finfo(overlap.dtype).tiny
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
 def _area(xyxy: Tensor) -> Tensor:
-    return (xyxy[..., 2] - xyxy[..., 0]) * (xyxy[..., 3] - xyxy[..., 1])
+    return _product(xyxy[..., 2:] - xyxy[..., :2])
+
+
+def _product(sides: Tensor) -> Tensor:
+    """[..., 2] → [...]. Not ``prod``, whose backward pass counts the zeros and waits for the device to do so."""
+    return sides[..., 0] * sides[..., 1]

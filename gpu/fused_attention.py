@@ -10,8 +10,9 @@ not implemented. Triton is imported when a kernel is first needed; importing thi
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import math
+import sys
 from typing import Any
 
 import torch
@@ -22,20 +23,26 @@ from smca.gpu.attention import check_shapes, is_autocast
 MAX_HEAD_WIDTH = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_SKIP_MARGIN = 40.0
-"""A block is skipped if its weights are below 2^−(40 + log₂(H·W)) of the largest: float32 resolves 2^−24 of the sum."""
+LIFT_CHANNELS = 16
+LIFT_MAX_SIDE = 256
+"""Cells: up to here bfloat16 holds positions from the middle, and two of it hold their squares."""
+LIFT_LIMITS = {torch.bfloat16: 2.0**15, torch.float16: 2.0**12}
+"""Largest λ·(extent/2)², both axes together, up to which the prior is lifted: what cancels there costs 2⁻²⁴ of it in a logit. Beyond,
+in heads with a narrow Gaussian on a large map, it comes from differences, which takes two to three times as long."""
 
+_MODULE = "smca.gpu.fused_kernels"
 _KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 
-# Of each kernel in turn: (queries a block, keys a block, warps, stages of the loads' pipeline), by the bytes of a row of q
-# (padded width × size of the dtype). Not tuned by measurement: read off the compiler for compute capability 8.0 and 9.0, these
-# take under 64 KiB of shared memory and spill next to no registers, but with skip in float32 from d = 64 on. Few queries a
-# block, because a detector has few: 300.
+# Of each kernel in turn: (queries a block, keys a block, warps, stages of the loads' pipeline), by (bytes of a number, padded d).
+# For d ≤ 32 the fastest of some fifteen on an H200 at 300 queries and 50×84 keys; for wider heads, not measured, those of which the
+# compiler spills next to no registers.
 _CUDA_BLOCKS = {
-    64: ((32, 64, 4, 3), (32, 32, 4, 2), (32, 64, 4, 2)),
-    128: ((32, 64, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
-    256: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-    512: ((16, 32, 4, 1), (16, 16, 4, 2), (16, 32, 4, 1)),
+    (2, 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 128, 4, 1)),
+    (2, 64): ((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2)),
+    (2, 128): ((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+    (4, 32): ((32, 128, 4, 2), (32, 128, 4, 2), (32, 128, 4, 1)),
+    (4, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    (4, 128): ((16, 32, 4, 1), (16, 16, 4, 2), (16, 32, 4, 1)),
 }
 _INTERPRETER_BLOCKS = ((16, 32, 1, 1),) * 3
 
@@ -67,8 +74,6 @@ def fused_smca_attention(
     key_padding_mask: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | Tensor = 0,
-    *,
-    skip: bool = False,
 ) -> Tensor:
     """Attention whose logits carry the log of a Gaussian around each query's centre: equations (4) to (6).
 
@@ -82,7 +87,6 @@ def fused_smca_attention(
         dropout: probability with which each weight of A is dropped; the others are divided by 1 − dropout.
         seed: of the dropout, 64 bits: an integer, or an int64 tensor of one element on the device of q (for which
             ``torch.compile`` never compiles again). What is dropped depends on seed and the indices (bh, n, l) only.
-        skip: pass over blocks of keys too far off to matter (see ``fused_kernels``); not yet measured on a GPU.
 
     Returns:
         [B, h, N, d] in the dtype of q; differentiable once in q, k, v, center_xy and precision_xy.
@@ -101,9 +105,9 @@ def fused_smca_attention(
         raise ValueError(f"d must be 1 to {MAX_HEAD_WIDTH} (eager: any), H, W ≥ 1, got {q.shape[-1]}, {tuple(size)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
-    out, _ = torch.ops.smca.fused_attention(
+    out, *_ = torch.ops.smca.fused_attention(
         *(q, k, v, center_xy.float(), precision_xy.float(), size[1], key_padding_mask),
-        *(dropout, _seed_tensor(seed, q) if dropout > 0.0 else None, skip),
+        *(dropout, _seed_tensor(seed, q) if dropout > 0.0 else None),
     )
     return out.to(q.dtype)  # type: ignore[no-any-return]  # torch.ops is untyped
 
@@ -119,55 +123,63 @@ def _seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:
 # What both ops take last.
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor center_xy, Tensor precision_xy, int width, Tensor? key_padding_mask, "
-    "float dropout, Tensor? seed, bool skip"
+    "float dropout, Tensor? seed"
 )
 
 
-@torch.library.custom_op("smca::fused_attention", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    """Output [B, h, N, d] and LSE [B, h, N] (base 2), both float32: the backward pass needs the output unrounded."""
-    out, lse = _forward_fake(*args)
-    _launch("forward_kernel", args, (out, lse), (out,))
-    return out, lse
+@torch.library.custom_op("smca::fused_attention", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)")
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, h, N, d] and LSE [B, h, N] (base 2), both float32: the backward pass needs the output unrounded; and the
+    prior's channels of q̃ [B, h, N, 16] in the dtype of q (none where the prior is not lifted)."""
+    out, lse, lift = _forward_fake(*args)
+    _launch("forward_kernel", args, (out, lse, lift), (out,))
+    return out, lse, lift
 
 
 @_forward.register_fake
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    q: Tensor = args[0]
-    return _room_for(q, torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, width = args[0], args[1], args[5]
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    channels = LIFT_CHANNELS if _lifts(q, k, width) else 0
+    return _room_for(q, torch.float32), lse, q.new_empty((*q.shape[:3], channels), dtype=torch.bfloat16)
+
+
+def _lifts(q: Tensor, k: Tensor, width: int) -> bool:
+    """Whether the kernels may take the prior as channels of bfloat16: in half precision, on maps whose positions it holds."""
+    return q.dtype != torch.float32 and max(width, k.shape[2] // width) <= LIFT_MAX_SIDE
 
 
 @torch.library.custom_op(
     "smca::fused_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor out, Tensor lse, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_out, Tensor out, Tensor lse, Tensor lift, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, lift: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, center_xy and precision_xy, equations (7) to (12), shaped and typed as those."""
-    grads: tuple[Tensor, ...] = _backward_fake(grad_out, out, lse, *args)
+    grads: tuple[Tensor, ...] = _backward_fake(grad_out, out, lse, lift, *args)
     dq, dk, dv, *moments = grads
     grad_out, delta = _adjacent_channels(grad_out), torch.empty_like(lse)
-    _launch("backward_query_kernel", args, (out, lse, grad_out, delta, dq, *moments), (out, grad_out, dq))
-    _launch("backward_key_kernel", args, (lse, grad_out, delta, dk, dv), (grad_out, dk, dv))  # second: it reads delta
+    _launch("backward_query_kernel", args, (out, lse, lift, grad_out, delta, dq, *moments), (out, grad_out, dq))
+    _launch("backward_key_kernel", args, (lse, lift, grad_out, delta, dk, dv), (grad_out, dk, dv))  # second: it reads delta
     return grads
 
 
 @_backward.register_fake
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    q, k, v, center_xy, precision_xy = args[3:8]
+    q, k, v, center_xy, precision_xy = args[4:9]
     moments = center_xy.new_empty(center_xy.shape), precision_xy.new_empty(precision_xy.shape)  # contiguous
     return _room_for(q, q.dtype), _room_for(k, k.dtype), _room_for(v, v.dtype), *moments
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    q, k, v, center_xy, precision_xy, ctx.width, key_padding_mask, ctx.dropout, seed, ctx.skip = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    q, k, v, center_xy, precision_xy, ctx.width, key_padding_mask, ctx.dropout, seed = inputs
     ctx.save_for_backward(*output, q, k, v, center_xy, precision_xy, key_padding_mask, seed)
 
 
-def _autograd(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     *tensors, key_padding_mask, seed = ctx.saved_tensors
-    rest = (ctx.width, key_padding_mask, ctx.dropout, seed, ctx.skip)
+    rest = (ctx.width, key_padding_mask, ctx.dropout, seed)
     grads = torch.ops.smca.fused_attention_backward(grad_out, *tensors, *rest)
     return (*grads, *(None for _ in rest))
 
@@ -177,14 +189,14 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 def _launch(name: str, args: tuple[Any, ...], tensors: tuple[Tensor, ...], by_stride: tuple[Tensor, ...]) -> None:
     """Run one kernel on an op's arguments and on `tensors`; those `by_stride` are laid out by strides over (b, h, row)."""
-    q, k, v, center_xy, precision_xy, width, mask, dropout, seed, skip = args
+    q, k, v, center_xy, precision_xy, width, mask, dropout, seed = args
     q, k, v = _adjacent_channels(q), _adjacent_channels(k), _adjacent_channels(v)
-    if (reason := available(q.device)) is not None:
+    if not (q.is_cuda and _MODULE in sys.modules) and (reason := available(q.device)) is not None:
         raise RuntimeError(reason)
     kernels, (batch, heads, queries, channels), keys = _kernels(), q.shape, k.shape[2]
     padded = max(16, 1 << (channels - 1).bit_length())
     interpreted = _interpreted(kernels)
-    by_kernel = _INTERPRETER_BLOCKS if interpreted else _CUDA_BLOCKS[max(64, padded * q.element_size())]
+    by_kernel = _INTERPRETER_BLOCKS if interpreted else _CUDA_BLOCKS[q.element_size(), max(32, padded)]
     # In the interpreter a product of bfloat16 blocks is garbage, silently.
     dot = torch.float32 if interpreted and q.dtype == torch.bfloat16 else q.dtype
     block_n, block_l, warps, stages = by_kernel[_KERNELS.index(name)]
@@ -192,22 +204,40 @@ def _launch(name: str, args: tuple[Any, ...], tensors: tuple[Tensor, ...], by_st
     if programs == 0:
         return  # CUDA takes an empty grid for an error
 
-    norms = None
-    if skip:
-        norms = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)  # [B, h, L]
-        norms = norms if mask is None else norms.masked_fill(mask[:, None], -1e30)  # all padded: skipped
+    lifts = _lifts(q, k, width)
+    positions = _positions((keys // width, width), q.device, interpreted) if lifts else None
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
         getattr(kernels, name)[(programs,)](
             *(q, k, v, center_xy.contiguous(), precision_xy.contiguous()),
-            *(None if mask is None else mask.contiguous().view(torch.uint8), seed, norms),
+            *(None if mask is None else mask.contiguous().view(torch.uint8), seed, positions),
             *tensors,
             *(tensor.stride()[:3] for tensor in (q, k, v, *by_stride)),
-            *(heads, queries, keys, width, channels**-0.5, dropout, _SKIP_MARGIN + math.log2(keys)),
+            *(heads, queries, keys, width, channels**-0.5, dropout, LIFT_LIMITS.get(q.dtype, 0.0)),
             *(channels, padded, block_n, block_l, getattr(kernels.tl, str(dot).removeprefix("torch.")), "ieee"),
-            *(mask is not None, dropout > 0.0, skip),
+            *(kernels.tl.float32 if interpreted else kernels.tl.bfloat16, lifts, mask is not None, dropout > 0.0),
             num_warps=warps,
             num_stages=stages,
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _positions(size: tuple[int, int], device: torch.device, interpreted: bool) -> Tensor:
+    """The channels of k̃ that stand behind those of k, [H·W and up to 128 more, 16], for positions ξ, η from the middle of the map:
+
+        ξ² in two parts, the same again, ξ three times, 1,        η² in two parts, the same again, η three times, beyond the map
+    """
+    height, width = size
+    rows = -(-height * width // 128) * 128
+    key = torch.arange(rows, device=device)
+    table = torch.zeros(rows, LIFT_CHANNELS, device=device)
+    for first, position in ((0, key % width + 0.5 - width / 2), (8, key // width + 0.5 - height / 2)):
+        square = position.square()
+        coarse = square.bfloat16().float()
+        table[:, first : first + 4] = torch.stack([coarse, square - coarse] * 2, dim=-1)
+        table[:, first + 4 : first + 7] = position[:, None]
+    table[:, 7] = 1.0
+    table[:, 15] = (key >= height * width).float()
+    return table if interpreted else table.bfloat16()
 
 
 def _adjacent_channels(tensor: Tensor) -> Tensor:
@@ -222,7 +252,7 @@ def _room_for(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _kernels() -> Any:
     """The module of kernels, imported here so that a machine without Triton can import this one."""
-    return importlib.import_module("smca.gpu.fused_kernels")
+    return importlib.import_module(_MODULE)
 
 
 def _interpreted(kernels: Any) -> bool:

@@ -36,6 +36,10 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+CHUNK = tl.constexpr(512)
+"""Queries of a head that are looked at at once."""
+NOT_THERE = tl.constexpr(-1e30)
+"""Logit of a key beyond the map in the lifted form: finite, since 0 · −∞ is NaN."""
 
 
 @triton.jit
@@ -63,12 +67,12 @@ def _head(pointer, strides, b, h):
 
 
 @triton.jit
-def _keys(key, mask_ptr, first, L, W, HAS_MASK: tl.constexpr):
-    """Centres (x, y) of these keys' cells, and which keys there are: within the map and not padded."""
+def _there(key, mask_ptr, first, L, HAS_MASK: tl.constexpr):
+    """Which of these keys there are: within the map and not padded."""
     there = key < L
     if HAS_MASK:
         there = there & (tl.load(mask_ptr + first + key, mask=there, other=1) == 0)
-    return (key % W).to(tl.float32) + 0.5, (key // W).to(tl.float32) + 0.5, there
+    return there
 
 
 @triton.jit
@@ -81,11 +85,111 @@ def _prior(center_ptr, precision_ptr, bh, query, real, N, extent, AXIS: tl.const
 
 
 @triton.jit
-def _logits(rows, columns, ux, uy, tx, ty, lx, ly, there, scale, PRECISION: tl.constexpr):
-    """Equation (4) times log₂e, less its constant: queries by keys, or keys by queries if the operands come that way."""
-    product = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
-    logits = product * (scale * LOG2_E) - (0.5 * LOG2_E) * (lx * ux * (ux + tx) + ly * uy * (uy + ty))
-    return tl.where(there, logits, float("-inf"))
+def _from_middle(near, t, extent):
+    """c − m of these queries along one axis."""
+    return near - 0.5 * t - 0.5 * extent
+
+
+@triton.jit
+def _coarse(x):
+    """x without what bfloat16 cannot hold: the first 8 bits of 24."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _lift(px, tx, lx, py, ty, ly, L, W, scale, LIFTED: tl.constexpr):
+    """The channels of q̃ that stand before those of k̃'s positions: [rows, 16], of numbers that bfloat16 holds exactly."""
+    channel = tl.arange(0, 16)[None, :]
+    along_x, part = channel < 8, channel % 8
+    precision = tl.where(along_x, lx[:, None], ly[:, None]) / scale
+    first = _coarse(precision)  # −½λ in two parts: λ moves by 2⁻¹⁶ of itself, and the centre does not move with it
+    second = _coarse(precision - first)
+    offset = tl.where(along_x, _from_middle(px, tx, W)[:, None], _from_middle(py, ty, L // W)[:, None])
+    product = (first + second) * offset
+    one = _coarse(product)
+    two = _coarse(product - one)
+    square = -0.5 * tl.where(part < 2, first, second)
+    linear = tl.where(part == 4, one, tl.where(part == 5, two, product - one - two))
+    constant = tl.where(channel == 15, NOT_THERE, 0.0)
+    return tl.where(part < 4, square, tl.where(part < 7, linear, constant)).to(LIFTED)
+
+
+@triton.jit
+def _is_wide(center_ptr, precision_ptr, bh, N, L, W, limit):
+    """Whether the lifted form is exact enough for all queries of this head: bounds λ·|x − m|·max(|x − m|, |c − m|), both axes."""
+    half_x, half_y = 0.5 * W, 0.5 * (L // W)
+    largest = tl.zeros([CHUNK], tl.float32)
+    for start in range(0, N, CHUNK):
+        query = start + tl.arange(0, CHUNK)
+        px, tx, lx = _prior(center_ptr, precision_ptr, bh, query, query < N, N, W, 0)
+        py, ty, ly = _prior(center_ptr, precision_ptr, bh, query, query < N, N, L // W, 1)
+        reach = tl.abs(lx) * half_x * tl.maximum(tl.abs(_from_middle(px, tx, W)), half_x)
+        reach += tl.abs(ly) * half_y * tl.maximum(tl.abs(_from_middle(py, ty, L // W)), half_y)
+        largest = tl.maximum(largest, reach)  # of a number and NaN the number: either form passes NaN on
+    return tl.max(largest, axis=0) <= limit
+
+
+@triton.jit
+def _positions(pointer, key, LIFT: tl.constexpr):
+    """The channels of k̃ that hold these keys' positions, [keys, 16]; there are rows for those beyond the map, too."""
+    if LIFT:
+        positions = tl.load(pointer + key[:, None] * 16 + tl.arange(0, 16)[None, :])
+    else:
+        positions = key  # read by nobody
+    return positions
+
+
+@triton.jit
+def _cell_x(key, W):
+    return (key % W).to(tl.float32) + 0.5
+
+
+@triton.jit
+def _cell_y(key, W):
+    return (key // W).to(tl.float32) + 0.5
+
+
+@triton.jit
+def _unit(scale, LIFT: tl.constexpr):
+    """log₂e times equation (4), over what ``_with_prior`` gives."""
+    if LIFT:
+        unit = scale * LOG2_E
+    else:
+        unit = 1.0
+    return unit
+
+
+# fmt: off
+@triton.jit
+def _with_prior(
+    logits, rows, columns, key, there, px, tx, lx, py, ty, ly, W, scale, LIFT: tl.constexpr, HAS_MASK: tl.constexpr
+):
+    # fmt: on
+    """Equation (4) from q·k, less a constant of the query, in units of `_unit`: by more channels, or from differences."""
+    if LIFT:
+        logits = tl.dot(rows, tl.trans(columns), acc=logits)
+    else:
+        ux, uy = _cell_x(key, W) - px, _cell_y(key, W) - py
+        logits = logits * (scale * LOG2_E) - (0.5 * LOG2_E) * (lx * ux * (ux + tx) + ly * uy * (uy + ty))
+    if HAS_MASK or not LIFT:
+        logits = tl.where(there, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def _moment(moments, CHANNEL: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, 16)[None, :] == CHANNEL, moments, 0.0), axis=1)
+
+
+@triton.jit
+def _sums(moments, FIRST: tl.constexpr, near, t, extent):
+    """Σ S̄·u and Σ S̄·u·(u + t) along one axis, from the sums over positions from the middle of the map."""
+    way = near - 0.5 * extent
+    nothing = _moment(moments, 7)  # what should be 0 counts times the way to p
+    sums = _moment(moments, FIRST + 4)
+    squares = _moment(moments, FIRST) + _moment(moments, FIRST + 1) - way * (2.0 * sums - way * nothing)
+    sums -= way * nothing
+    return sums, squares + t * sums
 
 
 @triton.jit
@@ -96,57 +200,58 @@ def _kept(seed, bh, query, key, dropout):
     return tl.random.uint_to_uniform_float(random) >= dropout
 
 
-@triton.jit
-def _largest_log_g(low, high, near, t, precision):
-    """Upper bound of one axis's part of log G, less its constant, for keys in [low, high]: at the nearest (λ < 0: farthest)."""
-    c = near - 0.5 * t
-    nearest = tl.maximum(tl.maximum(low - c, c - high), 0.0)
-    farthest = tl.maximum(tl.abs(low - c), tl.abs(high - c))
-    distance = tl.where(precision < 0, farthest, nearest)
-    return -0.5 * precision * (distance * distance - 0.25 * t * t)
-
-
 # fmt: off
 @triton.jit
-def _matters(
-    start, norms_ptr, bh, limit, real, q_norm, px, py, tx, ty, lx, ly, L, W, scale,
-    BLOCK_L: tl.constexpr, SKIP: tl.constexpr,
+def _attend(
+    q, lift, k_head, k_stride, v_head, v_stride, mask_ptr, seed_ptr, positions_ptr, b, bh, query, real,
+    px, tx, lx, py, ty, ly, L, W, scale, dropout,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):
     # fmt: on
-    """Whether a key of the block from `start` may have a logit over `limit` for one of these queries; True without SKIP."""
-    if SKIP:
+    """Over all keys, of weights relative to the largest: log₂ of the largest, their sum, and their sum times v."""
+    unit = _unit(scale, LIFT)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    largest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, L, BLOCK_L):
         key = start + tl.arange(0, BLOCK_L)
-        k_norm = tl.max(tl.load(norms_ptr + bh * L + key, mask=key < L, other=float("-inf")), axis=0)
-        last = tl.minimum(start + BLOCK_L, L) - 1
-        top, bottom = start // W, last // W
-        left, right = tl.where(top == bottom, start % W, 0), tl.where(top == bottom, last % W, W - 1)
-        bound = q_norm * k_norm * scale
-        bound += _largest_log_g(left.to(tl.float32) + 0.5, right.to(tl.float32) + 0.5, px, tx, lx)
-        bound += _largest_log_g(top.to(tl.float32) + 0.5, bottom.to(tl.float32) + 0.5, py, ty, ly)
-        below = bound * LOG2_E < limit  # False for NaN: what isn't known to be small is computed
-        matters = tl.max((real & (below == 0)).to(tl.int32), axis=0) > 0
-    else:
-        matters = True  # folded away by the compiler, with the branch on it
-    return matters
-
-
-@triton.jit
-def _norm(rows):
-    rows = rows.to(tl.float32)
-    return tl.sqrt(tl.sum(rows * rows, axis=1))
+        there = _there(key, mask_ptr, b * L, L, HAS_MASK)
+        k = _rows(k_head, key, k_stride, there, D, BLOCK_D, DOT)
+        v = _rows(v_head, key, v_stride, there, D, BLOCK_D, DOT)
+        positions = _positions(positions_ptr, key, LIFT)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        logits = _with_prior(
+            logits, lift, positions, key[None, :], there[None, :], px[:, None], tx[:, None], lx[:, None],
+            py[:, None], ty[:, None], ly[:, None], W, scale, LIFT, HAS_MASK,
+        )  # fmt: skip
+        raised = tl.maximum(largest, tl.max(logits, axis=1) * unit)
+        base = tl.where(raised == float("-inf"), 0.0, raised)  # −∞ − −∞ while every key so far is padded
+        weights = tl.exp2(logits * unit - base[:, None])
+        shrink = tl.exp2(largest - base)
+        total = total * shrink + tl.sum(weights, axis=1)
+        if HAS_DROPOUT:  # of A, after the softmax: the dropped weights count in the denominator
+            weights = tl.where(_kept(seed, bh, query[:, None], key[None, :], dropout), weights, 0.0)
+        summed = tl.dot(weights.to(DOT), v, acc=summed * shrink[:, None], input_precision=PRECISION)
+        largest = raised
+    return largest, total, summed
 
 
 # fmt: off
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, center_ptr, precision_ptr, mask_ptr, seed_ptr, norms_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, center_ptr, precision_ptr, mask_ptr, seed_ptr, positions_ptr, out_ptr, lse_ptr,
+    lift_ptr,
     q_strides, k_strides, v_strides, out_strides,
-    heads, N, L, W, scale, dropout, margin,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, SKIP: tl.constexpr,
+    heads, N, L, W, scale, dropout, limit,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIFTED: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
 ):
     # fmt: on
-    """(4) to (6) for BLOCK_N queries of one head, over a running maximum. Writes out and LSE."""
+    """(4) to (6) for BLOCK_N queries of one head, over a running maximum. Writes out, LSE and, with LIFT, the prior's channels."""
     blocks = tl.cdiv(N, BLOCK_N)
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     query = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -155,32 +260,24 @@ def forward_kernel(
     px, tx, lx = _prior(center_ptr, precision_ptr, bh, query, real, N, W, 0)
     py, ty, ly = _prior(center_ptr, precision_ptr, bh, query, real, N, L // W, 1)
     k_head, v_head = _head(k_ptr, k_strides, b, h), _head(v_ptr, v_strides, b, h)
-    q_norm = _norm(q)
-    if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
-
-    largest = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(0, L, BLOCK_L):
-        if _matters(start, norms_ptr, bh, largest - margin, real, q_norm, px, py, tx, ty, lx, ly, L, W, scale, BLOCK_L, SKIP):
-            key = start + tl.arange(0, BLOCK_L)
-            x, y, there = _keys(key, mask_ptr, b * L, L, W, HAS_MASK)
-            k = _rows(k_head, key, k_strides[2], there, D, BLOCK_D, DOT)
-            ux, uy = x[None, :] - px[:, None], y[None, :] - py[:, None]
-            logits = _logits(
-                q, k, ux, uy, tx[:, None], ty[:, None], lx[:, None], ly[:, None], there[None, :], scale, PRECISION
-            )
-            raised = tl.maximum(largest, tl.max(logits, axis=1))
-            base = tl.where(raised == float("-inf"), 0.0, raised)  # −∞ − −∞ while every key so far is padded
-            weights = tl.exp2(logits - base[:, None])
-            shrink = tl.exp2(largest - base)
-            total = total * shrink + tl.sum(weights, axis=1)
-            if HAS_DROPOUT:  # of A, after the softmax: the dropped weights count in the denominator
-                weights = tl.where(_kept(seed, bh, query[:, None], key[None, :], dropout), weights, 0.0)
-            v = _rows(v_head, key, v_strides[2], there, D, BLOCK_D, DOT)
-            summed = summed * shrink[:, None] + tl.dot(weights.to(DOT), v, input_precision=PRECISION)
-            largest = raised
+    wide, lift = False, query
+    NARROW_L: tl.constexpr = 32 if LIFT and BLOCK_L > 32 else BLOCK_L  # or its registers would be those of both
+    if LIFT:
+        wide = _is_wide(center_ptr, precision_ptr, bh, N, L, W, limit)
+        lift = _lift(px, tx, lx, py, ty, ly, L, W, scale, LIFTED)
+        tl.store(lift_ptr + (bh * N + query)[:, None] * 16 + tl.arange(0, 16)[None, :], lift, mask=real[:, None])
+    if wide:
+        largest, total, summed = _attend(
+            q, lift, k_head, k_strides[2], v_head, v_strides[2], mask_ptr, seed_ptr, positions_ptr, b, bh,
+            query, real, px, tx, lx, py, ty, ly, L, W, scale, dropout,
+            D, BLOCK_D, BLOCK_N, BLOCK_L, DOT, PRECISION, LIFT, HAS_MASK, HAS_DROPOUT,
+        )  # fmt: skip
+    else:
+        largest, total, summed = _attend(
+            q, lift, k_head, k_strides[2], v_head, v_strides[2], mask_ptr, seed_ptr, positions_ptr, b, bh,
+            query, real, px, tx, lx, py, ty, ly, L, W, scale, dropout,
+            D, BLOCK_D, BLOCK_N, NARROW_L, DOT, PRECISION, False, HAS_MASK, HAS_DROPOUT,
+        )  # fmt: skip
     out = summed / total[:, None]
     if HAS_DROPOUT:
         out = out / (1.0 - dropout)
@@ -190,13 +287,69 @@ def forward_kernel(
 
 # fmt: off
 @triton.jit
-def backward_query_kernel(
-    q_ptr, k_ptr, v_ptr, center_ptr, precision_ptr, mask_ptr, seed_ptr, norms_ptr, out_ptr, lse_ptr, grad_ptr,
-    delta_ptr, dq_ptr, dcenter_ptr, dprecision_ptr,
-    q_strides, k_strides, v_strides, out_strides, grad_strides, dq_strides,
-    heads, N, L, W, scale, dropout, margin,
+def _query_gradients(
+    q, lift, grad, delta, lse, k_head, k_stride, v_head, v_stride, mask_ptr, seed_ptr, positions_ptr,
+    b, bh, query, real, px, tx, lx, py, ty, ly, L, W, scale, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, SKIP: tl.constexpr,
+    PRECISION: tl.constexpr, LIFTED: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):
+    # fmt: on
+    """Over all keys: q̄ over 1/√d, and of S̄ the sums times x − c, (x − c)², y − c and (y − c)²."""
+    unit = _unit(scale, LIFT)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    moments = tl.zeros([BLOCK_N, 16], tl.float32)
+    sum_x, sum_xx = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    sum_y, sum_yy = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, L, BLOCK_L):
+        key = start + tl.arange(0, BLOCK_L)
+        there = _there(key, mask_ptr, b * L, L, HAS_MASK)
+        k = _rows(k_head, key, k_stride, there, D, BLOCK_D, DOT)
+        v = _rows(v_head, key, v_stride, there, D, BLOCK_D, DOT)
+        positions = _positions(positions_ptr, key, LIFT)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        logits = _with_prior(
+            logits, lift, positions, key[None, :], there[None, :], px[:, None], tx[:, None], lx[:, None],
+            py[:, None], ty[:, None], ly[:, None], W, scale, LIFT, HAS_MASK,
+        )  # fmt: skip
+        weights = tl.exp2(logits * unit - lse[:, None])
+        dweights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # (8)
+        if HAS_DROPOUT:
+            kept = _kept(seed, bh, query[:, None], key[None, :], dropout)
+            dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)
+        dlogits = weights * (dweights - delta[:, None])  # (9)
+        dq = tl.dot(dlogits.to(DOT), k, acc=dq, input_precision=PRECISION)
+        if LIFT:  # times k̃'s positions, without loss: sums of what has both signs
+            coarse = _coarse(dlogits)
+            rest = dlogits - coarse
+            fine = _coarse(rest)
+            moments = tl.dot(coarse.to(LIFTED), positions, acc=moments)
+            moments = tl.dot(fine.to(LIFTED), positions, acc=moments)
+            moments = tl.dot((rest - fine).to(LIFTED), positions, acc=moments)
+        else:
+            ux, uy = _cell_x(key, W)[None, :] - px[:, None], _cell_y(key, W)[None, :] - py[:, None]
+            sum_x += tl.sum(dlogits * ux, axis=1)
+            sum_xx += tl.sum(dlogits * ux * (ux + tx[:, None]), axis=1)
+            sum_y += tl.sum(dlogits * uy, axis=1)
+            sum_yy += tl.sum(dlogits * uy * (uy + ty[:, None]), axis=1)
+    if LIFT:
+        sum_x, sum_xx = _sums(moments, 0, px, tx, W)
+        sum_y, sum_yy = _sums(moments, 8, py, ty, L // W)
+    return dq, sum_x, sum_xx, sum_y, sum_yy
+
+
+# fmt: off
+@triton.jit
+def backward_query_kernel(
+    q_ptr, k_ptr, v_ptr, center_ptr, precision_ptr, mask_ptr, seed_ptr, positions_ptr, out_ptr, lse_ptr,
+    lift_ptr, grad_ptr, delta_ptr, dq_ptr, dcenter_ptr, dprecision_ptr,
+    q_strides, k_strides, v_strides, out_strides, grad_strides, dq_strides,
+    heads, N, L, W, scale, dropout, limit,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIFTED: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
 ):
     # fmt: on
     """q̄ of (10), c̄ of (11) and λ̄ of (12) for BLOCK_N queries of one head; writes delta for the other pass too."""
@@ -208,9 +361,6 @@ def backward_query_kernel(
     px, tx, lx = _prior(center_ptr, precision_ptr, bh, query, real, N, W, 0)
     py, ty, ly = _prior(center_ptr, precision_ptr, bh, query, real, N, L // W, 1)
     k_head, v_head = _head(k_ptr, k_strides, b, h), _head(v_ptr, v_strides, b, h)
-    q_norm = _norm(q)
-    if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
 
     out = _rows(_head(out_ptr, out_strides, b, h), query, out_strides[2], real, D, BLOCK_D, tl.float32)
     grad = _rows(_head(grad_ptr, grad_strides, b, h), query, grad_strides[2], real, D, BLOCK_D, tl.float32)
@@ -219,30 +369,23 @@ def backward_query_kernel(
     lse = tl.load(lse_ptr + bh * N + query, mask=real, other=0.0)
     grad = grad.to(DOT)
 
-    dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    sum_x, sum_xx = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-    sum_y, sum_yy = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, L, BLOCK_L):
-        if _matters(start, norms_ptr, bh, lse - margin, real, q_norm, px, py, tx, ty, lx, ly, L, W, scale, BLOCK_L, SKIP):
-            key = start + tl.arange(0, BLOCK_L)
-            x, y, there = _keys(key, mask_ptr, b * L, L, W, HAS_MASK)
-            k = _rows(k_head, key, k_strides[2], there, D, BLOCK_D, DOT)
-            v = _rows(v_head, key, v_strides[2], there, D, BLOCK_D, DOT)
-            ux, uy = x[None, :] - px[:, None], y[None, :] - py[:, None]
-            logits = _logits(
-                q, k, ux, uy, tx[:, None], ty[:, None], lx[:, None], ly[:, None], there[None, :], scale, PRECISION
-            )
-            weights = tl.exp2(logits - lse[:, None])
-            dweights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # (8)
-            if HAS_DROPOUT:
-                kept = _kept(seed, bh, query[:, None], key[None, :], dropout)
-                dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)
-            dlogits = weights * (dweights - delta[:, None])  # (9)
-            dq += tl.dot(dlogits.to(DOT), k, input_precision=PRECISION)
-            sum_x += tl.sum(dlogits * ux, axis=1)
-            sum_xx += tl.sum(dlogits * ux * (ux + tx[:, None]), axis=1)
-            sum_y += tl.sum(dlogits * uy, axis=1)
-            sum_yy += tl.sum(dlogits * uy * (uy + ty[:, None]), axis=1)
+    wide, lift = False, query
+    NARROW_L: tl.constexpr = 32 if LIFT and BLOCK_L > 32 else BLOCK_L  # or its registers would be those of both
+    if LIFT:
+        wide = _is_wide(center_ptr, precision_ptr, bh, N, L, W, limit)
+        lift = _lift(px, tx, lx, py, ty, ly, L, W, scale, LIFTED)
+    if wide:
+        dq, sum_x, sum_xx, sum_y, sum_yy = _query_gradients(
+            q, lift, grad, delta, lse, k_head, k_strides[2], v_head, v_strides[2], mask_ptr, seed_ptr,
+            positions_ptr, b, bh, query, real, px, tx, lx, py, ty, ly, L, W, scale, dropout,
+            D, BLOCK_D, BLOCK_N, BLOCK_L, DOT, PRECISION, LIFTED, LIFT, HAS_MASK, HAS_DROPOUT,
+        )  # fmt: skip
+    else:
+        dq, sum_x, sum_xx, sum_y, sum_yy = _query_gradients(
+            q, lift, grad, delta, lse, k_head, k_strides[2], v_head, v_strides[2], mask_ptr, seed_ptr,
+            positions_ptr, b, bh, query, real, px, tx, lx, py, ty, ly, L, W, scale, dropout,
+            D, BLOCK_D, BLOCK_N, NARROW_L, DOT, PRECISION, LIFTED, False, HAS_MASK, HAS_DROPOUT,
+        )  # fmt: skip
     _store_rows(_head(dq_ptr, dq_strides, b, h), query, dq_strides[2], real, dq * scale, D, BLOCK_D)
     at = (bh * N + query) * 2
     tl.store(dcenter_ptr + at, lx * sum_x, mask=real)
@@ -253,13 +396,61 @@ def backward_query_kernel(
 
 # fmt: off
 @triton.jit
-def backward_key_kernel(
-    q_ptr, k_ptr, v_ptr, center_ptr, precision_ptr, mask_ptr, seed_ptr, norms_ptr, lse_ptr, grad_ptr, delta_ptr,
-    dk_ptr, dv_ptr,
-    q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
-    heads, N, L, W, scale, dropout, margin,
+def _key_gradients(
+    k, v, positions, key, there, q_head, q_stride, grad_head, grad_stride, center_ptr, precision_ptr, seed_ptr,
+    lse_ptr, lift_ptr, delta_ptr, bh, first, N, L, W, scale, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, SKIP: tl.constexpr,
+    PRECISION: tl.constexpr, LIFTED: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):
+    # fmt: on
+    """Over all queries: k̄ over 1/√d, and v̄."""
+    unit = _unit(scale, LIFT)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    dk = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        query = start + tl.arange(0, BLOCK_N)
+        real = query < N
+        q = _rows(q_head, query, q_stride, real, D, BLOCK_D, DOT)
+        lse = tl.load(lse_ptr + bh * N + query, mask=real, other=0.0)
+        px, tx, lx = _prior(center_ptr, precision_ptr, bh, query, real, N, W, 0)
+        py, ty, ly = _prior(center_ptr, precision_ptr, bh, query, real, N, L // W, 1)
+        grad = _rows(grad_head, query, grad_stride, real, D, BLOCK_D, DOT)
+        delta = tl.load(delta_ptr + bh * N + query, mask=real, other=0.0)
+        lift = query
+        if LIFT:
+            at = (bh * N + query)[:, None] * 16 + tl.arange(0, 16)[None, :]
+            lift = tl.load(lift_ptr + at, mask=real[:, None], other=0.0).to(LIFTED)
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        logits = _with_prior(
+            logits, positions, lift, key[:, None], there[:, None], px[None, :], tx[None, :], lx[None, :],
+            py[None, :], ty[None, :], ly[None, :], W, scale, LIFT, HAS_MASK,
+        )  # fmt: skip
+        weights = tl.exp2(logits * unit - lse[None, :])  # 1 beyond the last query: its grad and delta are 0
+        dweights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # (8)
+        dropped = weights
+        if HAS_DROPOUT:
+            kept = _kept(seed, bh, query[None, :], key[:, None], dropout)
+            dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)
+            dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)
+        dlogits = weights * (dweights - delta[None, :])  # (9)
+        dv = tl.dot(dropped.to(DOT), grad, acc=dv, input_precision=PRECISION)
+        dk = tl.dot(dlogits.to(DOT), q, acc=dk, input_precision=PRECISION)
+    return dk, dv
+
+
+# fmt: off
+@triton.jit
+def backward_key_kernel(
+    q_ptr, k_ptr, v_ptr, center_ptr, precision_ptr, mask_ptr, seed_ptr, positions_ptr, lse_ptr, lift_ptr,
+    grad_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
+    heads, N, L, W, scale, dropout, limit,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIFTED: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
 ):
     # fmt: on
     """v̄ of (7) and k̄ of (10) for BLOCK_L keys of one head; 0 at padded keys. All blocks here are keys by queries."""
@@ -268,39 +459,26 @@ def backward_key_kernel(
     first = tl.program_id(0) % blocks * BLOCK_L
     key = first + tl.arange(0, BLOCK_L)
     b, h = bh // heads, bh % heads
-    x, y, there = _keys(key, mask_ptr, b * L, L, W, HAS_MASK)
+    there = _there(key, mask_ptr, b * L, L, HAS_MASK)
     k = _rows(_head(k_ptr, k_strides, b, h), key, k_strides[2], there, D, BLOCK_D, DOT)
     v = _rows(_head(v_ptr, v_strides, b, h), key, v_strides[2], there, D, BLOCK_D, DOT)
     q_head, grad_head = _head(q_ptr, q_strides, b, h), _head(grad_ptr, grad_strides, b, h)
-    if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
-
-    dk = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        query = start + tl.arange(0, BLOCK_N)
-        real = query < N
-        q = _rows(q_head, query, q_strides[2], real, D, BLOCK_D, DOT)
-        px, tx, lx = _prior(center_ptr, precision_ptr, bh, query, real, N, W, 0)
-        py, ty, ly = _prior(center_ptr, precision_ptr, bh, query, real, N, L // W, 1)
-        lse = tl.load(lse_ptr + bh * N + query, mask=real, other=0.0)
-        limit = lse - margin
-        if _matters(first, norms_ptr, bh, limit, real, _norm(q), px, py, tx, ty, lx, ly, L, W, scale, BLOCK_L, SKIP):
-            grad = _rows(grad_head, query, grad_strides[2], real, D, BLOCK_D, DOT)
-            delta = tl.load(delta_ptr + bh * N + query, mask=real, other=0.0)
-            ux, uy = x[:, None] - px[None, :], y[:, None] - py[None, :]
-            logits = _logits(
-                k, q, ux, uy, tx[None, :], ty[None, :], lx[None, :], ly[None, :], there[:, None], scale, PRECISION
-            )
-            weights = tl.exp2(logits - lse[None, :])  # 1 beyond the last query, to no effect: its grad and delta are 0
-            dweights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # (8)
-            dropped = weights
-            if HAS_DROPOUT:
-                kept = _kept(seed, bh, query[None, :], key[:, None], dropout)
-                dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)
-                dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)
-            dlogits = weights * (dweights - delta[None, :])  # (9)
-            dv += tl.dot(dropped.to(DOT), grad, input_precision=PRECISION)
-            dk += tl.dot(dlogits.to(DOT), q, input_precision=PRECISION)
+    positions = _positions(positions_ptr, key, LIFT)
+    wide = False
+    NARROW_N: tl.constexpr = 16 if LIFT and BLOCK_N > 16 else BLOCK_N  # or its registers would be those of both
+    if LIFT:
+        wide = _is_wide(center_ptr, precision_ptr, bh, N, L, W, limit)
+    if wide:
+        dk, dv = _key_gradients(
+            k, v, positions, key, there, q_head, q_strides[2], grad_head, grad_strides[2], center_ptr, precision_ptr,
+            seed_ptr, lse_ptr, lift_ptr, delta_ptr, bh, first, N, L, W, scale, dropout,
+            D, BLOCK_D, BLOCK_N, BLOCK_L, DOT, PRECISION, LIFTED, LIFT, HAS_MASK, HAS_DROPOUT,
+        )  # fmt: skip
+    else:
+        dk, dv = _key_gradients(
+            k, v, positions, key, there, q_head, q_strides[2], grad_head, grad_strides[2], center_ptr, precision_ptr,
+            seed_ptr, lse_ptr, lift_ptr, delta_ptr, bh, first, N, L, W, scale, dropout,
+            D, BLOCK_D, NARROW_N, BLOCK_L, DOT, PRECISION, LIFTED, False, HAS_MASK, HAS_DROPOUT,
+        )  # fmt: skip
     _store_rows(_head(dk_ptr, dk_strides, b, h), key, dk_strides[2], key < L, dk * scale, D, BLOCK_D)
     _store_rows(_head(dv_ptr, dv_strides, b, h), key, dv_strides[2], key < L, dv, D, BLOCK_D)
