@@ -19,7 +19,6 @@ from smca.conformance.implementations_torch import (
     Lifted,
     TorchModel,
     Triton,
-    TritonSkip,
     numpy_of,
 )
 from smca.conformance.protocol import Unavailable
@@ -218,9 +217,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
     "auto-cuda": lambda: Auto("cuda"),
     "autocast-cuda": lambda: Autocast("cuda"),
     "triton": lambda: Triton("cpu"),
-    "triton-skip": lambda: TritonSkip("cpu"),
     "triton-cuda": lambda: Triton("cuda"),
-    "triton-skip-cuda": lambda: TritonSkip("cuda"),
     "criterion-scipy": lambda: Criterion("scipy", "cpu"),
     "criterion-cupy": lambda: Criterion("cupy", "cuda"),
     "scipy": SciPyAssignment,

@@ -123,7 +123,7 @@ class Auto(TorchAttention):
     share = 0.25
 
     def __init__(self, device: str) -> None:
-        super().__init__("auto", device, ALL, AUTO if device == "cpu" else LIFTED)
+        super().__init__("auto", device, ALL, AUTO if device == "cpu" else {"float64": float("inf")})
 
 
 class Autocast(Auto):
@@ -178,20 +178,6 @@ class Triton(TorchAttention):
         arguments: tuple[Any, ...] = (*leaves, size, self._mask(mask), rate, seed)
         out = fused_attention.fused_smca_attention(*arguments)
         return tuple(map(numpy_of, (out, *torch.autograd.grad(out, leaves, self._tensor(grad_out, dtype)))))
-
-
-class TritonSkip(Triton):
-    """The fused kernels, passing over the blocks of keys that are too far off to matter."""
-
-    skips_below = 2.0**-40
-    multi_scale_smca_attention = multi_scale_smca_attention_vjp = smca_attention_dropout = None  # type: ignore[assignment]
-
-    def __init__(self, device: str) -> None:
-        super().__init__(device)
-        self.name, self.dtypes = self.name.replace("triton", "triton-skip"), ("float32",)
-
-    def _attend(self, *arguments: Any) -> Tensor:
-        return fused_attention.fused_smca_attention(*arguments, skip=True)
 
 
 class TorchModel(TorchAttention):

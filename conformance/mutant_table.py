@@ -6,7 +6,6 @@ Left out because they change nothing, or nothing that is specified:
 - ties of the assignment broken the other way: the specification leaves them open;
 - the square in r² taken of |r|: the same; cos and sine swapped in the position encoding together with their weights;
 - the sum over heads in the gradient of level weights taken before that over channels: the same;
-- what a kernel skips bounded by the distance from p, the nearest point of the map, for that from the centre c: skips less.
 """
 
 from __future__ import annotations

@@ -82,22 +82,21 @@ KERNELS: list[Mutant] = [
     Mutant(*entry)
     for entry in [
         ("kernel: cells of a row at i for i + ½", "gpu", "fused_kernels",
-         "return (key % W).to(tl.float32) + 0.5,", "return (key % W).to(tl.float32),"),
+         "return (key % W).to(tl.float32) + 0.5\n", "return (key % W).to(tl.float32)\n"),
         ("kernel: x and y of a key swapped", "gpu", "fused_kernels",
-         "return (key % W).to(tl.float32) + 0.5, (key // W).to(tl.float32) + 0.5, there",
-         "return (key // W).to(tl.float32) + 0.5, (key % W).to(tl.float32) + 0.5, there"),
+         "ux, uy = _cell_x(key, W) - px, _cell_y(key, W) - py", "ux, uy = _cell_y(key, W) - px, _cell_x(key, W) - py"),
         ("kernel: mask not read", "gpu", "fused_kernels",
          "there = there & (tl.load(mask_ptr + first + key, mask=there, other=1) == 0)", "there = there & (key >= 0)"),
         ("kernel: mask of the next key", "gpu", "fused_kernels", "mask_ptr + first + key,", "mask_ptr + first + (key + 1) % L,"),
         ("kernel: ½ forgotten in log G", "gpu", "fused_kernels", "- (0.5 * LOG2_E) * (lx", "- LOG2_E * (lx"),
-        ("kernel: log₂e forgotten with q·k", "gpu", "fused_kernels", "product * (scale * LOG2_E)", "product * scale"),
+        ("kernel: log₂e forgotten with q·k", "gpu", "fused_kernels", "logits = logits * (scale * LOG2_E) -", "logits = logits * scale -"),
         ("kernel: precisions of the axes swapped", "gpu", "fused_kernels",
          "(lx * ux * (ux + tx) + ly * uy * (uy + ty))", "(ly * ux * (ux + tx) + lx * uy * (uy + ty))"),
         ("kernel: centre held inside the map", "gpu", "fused_kernels", "return near, 2.0 * (near - center),", "return near, 0.0 * center,"),
         ("kernel: running sum not shrunk when the maximum rises", "gpu", "fused_kernels",
          "total = total * shrink + tl.sum(weights, axis=1)", "total = total + tl.sum(weights, axis=1)"),
         ("kernel: output not shrunk when the maximum rises", "gpu", "fused_kernels",
-         "summed = summed * shrink[:, None] + tl.dot", "summed = summed + tl.dot"),
+         "acc=summed * shrink[:, None]", "acc=summed"),
         ("kernel: last block of keys left out", "gpu", "fused_kernels",
          "    summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n    for start in range(0, L, BLOCK_L):",
          "    summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n    for start in range(0, L - L % BLOCK_L + (L < BLOCK_L), BLOCK_L):"),
@@ -122,25 +121,25 @@ DROPOUT: list[Mutant] = [
          "kept = _kept(seed, bh, query[None, :], key[:, None], dropout)",
          "kept = _kept(seed, bh, key[:, None], query[None, :], dropout)"),
         ("kernel: dropped weights left out of the denominator", "gpu", "fused_kernels",
-         "            total = total * shrink + tl.sum(weights, axis=1)\n            if HAS_DROPOUT:  # of A, after the softmax: the "
+         "        total = total * shrink + tl.sum(weights, axis=1)\n        if HAS_DROPOUT:  # of A, after the softmax: the "
          "dropped weights count in the denominator\n"
-         "                weights = tl.where(_kept(seed, bh, query[:, None], key[None, :], dropout), weights, 0.0)\n",
-         "            if HAS_DROPOUT:\n"
-         "                weights = tl.where(_kept(seed, bh, query[:, None], key[None, :], dropout), weights, 0.0)\n"
-         "            total = total * shrink + tl.sum(weights, axis=1)\n"),
+         "            weights = tl.where(_kept(seed, bh, query[:, None], key[None, :], dropout), weights, 0.0)\n",
+         "        if HAS_DROPOUT:\n"
+         "            weights = tl.where(_kept(seed, bh, query[:, None], key[None, :], dropout), weights, 0.0)\n"
+         "        total = total * shrink + tl.sum(weights, axis=1)\n"),
         ("kernel: output not divided by 1 − p", "gpu", "fused_kernels", "        out = out / (1.0 - dropout)\n",
          "        out = out * 1.0\n"),
         ("kernel: Ā of q̄ not divided by 1 − p", "gpu", "fused_kernels",
          "kept = _kept(seed, bh, query[:, None], key[None, :], dropout)\n"
-         "                dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)",
+         "            dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)",
          "kept = _kept(seed, bh, query[:, None], key[None, :], dropout)\n"
-         "                dweights = tl.where(kept, dweights, 0.0)"),
+         "            dweights = tl.where(kept, dweights, 0.0)"),
         ("kernel: v̄ from weights not dropped", "gpu", "fused_kernels",
          "dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)", "dropped = weights / (1.0 - dropout)"),
         ("kernel: k̄ through dropped weights", "gpu", "fused_kernels",
          "dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)\n"
-         "                dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)",
-         "dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)\n                dweights = dweights / (1.0 - dropout)"),
+         "            dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)",
+         "dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)\n            dweights = dweights / (1.0 - dropout)"),
         ("kernel: the same dropout for every head", "gpu", "fused_kernels",
          "zero + query, zero + bh.to(tl.int32), zero)", "zero + query, zero, zero)"),
         ("kernel: kept with the probability of being dropped", "gpu", "fused_kernels",
@@ -149,30 +148,26 @@ DROPOUT: list[Mutant] = [
 ]  # fmt: skip
 """Bugs in the fused kernels that show with dropout only."""
 
-SKIPPING: list[Mutant] = [
+LIFTING: list[Mutant] = [
     Mutant(*entry)
     for entry in [
-        ("skipping: q·k not looked at", "gpu", "fused_kernels", "bound = q_norm * k_norm * scale", "bound = 0 * q_norm"),
-        ("skipping: q·k from the first key of a block", "gpu", "fused_kernels",
-         "k_norm = tl.max(tl.load(norms_ptr + bh * L + key, mask=key < L, other=float(\"-inf\")), axis=0)",
-         "k_norm = tl.load(norms_ptr + bh * L + start)"),
-        ("skipping: √d twice in the bound of q·k", "gpu", "fused_kernels",
-         "bound = q_norm * k_norm * scale", "bound = q_norm * k_norm * scale * scale"),
-        ("skipping: farthest key of a block for its nearest", "gpu", "fused_kernels",
-         "distance = tl.where(precision < 0, farthest, nearest)", "distance = tl.where(precision < 0, nearest, farthest)"),
-        ("skipping: a block over the end of a row taken for a part of it", "gpu", "fused_kernels",
-         "tl.where(top == bottom, start % W, 0), tl.where(top == bottom, last % W, W - 1)", "start % W, last % W"),
-        ("skipping: the block's first row for all of its rows", "gpu", "fused_kernels",
-         "bottom.to(tl.float32) + 0.5, py, ty, ly)", "top.to(tl.float32) + 0.5, py, ty, ly)"),
-        ("skipping: axes of the precision swapped", "gpu", "fused_kernels",
-         "right.to(tl.float32) + 0.5, px, tx, lx)", "right.to(tl.float32) + 0.5, px, tx, ly)"),
-        ("skipping: a block that one query of many can do without", "gpu", "fused_kernels",
-         "matters = tl.max((real & (below == 0)).to(tl.int32), axis=0) > 0",
-         "matters = tl.max((real & (below != 0)).to(tl.int32), axis=0) == 0"),
-        ("skipping: a quarter of the margin", "gpu", "fused_kernels", "bh, largest - margin, real", "bh, largest - 0.25 * margin, real"),
-        ("skipping: natural for binary logarithm", "gpu", "fused_kernels", "below = bound * LOG2_E < limit", "below = bound * (LOG2_E * LOG2_E) < limit"),
-        ("skipping: no margin for q̄, c̄ and λ̄", "gpu", "fused_kernels", "bh, lse - margin, real", "bh, lse, real"),
-        ("skipping: no margin for k̄ and v̄", "gpu", "fused_kernels", "limit = lse - margin\n", "limit = lse\n"),
+        ("lifting kernel: ½ forgotten", "gpu", "fused_kernels", "square = -0.5 * tl.where(", "square = -1.0 * tl.where("),
+        ("lifting kernel: precisions of the axes swapped", "gpu", "fused_kernels",
+         "precision = tl.where(along_x, lx[:, None], ly[:, None]) / scale", "precision = tl.where(along_x, ly[:, None], lx[:, None]) / scale"),
+        ("lifting kernel: centre's axes swapped", "gpu", "fused_kernels", "offset = tl.where(along_x, ", "offset = tl.where(channel >= 8, "),
+        ("lifting kernel: √d counts for the prior", "gpu", "fused_kernels", "ly[:, None]) / scale", "ly[:, None])"),
+        ("lifting kernel: λ in one part", "gpu", "fused_kernels", "square = -0.5 * tl.where(part < 2, first, second)",
+         "square = -0.5 * tl.where(part < 2, first, 0.0 * second)"),
+        ("lifting kernel: λ·(c − m) in one part", "gpu", "fused_kernels", "linear = tl.where(part == 4, one, tl.where(",
+         "linear = tl.where(part == 4, one, 0.0 * tl.where("),
+        ("lifting kernel: centre from the corner, cells from the middle", "gpu", "fused_kernels",
+         "return near - 0.5 * t - 0.5 * extent", "return near - 0.5 * t"),
+        ("lifting kernel: keys beyond the map count", "gpu", "fused_kernels",
+         "constant = tl.where(channel == 15, NOT_THERE, 0.0)", "constant = tl.where(channel == 15, 0.0, 0.0)"),
+        ("lifting kernel: mask not looked at", "gpu", "fused_kernels", "    if HAS_MASK or not LIFT:\n", "    if not LIFT:\n"),
+        ("lifting kernel: c̄ and λ̄ from the middle of the map", "gpu", "fused_kernels", "way = near - 0.5 * extent", "way = 0.0 * near"),
+        ("lifting kernel: λ̄ of a centre off the map", "gpu", "fused_kernels", "return sums, squares + t * sums", "return sums, squares"),
+        ("lifting kernel: c̄ and λ̄ of y from x", "gpu", "fused_kernels", "_sums(moments, 8, py", "_sums(moments, 0, py"),
     ]
 ]  # fmt: skip
-"""Bugs in what the fused kernels pass over, which only those that do so show."""
+"""Bugs in how the fused kernels lift the prior, which they do in half precision."""

@@ -23,14 +23,14 @@ import torch
 import smca.gpu
 import smca.reference
 from smca.conformance.implementations import Criterion, Oracle
-from smca.conformance.implementations_torch import LIFTED, Auto, TorchModel, Triton, TritonSkip
+from smca.conformance.implementations_torch import LIFTED, Auto, TorchModel, Triton
 from smca.conformance.mutant_table import ORACLE, Mutant
-from smca.conformance.mutant_table_gpu import DROPOUT, KERNELS, PRODUCTION, SKIPPING
+from smca.conformance.mutant_table_gpu import DROPOUT, KERNELS, LIFTING, PRODUCTION
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
 from smca.gpu import fused_attention
 
-MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *SKIPPING]
+MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
@@ -103,8 +103,9 @@ def _changed(text: str, mutant: Mutant) -> str:
 def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
     """The fused kernels with the bug in them. Triton reads the source of what it compiles: it has to be in a file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kernels: Any = TritonSkip(device) if mutant in SKIPPING else Triton(device)
-    kernels.share, kernels.dtypes = 0.25 if mutant in DROPOUT else 1.0, ("float32",)
+    kernels: Any = Triton(device)
+    kernels.share = 0.25 if mutant in DROPOUT else 1.0
+    kernels.dtypes = ("float16",) if mutant in LIFTING else ("float32",)
     text = (FOLDERS["smca.gpu"] / "fused_kernels.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"mutant_{next(_count)}.py"
@@ -188,8 +189,7 @@ class Death:
 
 
 def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, thorough: bool = False) -> Death:
-    """Run the properties that a bug there can reach: first equality with the oracle (for what is skipped, the properties
-    that are about it), then the others.
+    """Run the properties that a bug there can reach: first equality with the oracle, then the others.
 
     Args:
         mutant: what to plant.
@@ -200,7 +200,7 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
     operations = CONCERNS.get(mutant.module, ("forward", "forward_vjp"))
     operations = ("smca_attention_dropout",) if mutant in DROPOUT else operations
     concerned = [prop for prop in properties if prop.operation in operations]
-    concerned.sort(key=lambda prop: (not (prop.for_skipping and mutant in SKIPPING), not prop.oracle))
+    concerned.sort(key=lambda prop: not prop.oracle)
     begun, first, killer, examples, message, without = time.perf_counter(), 0.0, "", 0, "", []
     with planted(mutant) as implementations:
         for prop in concerned:

@@ -23,7 +23,7 @@ PROPERTIES: list[Property] = []
 
 FAVOURED = (
     "method.md §2: the weight of a key is exp(QKᵀ/√d + log G), however large −log G is. A kernel that passes over far keys "
-    "must bound the whole logit (gpu/fused_kernels.py: below 2^−40 of the sum)"
+    "must bound the whole logit, and says in `skips_below` what it may leave out"
 )
 
 
@@ -72,7 +72,6 @@ def infinite_precision_picks_the_nearest_key(impl: Any, recipe: AttentionInputs,
     FAVOURED,
     distant_inputs(),
     into=PROPERTIES,
-    for_skipping=True,
     always=TIGHT,
 )
 def distant_keys_count(impl: Any, recipe: DistantInputs, dtype: str, judge: Judge) -> None:
@@ -86,7 +85,6 @@ def distant_keys_count(impl: Any, recipe: DistantInputs, dtype: str, judge: Judg
     FAVOURED,
     distant_inputs(),
     into=PROPERTIES,
-    for_skipping=True,
     always=TIGHT,
 )
 def gradients_of_distant_keys(impl: Any, recipe: DistantInputs, dtype: str, judge: Judge) -> None:

@@ -131,8 +131,6 @@ class Property:
     """Operations it calls beside its own."""
     share: float = 1.0
     """Part of a profile's number of examples: below 1 where one costs much, above where few of them tell anything."""
-    for_skipping: bool = False
-    """Tells of an implementation that skips keys what equality with the oracle does not: checked with it in any profile."""
     always: tuple[Any, ...] = ()
     """Recipes tried first in every run, whatever the profile: what few random examples would miss."""
 
@@ -160,16 +158,13 @@ def property_of(
     dtypes: Sequence[str] | None = None,
     needs: Sequence[str] = (),
     share: float = 1.0,
-    for_skipping: bool = False,
     always: Sequence[Any] = (),
 ) -> Callable[[Check], Check]:
     """Decorator: the function becomes the check of a property, which is appended to `into`."""
 
     def register(check: Check) -> Check:
         only = tuple(dtypes) if dtypes else None
-        into.append(
-            Property(name, sentence, equation, recipes, check, only, tuple(needs), share, for_skipping, tuple(always))
-        )
+        into.append(Property(name, sentence, equation, recipes, check, only, tuple(needs), share, tuple(always)))
         return check
 
     return register

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from smca.conformance.property import Judge, Property, Worst
-from smca.conformance.protocol import OPERATIONS, address_of, dtypes_of, implemented, name_of, skips_below
+from smca.conformance.protocol import OPERATIONS, address_of, dtypes_of, implemented, name_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Profile:
     random: bool
     """New examples in every run, found failures kept in .hypothesis/; otherwise the same in every run."""
     patient: bool
-    """All properties of slow implementations too; otherwise only their equality with the oracle and what shows what they skip."""
+    """All properties of slow implementations too; otherwise only their equality with the oracle."""
 
 
 PROFILES = {
@@ -85,7 +85,7 @@ def cases(properties: Iterable[Property], implementations: Iterable[Any], profil
         for prop in everything:
             if prop.operation not in enough:
                 continue
-            if hurried and not (prop.oracle or (prop.for_skipping and skips_below(implementation))):
+            if hurried and not prop.oracle:
                 continue
             names = dtypes_of(implementation)
             wanted = [dtype for dtype in names if prop.dtypes is None or dtype in prop.dtypes]

@@ -12,15 +12,17 @@
             nothing of size N × H·W is ever stored. Key padding is one more channel. (A bias of low rank carried by the
             kernel's own channels: FlashBias, arXiv 2505.12044; a squared distance is exactly of low rank.) Half precision
             is lifted, and attended to, in float32: in half, x²·λ − 2x·λ·c cancels to nothing useful.
-``triton``  a fused kernel of our own (``fused_attention``) that forms log G from (x − c) in float32 inside, so that half
-            precision keeps it: for CUDA, and for tests in Triton's interpreter. Not yet measured on a GPU, so ``auto``
-            does not choose it.
+``triton``  fused kernels of our own (``fused_attention``): in float32 they form log G from (x − c), in half precision they
+            take it as channels of bfloat16 that lose nothing, beside q and k as they are. For CUDA, and for tests in Triton's
+            interpreter. The fastest and most exact on the GPU that it was measured on (docs/benchmarks).
 
 Shape letters: B images, N queries, h heads, d channels a head, size = (H, W) of the map, L = H·W keys, row-major.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -31,9 +33,12 @@ from torch.nn import functional
 
 BACKENDS = ("auto", "eager", "lifted", "triton")
 
-_PADDED_LOGIT = -1e30
+PADDED_LOGIT = -1e30
 """Logit that the lifted form gives padded keys: exp underflows to exactly 0 beside any real logit, while 0·(−1e30) stays 0
 (−inf would turn it into NaN). Representable in bfloat16, float32 and float64."""
+
+TRITON_MAX_HEAD_WIDTH = 128
+"""Most channels a head of the fused kernels."""
 
 LIFTED_LOGIT_LIMIT = 512.0
 """Largest λ·(extent/2)² at which ``auto`` still takes the lifted form in float32. There x²·λ cancels against x·λ·c, which
@@ -61,8 +66,8 @@ def smca_attention(
         precision_xy: [B, h, N, 2] inverse variance λ of each Gaussian per axis, in cells⁻²; 0 is plain attention.
         size: (H, W) of the map.
         key_padding_mask: [B, H·W] bool, True = padded. At least one key of each image must be unpadded.
-        backend: "eager", "lifted", "triton", or "auto" (the fastest that is as exact as "eager" for these inputs, of those
-            that have been measured).
+        backend: "eager", "lifted", "triton", or "auto": the fastest that is as exact as "eager" for these inputs, "triton" on
+            a GPU (from Ampere on).
 
     Returns:
         [B, h, N, d]; differentiable in q, k, v, center_xy and precision_xy.
@@ -140,15 +145,25 @@ def multi_scale_smca_attention(
 
 
 def _choose_backend(q: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> str:
-    """Lifted unless it would be less exact than eager: in float32, for priors that are narrow and far from the middle."""
+    """The kernels on a GPU that runs them, as exact as eager whatever the prior. Else lifted, unless it would be less exact: in
+    float32, for priors that are narrow and far from the middle."""
     if q.dtype == torch.float64:
         return "lifted"
+    if q.is_cuda and q.shape[-1] <= TRITON_MAX_HEAD_WIDTH and (torch.compiler.is_compiling() or _runs_triton(q.device)):
+        return "triton"
     if q.device.type == "cpu":  # reading one number is free here; on a GPU it would wait for the device
         if torch.compiler.is_compiling():  # nothing can be read while tracing: take what is exact for any number
             return "eager"
         reach = precision_xy.detach().amax().item() * (max(size) / 2) ** 2 if precision_xy.numel() else 0.0
         return "lifted" if reach <= LIFTED_LOGIT_LIMIT else "eager"
     return "lifted"
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    """Whether the kernels run here: on NVIDIA GPUs from Ampere on. (What is compiled needs Triton anyway.)"""
+    found = importlib.util.find_spec("triton") is not None and torch.version.cuda is not None
+    return found and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cell_centers(size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +227,7 @@ def _lifted(
     if key_padding_mask is not None:
         padded = key_padding_mask[:, None, :, None]
         k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)
-        mask_term = key_padding_mask[..., None].to(k.dtype) * _PADDED_LOGIT
+        mask_term = key_padding_mask[..., None].to(k.dtype) * PADDED_LOGIT
         key_terms = torch.cat([key_terms.expand(batch, -1, -1), mask_term], dim=-1)[:, None]  # [B, 1, L, 5]
         q_channels.append(q.new_ones(()).expand(batch, heads, queries, 1))
     # Fused kernels want a width that is a multiple of 8: CUDA's for alignment, and the CPU's takes longer for 37 than for 40.

@@ -14,13 +14,12 @@ most that a case held above what was held before it was built. A case that fails
 command ends with exit status 1; running out of memory is a result, not a failure.
 
 On a CPU every case runs in a process of its own, on sizes that a laptop takes. On a GPU the cases of a part share a process
-and are timed by CUDA events. The GPU part has not yet been run on a GPU.
+and are timed by CUDA events.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import multiprocessing
 import os
 import platform
@@ -28,7 +27,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -95,16 +94,18 @@ def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Ite
     if group in ("attention", "multi-scale"):
         size = replace(args.attention, batch=args.attention.batch or (16 if full else 2))
         single = group == "attention"
-        for index, maps in enumerate([(m,) for m in size.maps[:2]] if single else [size.maps]):
-            sized = replace(size, maps=maps)
-            keys = ", ".join(f"{height}×{width}" for height, width in maps)
-            yield Part(
-                group if index == 0 else f"{group} {keys}",
-                f"{'' if single else 'Multi-scale '}SMCA attention (B={size.batch}, h={size.heads}, N={size.queries}, "
-                f"d={size.channels}, keys: {keys})",
-                _attention_cases(sized, device, full),
-                reference="eager float32" if full else "eager",
-            )
+        finest = size.maps[0]
+        twice = [(2 * finest[0], 2 * finest[1])] if full else []  # the finest at half its stride
+        for kind in ("bf16", "float32") if full else ("",):
+            for index, maps in enumerate([(m,) for m in [finest, *twice, *size.maps[1:2]]] if single else [size.maps]):
+                keys = ", ".join(f"{height}×{width}" for height, width in maps)
+                yield Part(
+                    " ".join(filter(None, [group, kind, keys if index else ""])),
+                    f"{'' if single else 'Multi-scale '}SMCA attention (B={size.batch}, h={size.heads}, N={size.queries}, "
+                    f"d={size.channels}, keys: {keys}{f'; {kind}' if kind else ''})",
+                    _attention_cases(replace(size, maps=maps), device, kind),
+                    reference="eager float32" if full else "eager",
+                )
     elif group == "assignment":
         names = ("scipy", "kernel") if full else ("scipy",)
         for batch in (2, 8, 16, 32):
@@ -150,19 +151,20 @@ def _describe(work: Work) -> str:
     return f"step: {work.batch} images of {height}×{width}, {_KINDS[work.dtype]}, {backbone}, 300 queries"
 
 
-def _attention_cases(size: Size, device: str, full: bool) -> dict[str, Callable[[], Case]]:
-    if not full:
-        kinds = dict.fromkeys(("lifted", "eager", "sdpa-mask", "lifted-bf16-split", "plain"), torch.float32)
-        kinds["lifted-bf16-split"] = torch.bfloat16
-        return {name: partial(attention_case, name, dtype, size, device) for name, dtype in kinds.items()}
-    both = ("eager", "sdpa-mask", "lifted", "flex", "triton", "triton-skip", "plain")
-    names = [(n, torch.float32) for n in both] + [(n, torch.bfloat16) for n in (*both, "lifted-bf16-split")]
-    return {
-        f"{name} {'bf16' if dtype == torch.bfloat16 else 'float32'}".replace("bf16-split bf16", "bf16-split"): partial(
-            attention_case, name, dtype, size, device
-        )
-        for name, dtype in names
-    }
+def _attention_cases(size: Size, device: str, kind: str) -> dict[str, Callable[[], Case]]:
+    """What a GPU compares in a dtype, or ("") what a CPU does. The first case is the one that times are compared with."""
+
+    def cases_of(names: Sequence[str], dtype: torch.dtype, suffix: str = "") -> dict[str, Callable[[], Case]]:
+        return {f"{name}{suffix}": partial(attention_case, name, dtype, size, device) for name in names}
+
+    if not kind:
+        names = cases_of(("lifted", "eager", "sdpa-mask", "lifted-bf16-split", "plain"), torch.float32)
+        return {**names, **cases_of(["lifted-bf16-split"], torch.bfloat16)}
+    both = ("plain", "triton", "lifted", "flex", "sdpa-mask", "eager")
+    if kind == "float32":
+        return cases_of(both, torch.float32, " float32")
+    half = cases_of(both, torch.bfloat16, " bf16") | cases_of(["lifted-bf16-split"], torch.bfloat16)
+    return half | cases_of(["eager"], torch.float32, " float32")  # what differences are from
 
 
 def _step_cases(work: Work, full: bool) -> dict[str, Callable[[], Case]]:
@@ -170,7 +172,7 @@ def _step_cases(work: Work, full: bool) -> dict[str, Callable[[], Case]]:
     theirs = ["Detr", "ConditionalDetr"]
     if full:
         presets = ("smca_r50", "smca_r50_multiscale")
-        ours = {f"{p}{' triton' * (b == 'triton')}": (p, b) for p in presets for b in ("auto", "triton")}
+        ours = {f"{p}{' lifted' * (b == 'lifted')}": (p, b) for p in presets for b in ("auto", "lifted")}
         ours["detr_r50"] = ("detr_r50", "auto")
         theirs.append("DeformableDetr")
     return {
@@ -213,20 +215,17 @@ def _serve_group(group: str, args: BenchmarkArgs, repeats: int, device: str, dea
 
 
 def measure_profile(args: BenchmarkArgs, repeats: int, deadline: float, device: str, report: Report) -> None:
-    """Profiles of our steps, each in a process of its own. On a GPU of both attention backends, until the deadline."""
+    """Profiles of our steps, each in a process of its own; on a GPU until the deadline."""
     from smca.gpu.benchmark_profile import profile_step  # it imports the model, whose memory other parts count
 
     gpu = device == "cuda"
     work = _largest_work(args, device) if gpu else Work(args.image_size or (400, 608))
-    for preset, backend in itertools.product(
-        ("smca_r50", "smca_r50_multiscale"), ("auto", "triton") if gpu else ("auto",)
-    ):
-        name = f"{preset}{' triton' * (backend == 'triton')}"
-        stem = report.stem.with_name(f"{report.stem.name}-{name.replace(' ', '-')}")
+    for name in ("smca_r50", "smca_r50_multiscale"):
+        stem = report.stem.with_name(f"{report.stem.name}-{name}")
         result: Any = Run(errors={"": LEFT_OUT})
         if not gpu or time.time() < deadline:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                future = pool.submit(profile_step, preset, backend, work, repeats, stem, None if gpu else args.threads)
+                future = pool.submit(profile_step, name, "auto", work, repeats, stem, None if gpu else args.threads)
                 try:
                     result = future.result(deadline + _GRACE - time.time() if gpu else None)
                 except TimeoutError:

@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smca.gpu.attention import Level, cell_centers, multi_scale_smca_attention, smca_attention
 from smca.gpu.benchmark_cases import Case
-from smca.gpu.fused_attention import fused_smca_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 """(q, k, v, center_xy, precision_xy, size) → [B, h, N, d], shapes as in ``smca_attention``."""
@@ -230,6 +229,5 @@ ATTENTIONS: dict[str, Attention] = {
     "sdpa-mask": sdpa_mask,
     "lifted-bf16-split": lifted_bf16_split,
     "flex": _flex_compiled,
-    "triton-skip": functools.partial(fused_smca_attention, skip=True),
 }
 """Ways to compute SMCA attention beside the backends of ``smca_attention``."""

@@ -18,17 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca.gpu.attention import check_shapes, is_autocast
+from smca.gpu.attention import TRITON_MAX_HEAD_WIDTH, check_shapes, is_autocast
 
-MAX_HEAD_WIDTH = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 LIFT_CHANNELS = 16
 LIFT_MAX_SIDE = 256
 """Cells: up to here bfloat16 holds positions from the middle, and two of it hold their squares."""
 LIFT_LIMITS = {torch.bfloat16: 2.0**15, torch.float16: 2.0**12}
-"""Largest λ·(extent/2)², both axes together, up to which the prior is lifted: what cancels there costs 2⁻²⁴ of it in a logit. Beyond,
-in heads with a narrow Gaussian on a large map, it comes from differences, which takes two to three times as long."""
+"""Largest λ·(extent/2)², both axes together, up to which the prior is lifted: what cancels costs 2⁻²⁴ of it in a logit. Beyond, in
+heads with a narrow Gaussian on a large map, the prior comes from differences, which takes two to three times as long."""
 
 _MODULE = "smca.gpu.fused_kernels"
 _KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
@@ -101,8 +100,10 @@ def fused_smca_attention(
         q, k, v = (tensor.to(dtype) if tensor.dtype in DTYPES else tensor for tensor in (q, k, v))
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"cast q, k, v to one of {DTYPES}: got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not 1 <= q.shape[-1] <= MAX_HEAD_WIDTH or min(size) < 1:
-        raise ValueError(f"d must be 1 to {MAX_HEAD_WIDTH} (eager: any), H, W ≥ 1, got {q.shape[-1]}, {tuple(size)}")
+    if not 1 <= q.shape[-1] <= TRITON_MAX_HEAD_WIDTH or min(size) < 1:
+        raise ValueError(
+            f"d must be 1 to {TRITON_MAX_HEAD_WIDTH} (eager: any), H, W ≥ 1, got {q.shape[-1]}, {tuple(size)}"
+        )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
     out, *_ = torch.ops.smca.fused_attention(
@@ -160,7 +161,9 @@ def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, lift: Tensor, *args: A
     dq, dk, dv, *moments = grads
     grad_out, delta = _adjacent_channels(grad_out), torch.empty_like(lse)
     _launch("backward_query_kernel", args, (out, lse, lift, grad_out, delta, dq, *moments), (out, grad_out, dq))
-    _launch("backward_key_kernel", args, (lse, lift, grad_out, delta, dk, dv), (grad_out, dk, dv))  # second: it reads delta
+    _launch(
+        "backward_key_kernel", args, (lse, lift, grad_out, delta, dk, dv), (grad_out, dk, dv)
+    )  # second: it reads delta
     return grads
 
 
@@ -224,7 +227,7 @@ def _launch(name: str, args: tuple[Any, ...], tensors: tuple[Tensor, ...], by_st
 def _positions(size: tuple[int, int], device: torch.device, interpreted: bool) -> Tensor:
     """The channels of k̃ that stand behind those of k, [H·W and up to 128 more, 16], for positions ξ, η from the middle of the map:
 
-        ξ² in two parts, the same again, ξ three times, 1,        η² in two parts, the same again, η three times, beyond the map
+    ξ² in two parts, the same again, ξ three times, 1,        η² in two parts, the same again, η three times, beyond the map
     """
     height, width = size
     rows = -(-height * width // 128) * 128

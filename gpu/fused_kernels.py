@@ -132,11 +132,7 @@ def _is_wide(center_ptr, precision_ptr, bh, N, L, W, limit):
 @triton.jit
 def _positions(pointer, key, LIFT: tl.constexpr):
     """The channels of k̃ that hold these keys' positions, [keys, 16]; there are rows for those beyond the map, too."""
-    if LIFT:
-        positions = tl.load(pointer + key[:, None] * 16 + tl.arange(0, 16)[None, :])
-    else:
-        positions = key  # read by nobody
-    return positions
+    return tl.load(pointer + key[:, None] * 16 + tl.arange(0, 16)[None, :]) if LIFT else key  # else read by nobody
 
 
 @triton.jit
@@ -152,11 +148,7 @@ def _cell_y(key, W):
 @triton.jit
 def _unit(scale, LIFT: tl.constexpr):
     """log₂e times equation (4), over what ``_with_prior`` gives."""
-    if LIFT:
-        unit = scale * LOG2_E
-    else:
-        unit = 1.0
-    return unit
+    return scale * LOG2_E if LIFT else 1.0
 
 
 # fmt: off

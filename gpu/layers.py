@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from smca.gpu.attention import PADDED_LOGIT
 from smca.gpu.config import ModelConfig
 
 
@@ -53,8 +54,29 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     """softmax(q·kᵀ/√d)·v without the padded keys: q [B, h, N, d], k and v [B, h, L, d], mask [B, L] → [B, h, N, d]."""
-    keep = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+    if key_padding_mask is None:
+        return functional.scaled_dot_product_attention(q, k, v)
+    if q.is_cuda:
+        return attention_masked_by_a_channel(q, k, v, key_padding_mask)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=~key_padding_mask[:, None, None, :])
+
+
+def attention_masked_by_a_channel(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor) -> Tensor:
+    """``plain_attention`` whose mask is one more channel, for CUDA: q·k of a padded key becomes −10³⁰, and no kernel sees a mask.
+
+    With a mask, cuDNN's backward pass gives NaN where L mod 128 = 64 and a query's logits lie below −88 (PyTorch 2.11 on Hopper
+    GPUs: github.com/pytorch/pytorch/issues/196678), and takes longer than with eight more channels.
+    """
+    channels, more = q.shape[-1], 8 - q.shape[-1] % 8  # fused kernels want a multiple of 8
+    lowest = max(PADDED_LOGIT, torch.finfo(k.dtype).min)
+    padded = torch.zeros_like(key_padding_mask, dtype=k.dtype).masked_fill(key_padding_mask, lowest)
+    one, logit = q.new_ones(()).expand(*q.shape[:-1], 1), padded[:, None, :, None].expand(*k.shape[:-1], 1)
+    # One copy each, of what is as dense as a kernel could wish.
+    zeros = [tensor.new_zeros(()).expand(*tensor.shape[:-1], more - 1) for tensor in (q, k)]
+    wide_q, wide_k = torch.cat([q, one, zeros[0]], dim=-1), torch.cat([k, logit, zeros[1]], dim=-1)
+    wide_v = functional.pad(v, (0, more))
+    out = functional.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=channels**-0.5)
+    return out[..., :channels]
 
 
 class MLP(nn.Module):

@@ -88,3 +88,25 @@ def test_frozen_stages_have_no_gradient() -> None:
     trained = {name for name, p in body.named_parameters() if p.requires_grad}
     assert trained
     assert all(name.startswith("encoder.stages.1.") for name in trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_norm_is_batch_norm_that_keeps_its_input_for_nothing(dtype: torch.dtype) -> None:
+    norm = nn.BatchNorm2d(5).eval()
+    for tensor in (*norm.parameters(), *norm.buffers()):
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 1.5)
+    frozen, kept = FrozenBatchNorm(norm), list[torch.Tensor]()
+    x = torch.randn(2, 5, 3, 4).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = frozen(x)
+    assert (y.dtype, y.is_contiguous(memory_format=torch.channels_last)) == (dtype, True)
+    assert max(t.numel() for t in kept) == 5
+    grad = torch.randn(y.shape).to(dtype)
+    (got,) = torch.autograd.grad(y, x, grad)
+    wide = x.detach().float().requires_grad_()
+    expected = norm(wide)
+    (expected_grad,) = torch.autograd.grad(expected, wide, grad.float())
+    exact = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.float(), expected, rtol=exact, atol=exact)
+    torch.testing.assert_close(got.float(), expected_grad, rtol=exact, atol=exact)

@@ -123,7 +123,7 @@ def test_what_a_gpu_measures_trains_a_resnet50() -> None:
     assert first != second
     parts = list(benchmark.parts_of("step", benchmark.BenchmarkArgs(batches=(2, 4)), "cpu", full=True))
     assert [p.images for p in parts] == [4, 2, 4, 2]
-    assert {"smca_r50", "smca_r50 triton", "detr_r50", "transformers DeformableDetr"} <= set(parts[0].cases)
+    assert {"smca_r50", "smca_r50 lifted", "detr_r50", "transformers DeformableDetr"} <= set(parts[0].cases)
 
 
 def test_a_case_that_fails_leaves_the_others(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_profile_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pyt
     report = Report("header", tmp_path / "gpu", gpu=True)
     benchmark.measure_profile(benchmark.BenchmarkArgs(image_size=(64, 96)), 1, time.time() + 60, "cuda", report)
     assert report.failed
-    assert len(report.record["parts"]) == 4
+    assert len(report.record["parts"]) == 2
     assert all("Traceback" in found["traceback"] for found in report.record["parts"].values())
     late = Report("header", tmp_path / "late", gpu=True)
     benchmark.measure_profile(benchmark.BenchmarkArgs(), 1, time.time() - 1, "cuda", late)
@@ -250,9 +250,19 @@ def test_a_profile_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pyt
     assert "left out" in (tmp_path / "late.md").read_text()
 
 
-def test_a_gpu_compares_skipping_too() -> None:
-    first, *_ = benchmark.parts_of("attention", benchmark.BenchmarkArgs(), "cpu", full=True)
-    assert {f"triton{skip} {kind}" for skip in ("", "-skip") for kind in ("float32", "bf16")} <= set(first.cases)
+def test_a_gpu_compares_with_plain_attention_of_the_same_dtype() -> None:
+    parts = list(benchmark.parts_of("attention", benchmark.BenchmarkArgs(), "cpu", full=True))
+    keys = [f"attention {kind}{size}" for kind in ("bf16", "float32") for size in ("", " 100×168", " 25×42")]
+    assert [part.key for part in parts] == keys
+    for part in parts:
+        first, second, *others = part.cases
+        kind = part.key.split()[1]
+        assert (first, second) == (f"plain {kind}", f"triton {kind}")
+        assert part.reference in others
+        assert {f"{name} {kind}" for name in ("lifted", "flex", "sdpa-mask", "eager")} <= set(others)
+    (half, single) = benchmark.parts_of("multi-scale", benchmark.BenchmarkArgs(), "cpu", full=True)
+    assert "keys: 50×84, 25×42, 13×21; bf16" in half.title
+    assert single.key == "multi-scale float32"
 
 
 def test_compiled_is_for_a_gpu(tmp_path: Path) -> None:

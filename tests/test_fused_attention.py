@@ -15,7 +15,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 from smca.gpu import attention, fused_attention
-from smca.gpu.benchmark_attention import Size, attention_case
 from smca.gpu.fused_attention import fused_smca_attention
 from smca.reference.attention import smca_attention, smca_attention_vjp
 

@@ -100,6 +100,34 @@ def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch
     assert watch.waits == []
 
 
+def test_no_backward_pass_reads_a_value() -> None:
+    """Some do only where there is one, which neither the meta device nor a dispatch mode shows: that of ``prod`` counts zeros."""
+    config = PRESETS["smca_r50_multiscale"]().model
+    config = replace(config, backbone=replace(config.backbone, weights=None), hidden_dim=32, decoder_layers=2)
+    with torch.device("meta"):
+        model = SMCADETR(config, download=False)
+    images, mask, targets = meta_batch()
+    outputs = model(images, mask)
+    found = backward_names(SetCriterion(LossConfig(), matcher_backend="scipy")(outputs, targets)["loss"])
+    assert len(found) > 30
+    assert not [name for name in found if "Prod" in name]
+
+
+def test_a_product_is_found() -> None:
+    assert "ProdBackward1" in backward_names(torch.rand(3, 2, requires_grad=True).prod(-1).sum())
+
+
+def backward_names(value: Tensor) -> set[str]:
+    """Names of all backward passes that lead to `value`."""
+    found, waiting = set[Any](), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting.extend(before for before, _ in node.next_functions)
+    return {node.name() for node in found}
+
+
 @pytest.mark.parametrize(
     ("what", "wait"),
     [
