@@ -33,12 +33,12 @@ _MODULE = "smca.gpu.fused_kernels"
 _KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 
 # Of each kernel in turn: (queries a block, keys a block, warps, stages of the loads' pipeline), by (bytes of a number, padded d).
-# For d ≤ 32 the fastest of some fifteen on an H200 at 300 queries and 50×84 keys; for wider heads, not measured, those of which the
-# compiler spills next to no registers.
+# For d ≤ 32 the fastest of some fifteen on an H200 at 300 queries and 50×84 keys (of k̄ and v̄ in half precision within 3% of it, since
+# that one spills registers). For wider heads, not measured, those of which the compiler spills next to none.
 _CUDA_BLOCKS = {
-    (2, 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 128, 4, 1)),
+    (2, 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 1)),
     (2, 64): ((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2)),
-    (2, 128): ((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+    (2, 128): ((64, 64, 4, 1), (32, 32, 4, 2), (32, 32, 4, 2)),
     (4, 32): ((32, 128, 4, 2), (32, 128, 4, 2), (32, 128, 4, 1)),
     (4, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
     (4, 128): ((16, 32, 4, 1), (16, 16, 4, 2), (16, 32, 4, 1)),

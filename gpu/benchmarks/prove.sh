@@ -41,12 +41,12 @@ compiled||180|check|smca conformance --implementation compiled
 cuda-assignment|cuda cupy|180|check|smca conformance --implementation cuda-assignment
 criterion-cupy|cuda cupy|180|check|smca conformance --implementation criterion-cupy
 oracle-cupy|cuda cupy|180|check|smca conformance --implementation oracle-cupy
-multi-scale|cuda triton|105|measure|smca benchmark --only multi-scale --repeats 5 --minutes 1.1
-attention|cuda triton|105|measure|smca benchmark --only attention --repeats 5 --minutes 1.1
+attention|cuda triton|105|measure|smca benchmark --only attention --repeats 5 --minutes 0.8
+step-speed|cuda triton cupy|105|measure|smca benchmark --only step --batches 16 --repeats 5 --minutes 0.7
 assignment-speed|cuda cupy|50|measure|smca benchmark --only assignment --repeats 5 --minutes 0.2
-step-speed|cuda triton cupy|105|measure|smca benchmark --only step --batches 16 --repeats 5 --minutes 1.1
-profile|cuda triton cupy|90|measure|smca benchmark --only profile --repeats 5 --minutes 0.9
-compiled-speed|cuda cupy|90|measure|smca benchmark --only compiled --repeats 5 --minutes 0.9
+profile|cuda triton cupy|90|measure|smca benchmark --only profile --repeats 5 --minutes 0.5
+multi-scale|cuda triton|105|measure|smca benchmark --only multi-scale --repeats 5 --minutes 0.6
+compiled-speed|cuda cupy|90|measure|smca benchmark --only compiled --repeats 5 --minutes 0.8
 END
 }
 
