@@ -111,7 +111,7 @@ def test_a_run_goes_on_after_failures_and_says_so(tmp_path: Path, stub: dict[str
 def test_measurements_write_into_the_folder(tmp_path: Path, stub: dict[str, str]) -> None:
     ran = prove("run", str(tmp_path / "proof"), "multi-scale", **stub, WHEELS=str(tmp_path))
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert f"--minutes 1.1 --output {tmp_path / 'proof'}\n" in Path(stub["CALLS"]).read_text()
+    assert f"--minutes 0.6 --output {tmp_path / 'proof'}\n" in Path(stub["CALLS"]).read_text()
 
 
 def test_without_a_gpu_parts_are_skipped_with_the_reason(tmp_path: Path) -> None:
