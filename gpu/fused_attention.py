@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -106,11 +106,14 @@ def fused_smca_attention(
         )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
-    out, *_ = torch.ops.smca.fused_attention(
-        *(q, k, v, center_xy.float(), precision_xy.float(), size[1], key_padding_mask),
-        *(dropout, _seed_tensor(seed, q) if dropout > 0.0 else None),
-    )
-    return out.to(q.dtype)  # type: ignore[no-any-return]  # torch.ops is untyped
+    priors = center_xy.float().contiguous(), precision_xy.float().contiguous()
+    seed_tensor = _seed_tensor(seed, q) if dropout > 0.0 else None
+    args = (q, k, v, *priors, size[1], key_padding_mask, dropout, seed_tensor)
+    if q.device.type == "meta" or torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+        out, *_ = torch.ops.smca.fused_attention(*args)  # what is traced needs the op
+    else:
+        out = cast(Tensor, _Direct.apply(*args))  # type: ignore[no-untyped-call]
+    return cast(Tensor, out.to(q.dtype))
 
 
 def _seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:
@@ -121,24 +124,15 @@ def _seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:
     return seed
 
 
-# What both ops take last.
-_SCHEMA = (
-    "Tensor q, Tensor k, Tensor v, Tensor center_xy, Tensor precision_xy, int width, Tensor? key_padding_mask, "
-    "float dropout, Tensor? seed"
-)
-
-
-@torch.library.custom_op("smca::fused_attention", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)")
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, h, N, d] and LSE [B, h, N] (base 2), both float32: the backward pass needs the output unrounded; and the
-    prior's channels of q̃ [B, h, N, 16] in the dtype of q (none where the prior is not lifted)."""
-    out, lse, lift = _forward_fake(*args)
+    prior's channels of q̃ [B, h, N, 16] in bfloat16 (none where the prior is not lifted)."""
+    out, lse, lift = _room_forward(*args)
     _launch("forward_kernel", args, (out, lse, lift), (out,))
     return out, lse, lift
 
 
-@_forward.register_fake
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _room_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, width = args[0], args[1], args[5]
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     channels = LIFT_CHANNELS if _lifts(q, k, width) else 0
@@ -150,41 +144,77 @@ def _lifts(q: Tensor, k: Tensor, width: int) -> bool:
     return q.dtype != torch.float32 and max(width, k.shape[2] // width) <= LIFT_MAX_SIDE
 
 
-@torch.library.custom_op(
-    "smca::fused_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor out, Tensor lse, Tensor lift, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, lift: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _run_backward(grad_out: Tensor, out: Tensor, lse: Tensor, lift: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, center_xy and precision_xy, equations (7) to (12), shaped and typed as those."""
-    grads: tuple[Tensor, ...] = _backward_fake(grad_out, out, lse, lift, *args)
+    grads: tuple[Tensor, ...] = _room_backward(grad_out, out, lse, lift, *args)
     dq, dk, dv, *moments = grads
     grad_out, delta = _adjacent_channels(grad_out), torch.empty_like(lse)
     _launch("backward_query_kernel", args, (out, lse, lift, grad_out, delta, dq, *moments), (out, grad_out, dq))
-    _launch(
-        "backward_key_kernel", args, (lse, lift, grad_out, delta, dk, dv), (grad_out, dk, dv)
-    )  # second: it reads delta
+    # Second: it reads delta.
+    _launch("backward_key_kernel", args, (lse, lift, grad_out, delta, dk, dv), (grad_out, dk, dv))
     return grads
 
 
-@_backward.register_fake
-def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+def _room_backward(*args: Any) -> tuple[Tensor, ...]:
     q, k, v, center_xy, precision_xy = args[4:9]
     moments = center_xy.new_empty(center_xy.shape), precision_xy.new_empty(precision_xy.shape)  # contiguous
     return _room_for(q, q.dtype), _room_for(k, k.dtype), _room_for(v, v.dtype), *moments
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, center_xy, precision_xy, ctx.width, key_padding_mask, ctx.dropout, seed = inputs
     ctx.save_for_backward(*output, q, k, v, center_xy, precision_xy, key_padding_mask, seed)
 
 
-def _autograd(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _kept(ctx: Any) -> tuple[Any, ...]:
+    """What the backward pass takes after the output's gradient."""
     *tensors, key_padding_mask, seed = ctx.saved_tensors
-    rest = (ctx.width, key_padding_mask, ctx.dropout, seed)
-    grads = torch.ops.smca.fused_attention_backward(grad_out, *tensors, *rest)
-    return (*grads, *(None for _ in rest))
+    return (*tensors, ctx.width, key_padding_mask, ctx.dropout, seed)
+
+
+class _Direct(torch.autograd.Function):
+    """The kernels without PyTorch's dispatcher, whose ops cost the host as much time as small maps cost a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        ctx.set_materialize_grads(False)
+        output = _run_forward(*args)
+        _keep(ctx, args, output)
+        return output[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = (None,) * 5 if grad_out is None else _run_backward(grad_out, *_kept(ctx))
+        return *grads, None, None, None, None
+
+
+# The ops, for what is traced. What both take last:
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor center_xy, Tensor precision_xy, int width, Tensor? key_padding_mask, "
+    "float dropout, Tensor? seed"
+)
+_forward = torch.library.custom_op(
+    "smca::fused_attention", _run_forward, mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+)
+_forward.register_fake(_room_forward)
+_backward = torch.library.custom_op(
+    "smca::fused_attention_backward",
+    _run_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor out, Tensor lse, Tensor lift, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_backward.register_fake(_room_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _keep(ctx, inputs, output)
+
+
+def _autograd(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.smca.fused_attention_backward(grad_out, *_kept(ctx))
+    return *grads, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
