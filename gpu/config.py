@@ -333,8 +333,8 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network; losses are always computed in float32."""
     attention: Literal["auto", "eager", "lifted", "triton"] = "auto"
-    """How SMCA attention is computed in training: written out, as plain attention with four more channels, or in one fused
-    kernel. "auto" takes the fastest of those that have been measured and are as exact as "eager"."""
+    """How SMCA attention is computed in training: written out, as plain attention with four more channels, or in fused kernels.
+    "auto" takes the fastest that is as exact as "eager": the kernels on a GPU, mostly "lifted" on a CPU."""
     compile: bool = False
     """Compile network and loss with torch.compile: minutes at the start; what it gains is not yet measured. Each new shape of a
     batch may compile anew: see `shape_bucket`."""

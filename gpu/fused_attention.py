@@ -1,11 +1,10 @@
-"""SMCA attention in one fused kernel: the torch op around the Triton kernels of ``fused_kernels`` (docs/method.md §2, §6).
+"""SMCA attention in fused kernels: the torch ops around the Triton kernels of ``fused_kernels`` (docs/method.md §2, §6).
 
     A = softmax_over_keys( q·kᵀ/√d + log G )        log G = −½·λ_x·(x − c_x)² − ½·λ_y·(y − c_y)²
 
-The kernels compute log G from a key's index, in float32 whatever the dtype of q: the prior costs no memory and no channels,
-and half precision keeps it. Nothing of size N × H·W is stored, forward or backward. Products of float32 inputs are IEEE
-float32, not tf32. There are no atomics: on one machine, gradients agree bit for bit between runs. Second derivatives are
-not implemented. Triton is imported when a kernel is first needed; importing this module needs none.
+Half precision keeps the prior, which is never rounded to it. Nothing of size N × H·W is stored, forward or backward. Products
+of float32 inputs are IEEE float32, not tf32. There are no atomics: on one machine, gradients agree bit for bit between runs.
+Second derivatives are not implemented. Triton is imported when a kernel is first needed; importing this module needs none.
 """
 
 from __future__ import annotations

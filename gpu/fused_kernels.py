@@ -1,8 +1,7 @@
-"""Triton kernels of spatially modulated co-attention, forward and backward (docs/method.md §2).
+"""Triton kernels of spatially modulated co-attention, forward and backward (docs/method.md §2, §6).
 
-They compute equations (4) to (12) of ``smca.reference.attention`` block by block. The position of a key comes from its
-index and log G from that position, in float32 inside the kernel; nothing of size N × L is stored, no coordinates are,
-and neither is the prior. What is kept from the forward pass is, per query,
+They compute equations (4) to (12) of ``smca.reference.attention`` block by block; nothing of size N × L is stored, and neither
+is the prior. What is kept from the forward pass is, per query,
 
     LSE_n = log₂ Σ_l 2^(S_nl·log₂e)            so that (5) is A_nl = 2^(S_nl·log₂e − LSE_n)
 
@@ -10,8 +9,8 @@ and the output itself in float32, since Σ_l A_nl·Ā_nl of (9) is Ō_n·O_n, th
 over the logits: once by blocks of queries for q̄, c̄, λ̄ (and delta), once by blocks of keys for k̄ and v̄. Each result is
 summed by one program in a fixed order, so there are no atomics and two runs agree bit for bit.
 
-Positions are taken relative to p, the point of the map nearest to the query's centre c (c itself, if it's on the map). Per
-axis, with u = x − p and t = 2·(p − c),
+log G comes in one of two ways. *From differences*, in float32: positions are taken relative to p, the point of the map nearest
+to the query's centre c (c itself, if it's on the map). Per axis, with u = x − p and t = 2·(p − c),
 
     −½·λ·(x − c)² = −½·λ·u·(u + t) + a constant of the query,        Σ_l S̄_nl·(x − c) = Σ_l S̄_nl·u,
                                                                      Σ_l S̄_nl·(x − c)² = Σ_l S̄_nl·u·(u + t)
@@ -19,12 +18,21 @@ axis, with u = x − p and t = 2·(p − c),
 since softmax does not see the constant and S̄_n sums to 0. For a centre off the map, neither the rounding of a large logit
 nor, in half precision, that of delta times a large distance gets into the result.
 
-Letters: N queries, L keys of a map W cells wide, D channels a head (BLOCK_D: a power of two ≥ D), bh = b·heads + h. Strides are
-in elements, over (b, h, row); channels are adjacent. DOT is the dtype of the matrix products' operands; they accumulate in
-float32. The launches, with the reasons for the block sizes, are in ``fused_attention``, which also checks the inputs.
+*Lifted*, in half precision (LIFT), where arithmetic on every pair of query and key would take longer than all else: relative to
+the middle m of the map, with ξ = x − m,
 
-With SKIP a block of keys is passed over where log G and |q|·|k| bound every weight in it below 2^−(40 + log₂ L) of the
-query's largest so far: all that is left out stays under 2^−40 of the sum, far under float32's 2^−24.
+    −½·λ·(x − c)² = −½·λ·ξ² + λ·(c − m)·ξ + a constant of the query
+
+is a product of channels, which tensor cores sum in float32. Each factor is split into parts that bfloat16 holds exactly: ξ (one
+part), ξ² (two), λ (two: it moves by 2⁻¹⁶ of itself, and the centre does not) and λ·(c − m) (three). ``_lift`` makes the queries'
+16 channels, ``fused_attention`` a table of the keys'. S̄ times the same table, in three exact parts, gives the sums over ξ and
+ξ², from which those over u follow. What cancels costs 2⁻²⁴·λ·ξ² in a logit, so a head with a Gaussian that is too narrow for the
+map (``_is_wide``) goes by differences.
+
+Letters: N queries, L keys of a map W cells wide, D channels a head (BLOCK_D: a power of two ≥ D), bh = b·heads + h. Strides are
+in elements, over (b, h, row); channels are adjacent. DOT is the dtype of the matrix products' operands, LIFTED that of the lifted
+prior's; all accumulate in float32. The launches, with the reasons for the block sizes, are in ``fused_attention``, which also
+checks the inputs.
 """
 
 # Kernels are traced, not called: their arguments have no Python types, nor has the decorator.

@@ -3,7 +3,7 @@
 Costs are formed only between an image's predictions and its own targets, for all decoder layers at once.
 
 ``scipy``  makes one copy to the host and solves the M·B assignments there.
-``cupy``   solves them in one launch on the GPU and waits for nothing (``assignment``). Needs CuPy. Not yet measured on a GPU.
+``cupy``   solves them in one launch on the GPU and waits for nothing (``assignment``). Needs CuPy.
 ``auto``   takes ``cupy`` where it can run, and says once why not where a GPU is there and it cannot.
 
 Shape letters: M decoder layers, B images, N queries, K classes, T targets (padded).
