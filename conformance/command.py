@@ -150,7 +150,9 @@ def _mutants(args: ConformanceArgs, chosen: Sequence[Property]) -> None:
         for mutant in MUTANTS:
             progress.update(task, description=mutant.bug)
             try:
-                deaths.append(kill(mutant, chosen, PROFILES[args.profile], thorough=mutant.module != "fused_kernels"))
+                deaths.append(
+                    kill(mutant, chosen, PROFILES[args.profile], thorough=mutant.module != "attention.fused_kernels")
+                )
             except Unavailable as reason:
                 print(f"not planted: {mutant.bug} ({reason})")
             progress.advance(task)

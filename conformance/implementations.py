@@ -23,8 +23,8 @@ from smca.conformance.implementations_torch import (
 )
 from smca.conformance.protocol import Unavailable
 from smca.datasets import Targets
-from smca.gpu import assignment, boxes, criterion, matcher
 from smca.gpu.config import LossConfig
+from smca.gpu.loss import assignment, boxes, criterion, matcher
 from smca.reference import attention as reference_attention
 from smca.reference import boxes as reference_boxes
 from smca.reference import losses as reference_losses
@@ -118,7 +118,7 @@ class OracleOnCuPy(Oracle):
 
 
 class Criterion:
-    """`smca.gpu.matcher` and `smca.gpu.criterion` with one of the matcher's backends."""
+    """`smca.gpu.loss.matcher` and `smca.gpu.loss.criterion` with one of the matcher's backends."""
 
     dtypes: tuple[str, ...] = ("float64", "float32")
     boxes: Any = boxes
@@ -184,7 +184,7 @@ class SciPyAssignment:
 
 
 class CudaAssignment:
-    """`smca.gpu.assignment`, one problem a launch."""
+    """`smca.gpu.loss.assignment`, one problem a launch."""
 
     name = "cuda-assignment"
     dtypes = ("float32",)

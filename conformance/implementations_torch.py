@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from smca.conformance.protocol import Unavailable
-from smca.gpu import attention, fused_attention
-from smca.gpu.backbone import Backbone
+from smca.gpu import attention
+from smca.gpu.attention import dispatch, fused
 from smca.gpu.config import BackboneConfig, ModelConfig
 from smca.gpu.model import SMCADETR
+from smca.gpu.model.backbone import Backbone
 from smca.reference.attention import Level
 
 Array = npt.NDArray[Any]
@@ -26,7 +27,7 @@ Array = npt.NDArray[Any]
 ALL = ("float64", "float32", "float16", "bfloat16")
 HALF = ("float16", "bfloat16")
 LIFTED = dict.fromkeys(ALL, float("inf"))
-AUTO = {**dict.fromkeys(ALL, attention.LIFTED_LOGIT_LIMIT), "float64": float("inf")}
+AUTO = {**dict.fromkeys(ALL, dispatch.LIFTED_LOGIT_LIMIT), "float64": float("inf")}
 """dtype → largest λ·(extent/2)² at which log G is in the expanded form; in half precision that is computed in float32."""
 
 
@@ -155,7 +156,7 @@ class Triton(TorchAttention):
         if device == "cpu" and torch.cuda.is_available():
             raise Unavailable("where there is a GPU the kernels run on it: triton-cuda")
         super().__init__("triton", device, ("float32", "float16", "bfloat16"), {})
-        missing = fused_attention.available(device)
+        missing = fused.available(device)
         if missing is not None:
             raise Unavailable(missing)
 
@@ -176,7 +177,7 @@ class Triton(TorchAttention):
     ) -> tuple[Array, ...]:
         leaves = self._leaves((q, k, v, center_xy, precision_xy), dtype, grad=True)
         arguments: tuple[Any, ...] = (*leaves, size, self._mask(mask), rate, seed)
-        out = fused_attention.fused_smca_attention(*arguments)
+        out = fused.fused_smca_attention(*arguments)
         return tuple(map(numpy_of, (out, *torch.autograd.grad(out, leaves, self._tensor(grad_out, dtype)))))
 
 

@@ -28,7 +28,7 @@ from smca.conformance.mutant_table import ORACLE, Mutant
 from smca.conformance.mutant_table_gpu import DROPOUT, KERNELS, LIFTING, PRODUCTION
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
-from smca.gpu import fused_attention
+from smca.gpu.attention import fused as fused_attention
 
 MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING]
 
@@ -36,16 +36,17 @@ FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca
 REPLACED = {
     "reference": r"smca\.reference",
     # Of the production package only what the mutants are in or what uses them: the rest, with its registrations, is shared.
-    "gpu": r"smca\.gpu(?=\.(?:attention|boxes|matcher|criterion|decoder|encoder|prior|model)\b)",
+    "gpu": r"smca\.gpu(?=\.(?:attention|loss|model)\b)",
 }
+_ATTENTION = (
+    "smca_attention",
+    "smca_attention_vjp",
+    "multi_scale_smca_attention",
+    "multi_scale_smca_attention_vjp",
+)
 CONCERNS = {
-    "gaussian": ("smca_attention", "smca_attention_vjp", "multi_scale_smca_attention"),
-    "attention": (
-        "smca_attention",
-        "smca_attention_vjp",
-        "multi_scale_smca_attention",
-        "multi_scale_smca_attention_vjp",
-    ),
+    "gaussian": _ATTENTION[:3],
+    **dict.fromkeys(("attention", "dispatch", "eager", "lifted"), _ATTENTION),
     "fused_kernels": ("smca_attention", "smca_attention_vjp"),
     "boxes": ("generalized_box_iou", "match_cost", "set_loss", "set_loss_vjp"),
     "matching": ("match_cost", "assign", "set_loss"),
@@ -53,7 +54,7 @@ CONCERNS = {
     "losses": ("set_loss",),
     "criterion": ("set_loss", "set_loss_vjp"),
 }
-"""Module → the operations that a bug in it can reach; of any other module, the whole model."""
+"""File → the operations that a bug in it can reach; of any other file, the whole model."""
 
 _count = itertools.count()
 
@@ -70,7 +71,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if not fullname.startswith(f"{self.name}."):
             return None
-        return importlib.util.spec_from_loader(fullname, _Loader(self))
+        folder = self.folder.joinpath(*fullname.removeprefix(f"{self.name}.").split("."))
+        return importlib.util.spec_from_loader(fullname, _Loader(self), is_package=folder.is_dir())
 
 
 class _Loader(importlib.abc.Loader):
@@ -78,15 +80,17 @@ class _Loader(importlib.abc.Loader):
         self.finder = finder
 
     def exec_module(self, module: types.ModuleType) -> None:
-        mutant, stem = self.finder.mutant, module.__name__.rpartition(".")[2]
-        path = self.finder.folder / f"{stem}.py"
+        mutant, name = self.finder.mutant, module.__name__.removeprefix(f"{self.finder.name}.")
+        folder = self.finder.folder.joinpath(*name.split("."))
+        path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
         text = path.read_text(encoding="utf-8")
-        if stem == mutant.module:
+        if name == mutant.module:
             text = _changed(text, mutant)
         text = re.sub(REPLACED[mutant.package], self.finder.name, text)
         text = text.replace(
             '"smca::', f'"{self.finder.name}::'
         )  # a custom op of that name would take the true one's place
+        module.__file__ = str(path)
         exec(compile(text, f"<{path.name} with the bug: {mutant.bug}>", "exec"), module.__dict__)
 
 
@@ -106,7 +110,7 @@ def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
     kernels: Any = Triton(device)
     kernels.share = 0.25 if mutant in DROPOUT else 1.0
     kernels.dtypes = ("float16",) if mutant in LIFTING else ("float32",)
-    text = (FOLDERS["smca.gpu"] / "fused_kernels.py").read_text(encoding="utf-8")
+    text = (FOLDERS["smca.gpu"] / "attention/fused_kernels.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"mutant_{next(_count)}.py"
         path.write_text(_changed(text, mutant), encoding="utf-8")
@@ -126,7 +130,7 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
     Raises:
         Unavailable: what it is in cannot run on this machine.
     """
-    if mutant.module == "fused_kernels":
+    if mutant.module == "attention.fused_kernels":
         with _in_kernels(mutant) as implementations:
             yield implementations
         return
@@ -151,7 +155,7 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
 
 
 def _production(name: str, mutant: Mutant) -> list[Any]:
-    if mutant.module == "attention":
+    if mutant.module.startswith("attention."):
         # The backend that the bug is named after; what is none's shows in any.
         backend: Any = TorchModel("eager", "cpu", ("float64", "float16"), {})
         if mutant.bug.startswith("lifted"):
@@ -162,13 +166,13 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
         backend.attention = importlib.import_module(f"{name}.attention")
         backend.forward = backend.forward_vjp = None
         return [backend]
-    if mutant.module in ("decoder", "encoder", "prior"):
+    if mutant.module.startswith("model."):
         model: Any = TorchModel("eager", "cpu", ("float64",), {})
         model.model = importlib.import_module(f"{name}.model").SMCADETR
         return [model]
     criterion: Any = Criterion("scipy", "cpu")
     for module in ("boxes", "matcher", "criterion"):
-        setattr(criterion, module, importlib.import_module(f"{name}.{module}"))
+        setattr(criterion, module, importlib.import_module(f"{name}.loss.{module}"))
     return [criterion]
 
 
@@ -197,7 +201,7 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
         profile: how many examples of each.
         thorough: don't stop at the first that fails; find all that fail without the oracle.
     """
-    operations = CONCERNS.get(mutant.module, ("forward", "forward_vjp"))
+    operations = CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))
     operations = ("smca_attention_dropout",) if mutant in DROPOUT else operations
     concerned = [prop for prop in properties if prop.operation in operations]
     concerned.sort(key=lambda prop: not prop.oracle)

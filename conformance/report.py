@@ -137,8 +137,9 @@ def mutants_table(deaths: Sequence[Death]) -> list[str]:
         mutant = death.mutant
         names = [name.partition(".")[2].replace("_", " ") for name in death.without_oracle]
         also = ", ".join([*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]) or "—"
+        where = f"{mutant.package}/{mutant.module.replace('.', '/')}.py"
         lines.append(
-            f"| {mutant.bug} | {mutant.package}/{mutant.module}.py | {death.killer or '**alive**'} | {death.examples} "
+            f"| {mutant.bug} | {where} | {death.killer or '**alive**'} | {death.examples} "
             f"| {death.first_seconds:.2f} | {also} |"
         )
     dead = sum(bool(death.killer) for death in deaths)

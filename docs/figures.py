@@ -13,8 +13,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from smca.gpu.drawing import compare_curves
-from smca.gpu.run_log import read_metrics
+from smca.gpu.pictures.drawing import compare_curves
+from smca.gpu.training.log import read_metrics
 from smca.reference.attention import gaussian_weight_map
 
 matplotlib.use("Agg")

@@ -48,7 +48,8 @@ def main() -> None:
         print(f"error: no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     # The suite sees all packages and so lives above this one; it is started here only to have one command for everything.
-    package = "smca.conformance.command" if argv[0] == "conformance" else f"smca.gpu.{argv[0]}"
+    folders = {"conformance": "smca.conformance.command", "benchmark": "smca.gpu.benchmark.command"}
+    package = folders.get(argv[0], f"smca.gpu.{argv[0]}")
     try:
         module = importlib.import_module(package)
     except ModuleNotFoundError as error:

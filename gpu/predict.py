@@ -17,10 +17,10 @@ import tyro
 from PIL import Image, ImageOps
 from rich.progress import track
 
-from smca.gpu.drawing import draw_detections
-from smca.gpu.evaluate import coco_results, pick_device
+from smca.gpu.evaluation import coco_results, pick_device
 from smca.gpu.model import SMCADETR
-from smca.gpu.pictures import DRAW_THRESHOLD
+from smca.gpu.pictures.drawing import draw_detections
+from smca.gpu.pictures.run import DRAW_THRESHOLD
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """Files that are taken from a folder."""

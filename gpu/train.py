@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 import random
 import sys
@@ -31,22 +30,29 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from smca.datasets import Augmented, collate, require_same_categories
-from smca.gpu.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
-from smca.gpu.coco_eval import evaluate_detections
-from smca.gpu.config import OptimConfig, RunConfig
-from smca.gpu.criterion import SetCriterion
-from smca.gpu.evaluate import DetectionData, detect, evaluation_loader, open_split, pick_device
-from smca.gpu.finite import BAD_BATCH_FILE, FiniteCheck
+from smca.gpu.config import RunConfig
+from smca.gpu.evaluation import (
+    DetectionData,
+    detect,
+    evaluate_detections,
+    evaluation_loader,
+    open_split,
+    pick_device,
+)
+from smca.gpu.loss import SetCriterion
 from smca.gpu.model import SMCADETR
-from smca.gpu.pictures import draw_run
+from smca.gpu.model.summary import summarize
+from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
-from smca.gpu.run_log import RunLog
-from smca.gpu.summary import summarize
+from smca.gpu.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from smca.gpu.training.guard import BAD_BATCH_FILE, FiniteCheck
+from smca.gpu.training.log import RunLog
+from smca.gpu.training.optimizer import lr_factor, make_optimizer, update_average
 
 LOG_EVERY = 10
 """Steps between updates of the progress bar and TensorBoard."""
@@ -108,7 +114,7 @@ def train(config: RunConfig) -> Path:
         if config.compile:
             model.compile()
             criterion.compile()
-        optimizer = _optimizer(model, config.optim, device)
+        optimizer = make_optimizer(model, config.optim, device)
         base_lrs = [group["lr"] for group in optimizer.param_groups]
         # After the optimiser, which may freeze the backbone: only what is trained is synchronised.
         parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
@@ -147,7 +153,7 @@ def train(config: RunConfig) -> Path:
                 for host_batch in loader:
                     if step >= total_steps:
                         break
-                    factor = _lr_factor(config.optim, step, epoch, total_steps)
+                    factor = lr_factor(config.optim, step, epoch, total_steps)
                     for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
                         group["lr"] = base * factor
 
@@ -167,7 +173,7 @@ def train(config: RunConfig) -> Path:
                     check.watch(terms, norm, host_batch, optimizer)
                     optimizer.step()
                     if average is not None:
-                        _update_average(average, model, min(config.optim.ema_decay, (1 + step) / (10 + step)))
+                        update_average(average, model, min(config.optim.ema_decay, (1 + step) / (10 + step)))
 
                     step += 1
                     epoch_steps += 1
@@ -218,42 +224,6 @@ def train(config: RunConfig) -> Path:
                 log.say(_farewell(config, log.metrics[-1]))
         del parallel  # it holds the process group, which ends next
         return model_dir
-
-
-def _lr_factor(optim: OptimConfig, step: int, epoch: int, total_steps: int) -> float:
-    """What the base learning rates are multiplied by at this step."""
-    if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    if optim.schedule == "step":
-        return 0.1 if epoch >= optim.drop_epoch else 1.0
-    progress = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _optimizer(model: SMCADETR, optim: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with the backbone's own learning rate."""
-    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
-    if optim.backbone_lr == 0:
-        model.backbone.requires_grad_(False)
-        backbone = []
-    inside = {id(p) for p in model.backbone.parameters()}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in inside], "lr": optim.lr}]
-    if backbone:
-        groups.append({"params": backbone, "lr": optim.backbone_lr})
-    return torch.optim.AdamW(groups, weight_decay=optim.weight_decay, fused=device.type in ("cuda", "cpu"))
-
-
-@torch.no_grad()
-def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average ← decay·average + (1 − decay)·model; whole numbers (batch counters) are copied."""
-    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
-    floats: list[tuple[Tensor, Tensor]] = []
-    others: list[tuple[Tensor, Tensor]] = []
-    for pair in pairs:
-        (floats if pair[0].is_floating_point() else others).append(pair)
-    torch._foreach_lerp_([a for a, _ in floats], [m for _, m in floats], 1 - decay)
-    for a, m in others:
-        a.copy_(m)
 
 
 def _with_classes(config: RunConfig, train_data: DetectionData, val_data: DetectionData) -> RunConfig:

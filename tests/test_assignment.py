@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from smca.gpu import assignment
+from smca.gpu.loss import assignment
 
 Costs = npt.NDArray[np.float32]
 Valid = npt.NDArray[np.bool_]

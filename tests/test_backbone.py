@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoBackbone, AutoConfig
 
-from smca.gpu.backbone import Backbone, FrozenBatchNorm
 from smca.gpu.config import BackboneConfig, ModelConfig
 from smca.gpu.model import SMCADETR
+from smca.gpu.model.backbone import Backbone, FrozenBatchNorm
 
 FOUR_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 

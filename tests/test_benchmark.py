@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from smca.gpu import benchmark, criterion, decoder
 from smca.gpu.attention import smca_attention
-from smca.gpu.benchmark_attention import Size, _attention_inputs, attention_case, flex, lifted_bf16_split
-from smca.gpu.benchmark_cases import Step, Work, assignment_case, smca_step_case, transformers_step_case
-from smca.gpu.benchmark_measure import Part, Run, measure_together
-from smca.gpu.benchmark_profile import profile_step
-from smca.gpu.benchmark_report import PARTS, Report, summarize, table
+from smca.gpu.benchmark import command as benchmark
+from smca.gpu.benchmark.attention import Size, _attention_inputs, attention_case, flex, lifted_bf16_split
+from smca.gpu.benchmark.cases import Step, Work, assignment_case, smca_step_case, transformers_step_case
+from smca.gpu.benchmark.measure import Part, Run, measure_together
+from smca.gpu.benchmark.profile import profile_step
+from smca.gpu.benchmark.report import PARTS, Report, summarize, table
+from smca.gpu.loss import criterion
+from smca.gpu.model import decoder
 
 ON_CPU = ["--device", "cpu", "--repeats", "2", "--threads", "1", "--name", "benchmark"]
 SMALL = Size(batch=1, heads=2, queries=9, maps=((50, 84),))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from smca.gpu.coco_eval import CocoMetrics, evaluate_detections
+from smca.gpu.evaluation.coco import CocoMetrics, evaluate_detections
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 

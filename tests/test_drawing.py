@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smca.gpu.drawing import LARGEST_SIDE, class_color, compare_curves, contact_sheet, draw_detections, training_curves
+from smca.gpu.pictures.drawing import (
+    LARGEST_SIDE,
+    class_color,
+    compare_curves,
+    contact_sheet,
+    draw_detections,
+    training_curves,
+)
 
 NAMES = ("circle", "square")
 GREY = np.full((600, 800, 3), 128, dtype=np.uint8)

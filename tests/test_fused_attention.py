@@ -14,8 +14,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
-from smca.gpu import attention, fused_attention
-from smca.gpu.fused_attention import fused_smca_attention
+from smca.gpu import attention
+from smca.gpu.attention import fused as fused_attention
+from smca.gpu.attention.fused import fused_smca_attention
+from smca.gpu.attention.shapes import cell_centers
 from smca.reference.attention import smca_attention, smca_attention_vjp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -205,7 +207,7 @@ def weights_kept(inputs: list[torch.Tensor], size: tuple[int, int], dropout: flo
 
 def eager_weights(inputs: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
     q, k, _, center, precision = (tensor.double() for tensor in inputs)
-    x, y = attention.cell_centers(size, center)
+    x, y = cell_centers(size, center)
     dx, dy = x - center[..., :1], y - center[..., 1:]
     logits = q @ k.mT / q.shape[-1] ** 0.5 - 0.5 * (precision[..., :1] * dx**2 + precision[..., 1:] * dy**2)
     return logits.softmax(-1)
@@ -312,7 +314,7 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def test_says_that_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "smca.gpu.fused_kernels")
+    monkeypatch.delitem(sys.modules, "smca.gpu.attention.fused_kernels")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert fused_attention.available(DEVICE) == "triton is not installed: pip install triton"
     with pytest.raises(RuntimeError, match="pip install triton"):
@@ -322,12 +324,12 @@ def test_says_that_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_says_how_to_run_on_the_cpu() -> None:
     code = """
 import os, sys
-from smca.gpu.benchmark_attention import Size, attention_case
-from smca.gpu.fused_attention import available
+from smca.gpu.benchmark.attention import Size, attention_case
+from smca.gpu.attention.fused import available
 assert "triton" not in sys.modules
 print(available("cpu"))
 os.environ["TRITON_INTERPRET"] = "1"
-del sys.modules["smca.gpu.fused_kernels"]
+del sys.modules["smca.gpu.attention.fused_kernels"]
 print(available("cpu"))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from smca.datasets import Batch, Targets
-from smca.gpu import train
-from smca.gpu.benchmark_cases import Work, autocast, smca_detector, trained_by_adamw
-from smca.gpu.finite import FiniteCheck
+from smca.gpu.benchmark.cases import Work, autocast, smca_detector, trained_by_adamw
+from smca.gpu.training.guard import FiniteCheck
+from smca.gpu.training.optimizer import update_average
 
 STEPS, WARM_UP = 4, 2
 """The first steps compile kernels and make the optimiser's state, and may wait."""
@@ -61,7 +61,7 @@ def losses(
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         check.watch(terms, norm, host, optimizer)
         optimizer.step()
-        train._update_average(average, model, 0.9)
+        update_average(average, model, 0.9)
         found.append(terms["loss"].detach())
     if cuda:
         torch.cuda.set_sync_debug_mode("default")

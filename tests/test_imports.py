@@ -76,7 +76,74 @@ def test_every_package_is_looked_at() -> None:
 def test_no_module_of_gpu_hides_a_package() -> None:
     """``python gpu/train.py`` puts gpu/ itself first on the import path: a gpu/triton.py would then be `triton`."""
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions()) | {"triton", "cupy", "onnx"}
-    assert {path.stem for path in (ROOT / "gpu").glob("*.py")} & taken == set()
+    importable = {path.stem for path in (ROOT / "gpu").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert len(importable) > 10
+    assert importable & taken == set()
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the four packages, by name."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = ("smca", *path.relative_to(ROOT).with_suffix("").parts)
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of ours that a module imports when it is itself imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):  # what is imported when called, or for types alone, comes later or never
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [ast.Pass()]
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
+            node.body = [ast.Pass()]
+    found = set()
+    for _, target in imported_modules(ast.unparse(tree), name.split(".")[1]):
+        stem = target if target in known else target.rpartition(".")[0]
+        if stem in known:
+            found.add(stem)
+    return found - {name}
+
+
+def circles(needed: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that need each other."""
+    reach = {name: set(others) for name, others in needed.items()}
+    for middle in needed:
+        for name in needed:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    groups = {frozenset(o for o in reach if o in reach[n] and n in reach[o]) for n in reach if n in reach[n]}
+    return [set(group) for group in groups]
+
+
+def test_no_imports_go_in_circles() -> None:
+    known = modules()
+    assert len(known) > 90
+    assert circles({name: imports_of(name, path, known) for name, path in known.items()}) == []
+
+
+def test_a_circle_is_found() -> None:
+    needed = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set[str]()}
+    assert circles(needed) == [{"b", "c"}]
+
+
+def test_commands_are_imported_by_nobody() -> None:
+    """What two commands need lives in neither of them."""
+    known = modules()
+    commands = {f"smca.gpu.{name}" for name in ("train", "evaluate", "predict", "benchmark.command")}
+    commands.add("smca.conformance.command")
+    assert commands <= known.keys()
+    for name, path in known.items():
+        if path.name.startswith("test_"):
+            continue
+        named = {
+            t
+            for _, target in imported_modules(path.read_text("utf-8"), name.split(".")[1])
+            for t in (target, target.rpartition(".")[0])
+        }
+        assert named & commands <= {name}, name
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def compile_case(capability: int, d: int, dtype: torch.dtype, mask: bool) -> lis
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from smca.gpu import fused_attention
+    from smca.gpu.attention import fused as fused_attention
 
     class Target:
         """Stands in for the driver of a GPU."""

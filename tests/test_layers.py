@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smca.gpu.layers import attention_masked_by_a_channel, plain_attention
+from smca.gpu.model.layers import attention_masked_by_a_channel, plain_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -8,11 +8,10 @@ import torch
 
 from smca.conformance.inputs_model import configuration
 from smca.datasets import Targets
-from smca.gpu import matcher
 from smca.gpu.config import LossConfig
-from smca.gpu.criterion import SetCriterion
-from smca.gpu.finite import NonFiniteError, check_terms
+from smca.gpu.loss import NonFiniteError, SetCriterion, matcher
 from smca.gpu.model import SMCADETR
+from smca.gpu.training.guard import check_terms
 from smca.reference.model import forward
 
 
@@ -59,7 +58,7 @@ def test_non_finite_costs_are_reported_not_repaired() -> None:
 def test_a_matching_broken_on_the_gpu_makes_the_loss_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA backend cannot raise without waiting for the GPU: it marks the problem, and the loss says so."""
     broken = torch.tensor([[[matcher.BROKEN], [0]]])  # [M, B, T]
-    monkeypatch.setattr("smca.gpu.criterion.match", lambda *arguments, **options: broken)
+    monkeypatch.setattr("smca.gpu.loss.criterion.match", lambda *arguments, **options: broken)
     outputs = {"logits": torch.zeros(1, 2, 3, 2), "boxes": torch.full((1, 2, 3, 4), 0.5)}
     targets = Targets(torch.tensor([[1], [0]]), torch.full((2, 1, 4), 0.5), torch.tensor([[True], [True]]))
     terms = SetCriterion(LossConfig())(outputs, targets)

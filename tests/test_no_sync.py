@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smca.datasets import Batch, Targets
-from smca.gpu import assignment, train
 from smca.gpu.config import LossConfig
-from smca.gpu.criterion import SetCriterion
-from smca.gpu.finite import FiniteCheck, NonFiniteError
+from smca.gpu.loss import NonFiniteError, SetCriterion, assignment
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS
+from smca.gpu.training.guard import FiniteCheck
+from smca.gpu.training.optimizer import update_average
 
 READS_A_VALUE = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
 
@@ -80,7 +80,7 @@ def meta_batch() -> tuple[Tensor, Tensor, Targets]:
 @pytest.mark.parametrize("preset", ["small", "small_objects_multiscale", "smca_r50_multiscale_conv", "detr_r50"])
 def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assignment, "available", lambda device: None)  # its op has a form for tensors without values
-    monkeypatch.setattr("smca.gpu.fused_attention.available", lambda device: None)
+    monkeypatch.setattr("smca.gpu.attention.fused.available", lambda device: None)
     config = replace(PRESETS[preset]().model, hidden_dim=32, num_queries=5, encoder_layers=1, decoder_layers=2)
     config = replace(config, backbone=replace(config.backbone, weights=None), cross_level_blocks=())
     if config.cross_attention == "dense" and backend == "triton":
@@ -95,7 +95,7 @@ def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         torch.stack([*terms.values(), norm]).isfinite().all()
-        train._update_average(model, model, 0.9)
+        update_average(model, model, 0.9)
     assert watch.operations > 500
     assert watch.waits == []
 

@@ -1,4 +1,4 @@
-"""gpu/benchmarks/prove.sh: every part names what exists, every GPU test is in one, and a run reports whatever happens."""
+"""gpu/prove.sh: every part names what exists, every GPU test is in one, and a run reports whatever happens."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 import tyro
 
 from smca.conformance.implementations import IMPLEMENTATIONS
-from smca.gpu.benchmark import GROUPS, BenchmarkArgs
+from smca.gpu.benchmark.command import GROUPS, BenchmarkArgs
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "gpu/benchmarks/prove.sh"
+SCRIPT = ROOT / "gpu/prove.sh"
 
 # In place of Python on a GPU machine: notes how it is called, and does what each test wants of it.
 STUB = """#!/usr/bin/env bash

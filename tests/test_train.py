@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from smca.datasets import SyntheticShapes
-from smca.gpu import attention, cli, train
-from smca.gpu.checkpoint import load_checkpoint
+from smca.gpu import cli, train
+from smca.gpu.attention import dispatch
 from smca.gpu.config import RunConfig
-from smca.gpu.finite import NonFiniteError
+from smca.gpu.loss import NonFiniteError
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS, demo
-from smca.gpu.run_log import read_metrics
+from smca.gpu.training.checkpoint import load_checkpoint
+from smca.gpu.training.log import read_metrics
 
 
 def tiny(output: Path, **changes: Any) -> RunConfig:
@@ -194,8 +195,8 @@ def steps_of(
 def test_attention_is_computed_as_asked(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     for name in ("eager", "lifted"):
-        plain = getattr(attention, f"_{name}")
-        monkeypatch.setattr(attention, f"_{name}", lambda *a, n=name, f=plain: (taken.append(n), f(*a))[1])
+        plain = getattr(dispatch, f"{name}_smca_attention")
+        monkeypatch.setattr(dispatch, f"{name}_smca_attention", lambda *a, n=name, f=plain: (taken.append(n), f(*a))[1])
     train.train(tiny(tmp_path, epochs=1, attention=backend, max_steps=1, model=tiny(tmp_path).model))
     assert backend in taken
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smca.gpu.config import ModelConfig
-from smca.gpu.layers import Grid
+from smca.gpu.model.layers import Grid
 
 _AXES = {"fixed": 0, "single": 1, "independent": 2}
 """Scales that the head predicts for each Gaussian."""

@@ -26,11 +26,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from smca.gpu import criterion as criterion_module
-from smca.gpu import decoder as decoder_module
-from smca.gpu.benchmark_cases import Work, autocast, smca_detector, trained_by_adamw
-from smca.gpu.benchmark_measure import timed
-from smca.gpu.benchmark_report import PARTS
+from smca.gpu.benchmark.cases import Work, autocast, smca_detector, trained_by_adamw
+from smca.gpu.benchmark.measure import timed
+from smca.gpu.benchmark.report import PARTS
+from smca.gpu.loss import criterion as criterion_module
+from smca.gpu.model import decoder as decoder_module
 
 Where = tuple[str, str]
 """Part and direction, "forward" or "backward"; what has no backward pass is all "forward"."""

@@ -22,14 +22,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from smca.datasets import Targets
-from smca.gpu import assignment
-from smca.gpu.boxes import cxcywh_to_xyxy, generalized_box_iou
-from smca.gpu.finite import NonFiniteError
+from smca.gpu.loss import assignment
+from smca.gpu.loss.boxes import cxcywh_to_xyxy, generalized_box_iou
 
 BACKENDS = ("auto", "scipy", "cupy")
 BROKEN = -2
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
+
+
+class NonFiniteError(ValueError):
+    """A cost, loss or gradient is NaN or infinite."""
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Prove on a GPU what has only run on a CPU, then measure it. Two commands:
 #
-#   gpu/benchmarks/prove.sh wheels FOLDER [PACKAGE…]   with a network: gather what the GPU machine lacks
-#   WHEELS=FOLDER gpu/benchmarks/prove.sh run [OUT [PART…]]   on the GPU machine, which needs none
+#   gpu/prove.sh wheels FOLDER [PACKAGE…]   with a network: gather what the GPU machine lacks
+#   WHEELS=FOLDER gpu/prove.sh run [OUT [PART…]]   on the GPU machine, which needs none
 #
-#   gpu/benchmarks/prove.sh list                       the parts of a run: name|needs|seconds at most|phase|command
+#   gpu/prove.sh list                       the parts of a run: name|needs|seconds at most|phase|command
 #
 # wheels: of the packages named, else of all that constraints.txt pins but PyTorch and Triton, in the versions pinned there, for
 #     Python $PYTHON_VERSION (default 3.12) on x86-64 Linux.
@@ -16,7 +16,7 @@
 #
 # Folders are relative to the repository. PYTHON names the interpreter; default .venv/bin/python where there is one, else python3.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from smca.gpu.attention import PADDED_LOGIT
+from smca.gpu.attention.shapes import PADDED_LOGIT
 from smca.gpu.config import ModelConfig
 
 TRUSTED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

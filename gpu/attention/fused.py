@@ -17,8 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from smca.gpu.attention import TRITON_MAX_HEAD_WIDTH, check_shapes, is_autocast
+from smca.gpu.attention.shapes import check_shapes, is_autocast
 
+MAX_HEAD_WIDTH = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 LIFT_CHANNELS = 16
@@ -28,7 +29,7 @@ LIFT_LIMITS = {torch.bfloat16: 2.0**15, torch.float16: 2.0**12}
 """Largest λ·(extent/2)², both axes together, up to which the prior is lifted: what cancels costs 2⁻²⁴ of it in a logit. Beyond, in
 heads with a narrow Gaussian on a large map, the prior comes from differences, which takes two to three times as long."""
 
-_MODULE = "smca.gpu.fused_kernels"
+_MODULE = "smca.gpu.attention.fused_kernels"
 _KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 
 # Of each kernel in turn: (queries a block, keys a block, warps, stages of the loads' pipeline), by (bytes of a number, padded d).
@@ -99,10 +100,8 @@ def fused_smca_attention(
         q, k, v = (tensor.to(dtype) if tensor.dtype in DTYPES else tensor for tensor in (q, k, v))
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"cast q, k, v to one of {DTYPES}: got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not 1 <= q.shape[-1] <= TRITON_MAX_HEAD_WIDTH or min(size) < 1:
-        raise ValueError(
-            f"d must be 1 to {TRITON_MAX_HEAD_WIDTH} (eager: any), H, W ≥ 1, got {q.shape[-1]}, {tuple(size)}"
-        )
+    if not 1 <= q.shape[-1] <= MAX_HEAD_WIDTH or min(size) < 1:
+        raise ValueError(f"d must be 1 to {MAX_HEAD_WIDTH} (eager: any), H, W ≥ 1, got {q.shape[-1]}, {tuple(size)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
     priors = center_xy.float().contiguous(), precision_xy.float().contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from smca.gpu.config import ModelConfig
-from smca.gpu.layers import Attention, Grid, feed_forward, joint_padding_mask, plain_attention, split_levels
+from smca.gpu.model.layers import Attention, Grid, feed_forward, joint_padding_mask, plain_attention, split_levels
 
 
 class Exchange(nn.Module):

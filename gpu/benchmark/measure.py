@@ -19,7 +19,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from smca.gpu.benchmark_cases import Case, Step
+from smca.gpu.benchmark.cases import Case, Step
 
 Values = dict[str, dict[str, Tensor]]
 """By mode, then by name: by what cases can be compared."""

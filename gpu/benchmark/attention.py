@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from smca.gpu.attention import Level, cell_centers, multi_scale_smca_attention, smca_attention
-from smca.gpu.benchmark_cases import Case
+from smca.gpu.attention import Level, multi_scale_smca_attention, smca_attention
+from smca.gpu.attention.shapes import cell_centers
+from smca.gpu.benchmark.cases import Case
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 """(q, k, v, center_xy, precision_xy, size) → [B, h, N, d], shapes as in ``smca_attention``."""

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from smca.gpu.attention import Level, multi_scale_smca_attention
 from smca.gpu.config import ModelConfig
-from smca.gpu.layers import MLP, Attention, Grid, feed_forward, plain_attention, split_levels
-from smca.gpu.position import sine_of_points
-from smca.gpu.prior import Prior
+from smca.gpu.model.layers import MLP, Attention, Grid, feed_forward, plain_attention, split_levels
+from smca.gpu.model.position import sine_of_points
+from smca.gpu.model.prior import Prior
 
 CLASS_PRIOR = 0.01
 """π of docs/method.md §5: the score that every class starts from, so that the focal loss is not drowned by background."""

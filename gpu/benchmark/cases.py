@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:  # imported where needed: what a case takes counts as its memory
     from smca.datasets import Targets
-    from smca.gpu.criterion import SetCriterion
+    from smca.gpu.loss import SetCriterion
     from smca.gpu.model import SMCADETR
 
 Step = Callable[[], dict[str, Tensor]]
@@ -55,7 +55,7 @@ def assignment_case(name: str, batch: int, device: str = "cpu") -> Case:
     """M·B assignments of 300 queries to 20 targets, all valid: "forward", costs on `device` to query indices on `device`.
 
     Args:
-        name: "scipy" (copies to the host and back, and solves there) or "kernel" (``smca.gpu.assignment``).
+        name: "scipy" (copies to the host and back, and solves there) or "kernel" (``smca.gpu.loss.assignment``).
         batch: B.
         device: "cpu" or "cuda".
     """
@@ -64,7 +64,7 @@ def assignment_case(name: str, batch: int, device: str = "cpu") -> Case:
     valid = torch.ones(batch, TARGETS, dtype=torch.bool, device=device)
 
     def kernel() -> dict[str, Tensor]:
-        from smca.gpu.assignment import assign
+        from smca.gpu.loss.assignment import assign
 
         return {"query": assign(cost, valid)[0]}
 
@@ -115,7 +115,7 @@ def smca_detector(preset: str, backend: str, work: Work) -> tuple[SMCADETR, SetC
     """
     from smca.datasets import Targets
     from smca.gpu.config import LossConfig
-    from smca.gpu.criterion import SetCriterion
+    from smca.gpu.loss import SetCriterion
     from smca.gpu.model import SMCADETR
     from smca.gpu.presets import PRESETS
     from smca.gpu.presets import RESNET50 as PUBLISHED

@@ -40,11 +40,11 @@ import torch
 import tyro
 from rich.progress import Progress
 
-from smca.gpu import benchmark_cases as cases
-from smca.gpu.benchmark_attention import Size, attention_case
-from smca.gpu.benchmark_cases import Case, Work
-from smca.gpu.benchmark_measure import LEFT_OUT, Part, Run, measure_apart, measure_together
-from smca.gpu.benchmark_report import Report
+from smca.gpu.benchmark import cases
+from smca.gpu.benchmark.attention import Size, attention_case
+from smca.gpu.benchmark.cases import Case, Work
+from smca.gpu.benchmark.measure import LEFT_OUT, Part, Run, measure_apart, measure_together
+from smca.gpu.benchmark.report import Report
 
 GROUPS = ("assignment", "step", "profile", "attention", "multi-scale", "compiled")  # what has to be compiled comes last
 _GRACE = 30.0
@@ -216,7 +216,7 @@ def _serve_group(group: str, args: BenchmarkArgs, repeats: int, device: str, dea
 
 def measure_profile(args: BenchmarkArgs, repeats: int, deadline: float, device: str, report: Report) -> None:
     """Profiles of our steps, each in a process of its own; on a GPU until the deadline."""
-    from smca.gpu.benchmark_profile import profile_step  # it imports the model, whose memory other parts count
+    from smca.gpu.benchmark.profile import profile_step  # it imports the model, whose memory other parts count
 
     gpu = device == "cuda"
     work = _largest_work(args, device) if gpu else Work(args.image_size or (400, 608))

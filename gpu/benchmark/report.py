@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from smca.gpu.benchmark_measure import Part, Run
+from smca.gpu.benchmark.measure import Part, Run
 
 COCO_IMAGES, EPOCHS = 118_287, 50  # train2017; the published schedule
 

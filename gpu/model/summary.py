@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from smca.gpu.config import ModelConfig
-from smca.gpu.model import SMCADETR
+from smca.gpu.model.detector import SMCADETR
 
 _ASPECT = 4 / 3
 """Width over height of the image whose multiply-adds are counted: COCO's most common."""

@@ -10,9 +10,9 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from smca.datasets import Targets
-from smca.gpu.boxes import cxcywh_to_xyxy, generalized_box_iou
 from smca.gpu.config import LossConfig
-from smca.gpu.matcher import BROKEN, FOCAL_ALPHA, FOCAL_GAMMA, match
+from smca.gpu.loss.boxes import cxcywh_to_xyxy, generalized_box_iou
+from smca.gpu.loss.matcher import BROKEN, FOCAL_ALPHA, FOCAL_GAMMA, match
 
 
 class SetCriterion(nn.Module):

@@ -12,13 +12,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from smca.datasets import Batch
-from smca.gpu.checkpoint import CHECKPOINT_FILE, write_atomically
+from smca.gpu.loss import NonFiniteError
+from smca.gpu.training.checkpoint import CHECKPOINT_FILE, write_atomically
 
 BAD_BATCH_FILE = "bad_batch.safetensors"
-
-
-class NonFiniteError(ValueError):
-    """A cost, loss or gradient is NaN or infinite."""
 
 
 class FiniteCheck:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smca.datasets import Augmentation, Sample, collate
-from smca.gpu.backbone import Backbone
 from smca.gpu.config import ModelConfig
-from smca.gpu.decoder import Decoder
-from smca.gpu.encoder import Encoder
-from smca.gpu.layers import Grid
-from smca.gpu.position import sine_position
+from smca.gpu.model.backbone import Backbone
+from smca.gpu.model.decoder import Decoder
+from smca.gpu.model.detections import Detections, decode
+from smca.gpu.model.encoder import Encoder
+from smca.gpu.model.layers import Grid
+from smca.gpu.model.position import sine_position
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What was found in one image, best first."""
-
-    scores: Tensor
-    """[D] in 0–1."""
-    labels: Tensor
-    """[D] int64, index into the model's classes."""
-    boxes_xyxy: Tensor
-    """[D, 4] left, top, right, bottom in pixels of the original image."""
 
 
 class SMCADETR(nn.Module):
@@ -198,24 +186,6 @@ class SMCADETR(nn.Module):
         model = cls(config, attention_backend=attention_backend, download=False)
         load_weights(model, load_file(directory / WEIGHTS_FILE), str(directory / WEIGHTS_FILE))
         return model.eval()
-
-
-def decode(logits: Tensor, boxes: Tensor, original_sizes: Tensor, max_detections: int = 100) -> list[Detections]:
-    """The best (query, class) pairs of each image, in pixels of the original image.
-
-    Args:
-        logits: [B, N, K]. boxes: [B, N, 4] (cx, cy, w, h) in 0–1. original_sizes: [B, 2] (height, width) in pixels.
-        max_detections: how many to keep an image.
-    """
-    batch, queries, classes = logits.shape
-    scores, flat = logits.float().sigmoid().flatten(1).topk(min(max_detections, queries * classes), dim=1)
-    query, label = flat // classes, flat % classes
-    height, width = original_sizes.to(boxes).unbind(-1)
-    scale = torch.stack([width, height, width, height], dim=-1)[:, None]
-    center, extent = boxes[..., :2], boxes[..., 2:]
-    corners = torch.cat([center - extent / 2, center + extent / 2], dim=-1).clamp(0, 1) * scale
-    corners = corners.gather(1, query[..., None].expand(-1, -1, 4))
-    return [Detections(scores[b], label[b], corners[b].float()) for b in range(batch)]
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:

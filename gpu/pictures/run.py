@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from smca.gpu.drawing import contact_sheet, draw_detections, training_curves
-from smca.gpu.evaluate import DetectionData
+from smca.gpu.evaluation import DetectionData
 from smca.gpu.model import SMCADETR
+from smca.gpu.pictures.drawing import contact_sheet, draw_detections, training_curves
 
 PICTURES = 12
 """How many held-out images are drawn."""

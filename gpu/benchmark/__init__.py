@@ -1,0 +1,1 @@
+"""What ``smca benchmark`` measures."""

@@ -1,0 +1,16 @@
+"""Detections of whole data sets, and COCO's metrics of them."""
+
+from smca.gpu.evaluation.coco import CocoMetrics, evaluate_detections
+from smca.gpu.evaluation.data import DetectionData, evaluation_loader, open_split, pick_device
+from smca.gpu.evaluation.detect import coco_results, detect
+
+__all__ = [
+    "CocoMetrics",
+    "DetectionData",
+    "coco_results",
+    "detect",
+    "evaluate_detections",
+    "evaluation_loader",
+    "open_split",
+    "pick_device",
+]

@@ -1,0 +1,38 @@
+"""What the detector finds in an image, in pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first."""
+
+    scores: Tensor
+    """[D] in 0–1."""
+    labels: Tensor
+    """[D] int64, index into the model's classes."""
+    boxes_xyxy: Tensor
+    """[D, 4] left, top, right, bottom in pixels of the original image."""
+
+
+def decode(logits: Tensor, boxes: Tensor, original_sizes: Tensor, max_detections: int = 100) -> list[Detections]:
+    """The best (query, class) pairs of each image, in pixels of the original image.
+
+    Args:
+        logits: [B, N, K]. boxes: [B, N, 4] (cx, cy, w, h) in 0–1. original_sizes: [B, 2] (height, width) in pixels.
+        max_detections: how many to keep an image.
+    """
+    batch, queries, classes = logits.shape
+    scores, flat = logits.float().sigmoid().flatten(1).topk(min(max_detections, queries * classes), dim=1)
+    query, label = flat // classes, flat % classes
+    height, width = original_sizes.to(boxes).unbind(-1)
+    scale = torch.stack([width, height, width, height], dim=-1)[:, None]
+    center, extent = boxes[..., :2], boxes[..., 2:]
+    corners = torch.cat([center - extent / 2, center + extent / 2], dim=-1).clamp(0, 1) * scale
+    corners = corners.gather(1, query[..., None].expand(-1, -1, 4))
+    return [Detections(scores[b], label[b], corners[b].float()) for b in range(batch)]

@@ -1,0 +1,1 @@
+"""Pictures of detections and of training."""

@@ -1,0 +1,1 @@
+"""What the loop of ``smca.gpu.train`` calls."""
