@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from smca.conformance.diagnosis import explain
-from smca.conformance.implementations import IMPLEMENTATIONS
-from smca.conformance.mutants import MUTANTS, kill
+from smca.conformance.implementations.ours import IMPLEMENTATIONS
+from smca.conformance.mutants.plant import MUTANTS, kill
 from smca.conformance.property import Property
 from smca.conformance.protocol import Unavailable, implemented, name_of
 from smca.conformance.replay import implementation_of

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from hypothesis.errors import HypothesisException
 
-from smca.conformance.inputs_attention import AttentionArrays, AttentionInputs, LevelsArrays, LevelsInputs
-from smca.conformance.inputs_matching import LossArrays, LossInputs
-from smca.conformance.inputs_model import ModelInputs
+from smca.conformance.inputs.attention import AttentionArrays, AttentionInputs, LevelsArrays, LevelsInputs
+from smca.conformance.inputs.matching import LossArrays, LossInputs
+from smca.conformance.inputs.model import ModelInputs
 from smca.conformance.property import Judge
 from smca.conformance.protocol import name_of
 from smca.conformance.runner import Outcome

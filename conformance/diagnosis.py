@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from smca.conformance.contrast import contrast
-from smca.conformance.mutant_table import ORACLE
-from smca.conformance.mutants import CONCERNS, planted
+from smca.conformance.mutants.plant import CONCERNS, planted
+from smca.conformance.mutants.table import ORACLE
 from smca.conformance.property import Judge
 from smca.conformance.protocol import name_of
 from smca.conformance.runner import Outcome
@@ -37,7 +37,7 @@ def explain(outcome: Outcome) -> str:
 
 
 def known_bugs(outcome: Outcome) -> str:
-    """A line that names the bugs of `mutant_table` that reproduce a failure, for every failing example; "" if none does.
+    """A line that names the bugs of `table` that reproduce a failure, for every failing example; "" if none does.
 
     Only for comparisons with the oracle: the others have no wrong numbers to reproduce.
     """

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from smca.conformance.implementations import IMPLEMENTATIONS
-from smca.conformance.inputs_attention import AttentionInputs, LevelsInputs
-from smca.conformance.inputs_distance import DistantInputs, DropoutInputs
-from smca.conformance.inputs_matching import BoxInputs, CostInputs, LossInputs
-from smca.conformance.inputs_model import ModelInputs
+from smca.conformance.implementations.ours import IMPLEMENTATIONS
+from smca.conformance.inputs.attention import AttentionInputs, LevelsInputs
+from smca.conformance.inputs.distance import DistantInputs, DropoutInputs
+from smca.conformance.inputs.matching import BoxInputs, CostInputs, LossInputs
+from smca.conformance.inputs.model import ModelInputs
 from smca.conformance.property import Judge
 from smca.conformance.protocol import address_of, load_outside, name_of
 from smca.conformance.suite import PROPERTIES

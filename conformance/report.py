@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from smca.conformance.mutants import Death
+from smca.conformance.mutants.plant import Death
 from smca.conformance.property import Property
 from smca.conformance.protocol import OPERATIONS
 from smca.conformance.runner import PROFILES, Case, Outcome, cases, run

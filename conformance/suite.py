@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from smca.conformance import (
-    properties_attention,
-    properties_distance,
-    properties_dropout,
-    properties_gradients,
-    properties_loss,
-    properties_matching,
-    properties_model,
-    properties_multi_scale,
-    properties_symmetry,
+from smca.conformance.properties import (
+    attention,
+    distance,
+    dropout,
+    gradients,
+    loss,
+    matching,
+    model,
+    multi_scale,
+    symmetry,
 )
 from smca.conformance.property import Property
 
 PROPERTIES: list[Property] = [
-    *properties_attention.PROPERTIES,
-    *properties_symmetry.PROPERTIES,
-    *properties_distance.PROPERTIES,
-    *properties_dropout.PROPERTIES,
-    *properties_gradients.PROPERTIES,
-    *properties_multi_scale.PROPERTIES,
-    *properties_matching.PROPERTIES,
-    *properties_loss.PROPERTIES,
-    *properties_model.PROPERTIES,
+    *attention.PROPERTIES,
+    *symmetry.PROPERTIES,
+    *distance.PROPERTIES,
+    *dropout.PROPERTIES,
+    *gradients.PROPERTIES,
+    *multi_scale.PROPERTIES,
+    *matching.PROPERTIES,
+    *loss.PROPERTIES,
+    *model.PROPERTIES,
 ]

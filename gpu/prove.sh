@@ -26,16 +26,16 @@ SMCA='from smca.gpu.cli import main; main()' # the command `smca`, of whatever i
 
 parts() {
     cat << 'END'
-kernels|triton|180|check|python tests/test_kernel_compilation.py
-fused-attention|cuda triton|180|check|pytest tests/test_fused_attention.py --deselect tests/test_fused_attention.py::test_at_the_size_of_a_detector --deselect tests/test_fused_attention.py::test_agrees_with_the_reference --deselect tests/test_fused_attention.py::test_padded_keys_may_hold_anything
-fused-attention-shapes|cuda triton|180|check|pytest tests/test_fused_attention.py::test_agrees_with_the_reference tests/test_fused_attention.py::test_padded_keys_may_hold_anything
-fused-attention-float32|cuda triton|180|check|pytest tests/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.float32
-fused-attention-float16|cuda triton|180|check|pytest tests/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.float16
-fused-attention-bfloat16|cuda triton|180|check|pytest tests/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.bfloat16
-real-sizes|cuda triton cupy|180|check|pytest tests/test_real_sizes.py -rP
-assignment|cuda cupy|180|check|pytest tests/test_assignment.py
-step|cuda triton cupy|180|check|pytest tests/test_gpu_step.py tests/test_layers.py --deselect tests/test_gpu_step.py::test_a_compiled_step_does_not_wait_either
-step-compiled|cuda triton cupy|180|check|pytest tests/test_gpu_step.py -k compiled
+kernels|triton|180|check|python tests/gpu/test_kernel_compilation.py
+fused-attention|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py --deselect tests/gpu/test_fused_attention.py::test_at_the_size_of_a_detector --deselect tests/gpu/test_fused_attention.py::test_agrees_with_the_reference --deselect tests/gpu/test_fused_attention.py::test_padded_keys_may_hold_anything
+fused-attention-shapes|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py::test_agrees_with_the_reference tests/gpu/test_fused_attention.py::test_padded_keys_may_hold_anything
+fused-attention-float32|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.float32
+fused-attention-float16|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.float16
+fused-attention-bfloat16|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.bfloat16
+real-sizes|cuda triton cupy|180|check|pytest tests/gpu/test_real_sizes.py -rP
+assignment|cuda cupy|180|check|pytest tests/gpu/test_assignment.py
+step|cuda triton cupy|180|check|pytest tests/gpu/test_gpu_step.py tests/gpu/test_layers.py --deselect tests/gpu/test_gpu_step.py::test_a_compiled_step_does_not_wait_either
+step-compiled|cuda triton cupy|180|check|pytest tests/gpu/test_gpu_step.py -k compiled
 triton-cuda|cuda triton|180|check|smca conformance --implementation triton-cuda
 compiled||180|check|smca conformance --implementation compiled
 cuda-assignment|cuda cupy|180|check|smca conformance --implementation cuda-assignment

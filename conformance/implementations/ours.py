@@ -1,0 +1,226 @@
+"""Our own implementations, by name, behind the protocol of the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from smca.conformance.implementations.pytorch import (
+    ALL,
+    Auto,
+    Autocast,
+    Compiled,
+    Lifted,
+    TorchModel,
+    Triton,
+    numpy_of,
+)
+from smca.conformance.protocol import Unavailable
+from smca.datasets import Targets
+from smca.gpu.config import LossConfig
+from smca.gpu.loss import assignment, boxes, criterion, matcher
+from smca.reference import attention as reference_attention
+from smca.reference import boxes as reference_boxes
+from smca.reference import losses as reference_losses
+from smca.reference import matching as reference_matching
+from smca.reference import model as reference_model
+from smca.reference.attention import Level
+
+Array = npt.NDArray[Any]
+
+
+class Oracle:
+    """The specification itself: what holds between its own results holds without anyone else's."""
+
+    name = "oracle"
+    dtypes = ("float64",)
+    share = 0.5
+    attention: Any = reference_attention
+    boxes: Any = reference_boxes
+    matching: Any = reference_matching
+    losses: Any = reference_losses
+    model: Any = reference_model
+
+    def smca_attention(self, *arguments: Any, dtype: str) -> Array:
+        return self.attention.smca_attention(*arguments)  # type: ignore[no-any-return]
+
+    def smca_attention_vjp(self, *arguments: Any, dtype: str) -> tuple[Array, ...]:
+        return self.attention.smca_attention_vjp(*arguments)  # type: ignore[no-any-return]
+
+    def multi_scale_smca_attention(self, *arguments: Any, dtype: str) -> Array:
+        return self.attention.multi_scale_smca_attention(*arguments)  # type: ignore[no-any-return]
+
+    def multi_scale_smca_attention_vjp(self, *arguments: Any, dtype: str) -> Any:
+        return self.attention.multi_scale_smca_attention_vjp(*arguments)
+
+    def match_cost(self, *arguments: Any, dtype: str) -> Array:
+        return self.matching.match_cost(*arguments)  # type: ignore[no-any-return]
+
+    def assign(self, cost: Array, *, dtype: str) -> tuple[Array, Array]:
+        return self.matching.linear_sum_assignment(cost)  # type: ignore[no-any-return]
+
+    def generalized_box_iou(self, *arguments: Any, dtype: str) -> Array:
+        return self.boxes.generalized_box_iou(*arguments)  # type: ignore[no-any-return]
+
+    def set_loss(self, logits: Array, boxes: Array, targets: Any, weights: Mapping[str, float], *, dtype: str) -> Any:
+        return self.losses.set_loss({"logits": logits, "boxes": boxes}, targets, weights)
+
+    def forward(self, *arguments: Any, dtype: str) -> Any:
+        return self.model.forward(*arguments)
+
+
+class OracleOnCuPy(Oracle):
+    """The specification on a GPU: the same code, given CuPy arrays."""
+
+    name = "oracle-cupy"
+    match_cost = assign = generalized_box_iou = set_loss = forward = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        try:
+            import cupy
+
+            cupy.zeros(1)
+        except ImportError as error:
+            raise Unavailable("CuPy is not installed: pip install cupy-cuda13x (or cupy-cuda12x)") from error
+        except Exception as error:
+            raise Unavailable(f"CuPy finds no working CUDA device: {error}") from error
+        self.cupy: Any = cupy
+
+    def _there(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return self.cupy.asarray(value)
+        if isinstance(value, Level):
+            return Level(*map(self._there, value))
+        return list(map(self._there, value)) if isinstance(value, list) else value
+
+    def _back(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._back, value))
+        return self.cupy.asnumpy(value)
+
+    def smca_attention(self, *arguments: Any, dtype: str) -> Array:
+        return self._back(super().smca_attention(*map(self._there, arguments), dtype=dtype))  # type: ignore[no-any-return]
+
+    def smca_attention_vjp(self, *arguments: Any, dtype: str) -> tuple[Array, ...]:
+        return self._back(super().smca_attention_vjp(*map(self._there, arguments), dtype=dtype))  # type: ignore[no-any-return]
+
+    def multi_scale_smca_attention(self, *arguments: Any, dtype: str) -> Array:
+        return self._back(super().multi_scale_smca_attention(*map(self._there, arguments), dtype=dtype))  # type: ignore[no-any-return]
+
+    def multi_scale_smca_attention_vjp(self, *arguments: Any, dtype: str) -> Any:
+        return self._back(super().multi_scale_smca_attention_vjp(*map(self._there, arguments), dtype=dtype))
+
+
+class Criterion:
+    """`smca.gpu.loss.matcher` and `smca.gpu.loss.criterion` with one of the matcher's backends."""
+
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    boxes: Any = boxes
+    matcher: Any = matcher
+    criterion: Any = criterion
+
+    def __init__(self, backend: str, device: str) -> None:
+        if device != "cpu" and not torch.cuda.is_available():
+            raise Unavailable("PyTorch finds no CUDA device")
+        missing = assignment.available(device) if backend == "cupy" else None
+        if missing is not None:
+            raise Unavailable(missing)
+        self.name = f"criterion-{backend}"
+        self.backend, self.device = backend, device
+        if backend == "cupy":
+            self.dtypes = ("float32",)  # of the kernel's costs; with others "auto" takes scipy
+
+    def _tensor(self, values: Any, dtype: str, grad: bool = False) -> Tensor:
+        return torch.tensor(values, dtype=getattr(torch, dtype), device=self.device, requires_grad=grad)
+
+    def _targets(self, labels: Array, target_boxes: Array, valid: Array, dtype: str) -> Targets:
+        return Targets(self._tensor(labels, "int64"), self._tensor(target_boxes, dtype), self._tensor(valid, "bool"))
+
+    def match_cost(
+        self, logits: Array, boxes: Array, labels: Array, target_boxes: Array, weights: Any, *, dtype: str
+    ) -> Array:
+        targets = self._targets(labels[None], target_boxes[None], np.ones((1, len(labels)), dtype=bool), dtype)
+        found = self._tensor(logits, dtype)[None, None], self._tensor(boxes, dtype)[None, None]
+        return numpy_of(self.matcher.match_cost(*found, targets, weights)[0, 0])
+
+    def generalized_box_iou(self, boxes1: Array, boxes2: Array, *, dtype: str) -> Array:
+        one, two = self._tensor(boxes1, dtype), self._tensor(boxes2, dtype)
+        return numpy_of(self.boxes.generalized_box_iou(one[:, None], two[None]))
+
+    def set_loss(self, logits: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str) -> dict[str, Array]:
+        terms, _ = self._loss(logits, boxes, targets, weights, dtype)
+        return {name: numpy_of(value) for name, value in terms.items()}
+
+    def set_loss_vjp(
+        self, logits: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str
+    ) -> tuple[Array, Array]:
+        terms, leaves = self._loss(logits, boxes, targets, weights, dtype)
+        dlogits, dboxes = torch.autograd.grad(terms["loss"], leaves)
+        return numpy_of(dlogits), numpy_of(dboxes)
+
+    def _loss(self, logits: Any, boxes: Any, targets: Any, weights: Any, dtype: str) -> tuple[dict[str, Tensor], Any]:
+        leaves = self._tensor(logits, dtype, True), self._tensor(boxes, dtype, True)
+        there = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
+        loss = LossConfig(class_weight=weights["class"], l1_weight=weights["l1"], giou_weight=weights["giou"])
+        module = self.criterion.SetCriterion(loss, matcher_backend=self.backend)
+        return module({"logits": leaves[0], "boxes": leaves[1]}, there), leaves
+
+
+class SciPyAssignment:
+    """`scipy.optimize.linear_sum_assignment`."""
+
+    name = "scipy"
+    dtypes = ("float64", "float32")
+
+    def assign(self, cost: Array, *, dtype: str) -> tuple[Array, Array]:
+        rows, cols = linear_sum_assignment(cost.astype(dtype))
+        return rows, cols
+
+
+class CudaAssignment:
+    """`smca.gpu.loss.assignment`, one problem a launch."""
+
+    name = "cuda-assignment"
+    dtypes = ("float32",)
+
+    def __init__(self) -> None:
+        missing = assignment.available("cuda")
+        if missing is not None:
+            raise Unavailable(missing)
+
+    def assign(self, cost: Array, *, dtype: str) -> tuple[Array, Array]:
+        rows, cols = cost.shape
+        valid = torch.ones(1, cols, dtype=torch.bool, device="cuda")
+        there = torch.tensor(cost, dtype=torch.float32, device="cuda").reshape(1, 1, rows, cols)
+        query = assignment.assign(there, valid)[0][0, 0].cpu().numpy()
+        found = np.flatnonzero(query >= 0)
+        order = np.argsort(query[found])
+        return query[found][order], found[order]
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
+    "oracle": Oracle,
+    "oracle-cupy": OracleOnCuPy,
+    "eager": lambda: TorchModel("eager", "cpu", ALL, {}),
+    "lifted": lambda: Lifted("cpu"),
+    "auto": lambda: Auto("cpu"),
+    "autocast": lambda: Autocast("cpu"),
+    "compiled": Compiled,
+    "eager-cuda": lambda: TorchModel("eager", "cuda", ALL, {}),
+    "lifted-cuda": lambda: Lifted("cuda"),
+    "auto-cuda": lambda: Auto("cuda"),
+    "autocast-cuda": lambda: Autocast("cuda"),
+    "triton": lambda: Triton("cpu"),
+    "triton-cuda": lambda: Triton("cuda"),
+    "criterion-scipy": lambda: Criterion("scipy", "cpu"),
+    "criterion-cupy": lambda: Criterion("cupy", "cuda"),
+    "scipy": SciPyAssignment,
+    "cuda-assignment": CudaAssignment,
+}
+"""Name → how to make it; making it raises `Unavailable` on a machine that lacks what it needs."""

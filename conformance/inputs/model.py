@@ -1,0 +1,164 @@
+"""Inputs of the whole model, from backbone features on: a recipe of a few numbers, and parameters, features and sizes.
+
+Bounds, with their reasons: 12 to 24 channels and up to 5 queries and 3 layers, so that an example takes milliseconds
+and the gradient of every parameter can be had by differences; images of 5 to 70 pixels at strides of 4 to 32, so that
+maps go down to one cell, do not nest and are not square; every parameter random, because a zero hides what multiplies it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+from smca.conformance.inputs.attention import SEEDS
+from smca.conformance.tolerances import round_to
+from smca.gpu.config import BackboneConfig, ModelConfig
+from smca.reference.model import parameter_shapes
+
+Array = npt.NDArray[np.float64]
+
+STAGES = {4: 8, 8: 12}
+"""Stride → channels of the maps that the backbone gives; levels beyond are made from the last."""
+
+BACKBONE = BackboneConfig(
+    options={"embedding_size": 8, "hidden_sizes": list(STAGES.values()), "depths": [1, 1], "layer_type": "basic"},
+    frozen_norm=False,
+)
+
+
+class ModelArrays(NamedTuple):
+    """Arguments of forward."""
+
+    params: dict[str, Array]
+    features: list[Array]
+    valid_sizes: Array
+    config: ModelConfig
+
+    @property
+    def levels_given(self) -> int:
+        """Maps that come from the backbone."""
+        return len(self.features)
+
+
+@functools.lru_cache(maxsize=256)
+def configuration(options: tuple[tuple[str, Any], ...]) -> ModelConfig:
+    """A small model with these fields changed."""
+    return ModelConfig(
+        **{
+            "backbone": BACKBONE,
+            "strides": (8,),
+            "num_classes": 3,
+            "hidden_dim": 24,
+            "num_heads": 3,
+            "num_queries": 5,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "feedforward_dim": 20,
+            "prior_sigma_px": 10.0,
+            **dict(options),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A configuration, the images' sizes in pixels, and a seed for parameters and features."""
+
+    options: tuple[tuple[str, Any], ...] = ()
+    """Fields of the configuration that differ from `configuration`'s, with their values."""
+    sizes: tuple[tuple[int, int], ...] = ((8, 8),)
+    """(height, width) of each unpadded image."""
+    seed: int = 0
+
+    def arrays(self, dtype: str) -> ModelArrays:
+        """With values that `dtype` represents; what stands in padded cells is drawn like the rest."""
+        rng, config = np.random.default_rng(self.seed), configuration(self.options)
+        valid_sizes = np.array(self.sizes, dtype=np.float64)
+        given = [stride for stride in config.strides if stride in STAGES]
+        features = []
+        for stride in given:
+            rows, columns = (-(-int(side) // stride) for side in valid_sizes.max(0))
+            features.append(round_to(rng.normal(size=(len(self.sizes), STAGES[stride], rows, columns)), dtype))
+        params = {}
+        for name, shape in parameter_shapes(config, [STAGES[stride] for stride in given]).items():
+            spread = 0.3 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5
+            values = rng.normal(size=shape) * spread
+            if (".norm" in name and name.endswith("weight")) or "state_norm.weight" in name:
+                values = values + 1.0
+            params[name] = round_to(values, dtype)
+        return ModelArrays(params, features, valid_sizes, config)
+
+    def describe(self) -> str:
+        """Configuration, sizes of images and maps."""
+        config = configuration(self.options)
+        changed = ", ".join(f"{name}={value!r}" for name, value in self.options) or "the small model as it is"
+        return f"{changed}; strides {config.strides}; images {self.sizes}; all parameters and features random"
+
+
+LEVELS = ("strides", (4, 8, 16))
+PADDED = ((37, 61), (64, 24), (8, 8))
+ODD = ((33, 47), (17, 47))
+"""Not multiples of any stride: maps of 9 × 12, 5 × 6 and 3 × 3 cells, which do not nest."""
+
+Options = list[tuple[str, Any]]
+Sizes = tuple[tuple[int, int], ...]
+_LISTED: list[tuple[Options, Sizes]] = [
+    ([], PADDED),
+    ([("pre_norm", True), ("query_init", "grid"), ("box_refinement", True), ("prior_scale", "single")], ODD),
+    ([("encoder_layers", 2), ("decoder_layers", 3), ("prior_scale", "fixed"), ("num_queries", 1)], ODD),
+    ([("cross_attention", "dense"), ("encoder_layers", 2)], PADDED),
+    ([LEVELS, ("encoder_layers", 3), ("cross_level_blocks", (1,))], ODD),
+    ([LEVELS, ("encoder_layers", 2), ("cross_level_blocks", (0, 1)), ("cross_attention", "dense")], PADDED),
+    ([LEVELS, ("cross_attention", "dense"), ("scale_selection", False), ("pre_norm", True)], ODD),
+    ([LEVELS, ("encoder", "conv"), ("encoder_layers", 2)], ODD),
+    (
+        [LEVELS, ("encoder", "conv"), ("pre_norm", True), ("query_init", "grid"), ("box_refinement", True)],
+        PADDED,
+    ),
+    ([LEVELS, ("prior_heads", "shared"), ("prior_scale", "single"), ("cross_level_blocks", (0,))], PADDED),
+    ([("strides", (4, 8, 16, 32)), ("pre_norm", True), ("box_refinement", True)], ODD),
+    ([("strides", (8, 16)), ("encoder", "conv"), ("prior_heads", "shared")], ((5, 5),)),
+    ([("num_heads", 1), ("encoder", "conv"), ("encoder_layers", 0), ("decoder_layers", 1)], ((70, 7),)),
+]
+
+CONFIGURATIONS = [ModelInputs(tuple(options), sizes, seed) for seed, (options, sizes) in enumerate(_LISTED)]
+"""Every option and every pair that could hide one another, with padding and with sizes that do not nest."""
+
+
+@st.composite
+def model_inputs(draw: st.DrawFn, /, **fixed: Any) -> ModelInputs:
+    """Any configuration of the method, its options and its ablations; `fixed` pins fields of it."""
+    usual: dict[str, Any] = {
+        "strides": st.sampled_from([(8,), (4, 8, 16), (8, 16), (4, 8), (4, 8, 16, 32)]),
+        "encoder": st.sampled_from(["attention", "conv"]),
+        "encoder_layers": st.integers(0, 2),
+        "cross_attention": st.sampled_from(["smca", "dense"]),
+        "num_heads": st.sampled_from([3, 1]),
+        "num_queries": st.sampled_from([5, 1]),
+        "decoder_layers": st.integers(1, 3),
+        "pre_norm": st.booleans(),
+        "prior_scale": st.sampled_from(["independent", "single", "fixed"]),
+        "prior_heads": st.sampled_from(["independent", "shared"]),
+        "scale_selection": st.booleans(),
+        "query_init": st.sampled_from(["random", "grid"]),
+        "box_refinement": st.booleans(),
+    }
+    options: dict[str, Any] = {}
+    for name, values in (usual | fixed).items():
+        options[name] = draw(values) if isinstance(values, st.SearchStrategy) else values
+    several = len(options["strides"]) > 1
+    if not several:
+        del options["scale_selection"]  # not an option of one level, nor the prior's of a model without one
+    if options["cross_attention"] == "dense":
+        del options["prior_scale"], options["prior_heads"]
+    if several and options["encoder"] == "attention" and options["encoder_layers"]:
+        blocks = list(range(options["encoder_layers"]))
+        options["cross_level_blocks"] = tuple(sorted(draw(st.sets(st.sampled_from(blocks)))))
+    side = st.one_of(st.integers(5, 24), st.sampled_from([33, 47, 64, 70]))
+    sizes = tuple(draw(st.lists(st.tuples(side, side), min_size=1, max_size=3)))
+    return ModelInputs(tuple(options.items()), sizes, draw(SEEDS))

@@ -1,0 +1,6 @@
+"""Bugs that the suite must find: the tables, and how they are planted."""
+
+from smca.conformance.mutants.plant import MUTANTS, Death, kill, planted
+from smca.conformance.mutants.table import Mutant
+
+__all__ = ["MUTANTS", "Death", "Mutant", "kill", "planted"]

@@ -1,0 +1,226 @@
+"""Proof that the suite can fail: every bug of `table` is planted by itself, and a property must go red."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import itertools
+import re
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import smca.gpu
+import smca.reference
+from smca.conformance.implementations.ours import Criterion, Oracle
+from smca.conformance.implementations.pytorch import LIFTED, Auto, TorchModel, Triton
+from smca.conformance.mutants.table import ORACLE, Mutant
+from smca.conformance.mutants.table_gpu import DROPOUT, KERNELS, LIFTING, PRODUCTION
+from smca.conformance.property import Property
+from smca.conformance.runner import Case, Profile, run
+from smca.gpu.attention import fused as fused_attention
+
+MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING]
+
+FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
+REPLACED = {
+    "reference": r"smca\.reference",
+    # Of the production package only what the mutants are in or what uses them: the rest, with its registrations, is shared.
+    "gpu": r"smca\.gpu(?=\.(?:attention|loss|model)\b)",
+}
+_ATTENTION = (
+    "smca_attention",
+    "smca_attention_vjp",
+    "multi_scale_smca_attention",
+    "multi_scale_smca_attention_vjp",
+)
+CONCERNS = {
+    "gaussian": _ATTENTION[:3],
+    **dict.fromkeys(("attention", "dispatch", "eager", "lifted"), _ATTENTION),
+    "fused_kernels": ("smca_attention", "smca_attention_vjp"),
+    "boxes": ("generalized_box_iou", "match_cost", "set_loss", "set_loss_vjp"),
+    "matching": ("match_cost", "assign", "set_loss"),
+    "matcher": ("match_cost", "set_loss"),
+    "losses": ("set_loss",),
+    "criterion": ("set_loss", "set_loss_vjp"),
+}
+"""File → the operations that a bug in it can reach; of any other file, the whole model."""
+
+_count = itertools.count()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of a package under another name, one of them changed."""
+
+    def __init__(self, name: str, mutant: Mutant) -> None:
+        self.name, self.mutant = name, mutant
+        self.folder = FOLDERS[f"smca.{mutant.package}"]
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith(f"{self.name}."):
+            return None
+        folder = self.folder.joinpath(*fullname.removeprefix(f"{self.name}.").split("."))
+        return importlib.util.spec_from_loader(fullname, _Loader(self), is_package=folder.is_dir())
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, finder: _Finder) -> None:
+        self.finder = finder
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        mutant, name = self.finder.mutant, module.__name__.removeprefix(f"{self.finder.name}.")
+        folder = self.finder.folder.joinpath(*name.split("."))
+        path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        text = path.read_text(encoding="utf-8")
+        if name == mutant.module:
+            text = _changed(text, mutant)
+        text = re.sub(REPLACED[mutant.package], self.finder.name, text)
+        text = text.replace(
+            '"smca::', f'"{self.finder.name}::'
+        )  # a custom op of that name would take the true one's place
+        module.__file__ = str(path)
+        exec(compile(text, f"<{path.name} with the bug: {mutant.bug}>", "exec"), module.__dict__)
+
+
+def _changed(text: str, mutant: Mutant) -> str:
+    if text.count(mutant.source) != 1:
+        raise ValueError(
+            f"mutant {mutant.bug!r}: its source stands {text.count(mutant.source)} times in {mutant.module}.py, expected "
+            "once: bring the table up to date"
+        )
+    return text.replace(mutant.source, mutant.replacement)
+
+
+@contextmanager
+def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
+    """The fused kernels with the bug in them. Triton reads the source of what it compiles: it has to be in a file."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernels: Any = Triton(device)
+    kernels.share = 0.25 if mutant in DROPOUT else 1.0
+    kernels.dtypes = ("float16",) if mutant in LIFTING else ("float32",)
+    text = (FOLDERS["smca.gpu"] / "attention/fused_kernels.py").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"mutant_{next(_count)}.py"
+        path.write_text(_changed(text, mutant), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with mock.patch.object(fused_attention, "_kernels", return_value=module):
+            yield [kernels]
+
+
+@contextmanager
+def planted(mutant: Mutant) -> Iterator[list[Any]]:
+    """Implementations with the bug in them.
+
+    Raises:
+        Unavailable: what it is in cannot run on this machine.
+    """
+    if mutant.module == "attention.fused_kernels":
+        with _in_kernels(mutant) as implementations:
+            yield implementations
+        return
+    name = f"_smca_mutant_{next(_count)}"
+    package, finder = types.ModuleType(name), _Finder(name, mutant)
+    package.__path__ = []
+    sys.modules[name] = package
+    sys.meta_path.insert(0, finder)
+    try:
+        if mutant.package == "reference":
+            oracle: Any = Oracle()
+            oracle.share = 1.0
+            for module in ("attention", "boxes", "matching", "losses", "model"):
+                setattr(oracle, module, importlib.import_module(f"{name}.{module}"))
+            yield [oracle]
+        else:
+            yield _production(name, mutant)
+    finally:
+        sys.meta_path.remove(finder)
+        for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+            del sys.modules[loaded]
+
+
+def _production(name: str, mutant: Mutant) -> list[Any]:
+    if mutant.module.startswith("attention."):
+        # The backend that the bug is named after; what is none's shows in any.
+        backend: Any = TorchModel("eager", "cpu", ("float64", "float16"), {})
+        if mutant.bug.startswith("lifted"):
+            backend = TorchModel("lifted", "cpu", ("float64", "float16"), LIFTED)
+        elif mutant.bug.startswith("auto"):
+            backend = Auto("cpu")
+            backend.share, backend.dtypes = 1.0, ("float32", "float16")
+        backend.attention = importlib.import_module(f"{name}.attention")
+        backend.forward = backend.forward_vjp = None
+        return [backend]
+    if mutant.module.startswith("model."):
+        model: Any = TorchModel("eager", "cpu", ("float64",), {})
+        model.model = importlib.import_module(f"{name}.model").SMCADETR
+        return [model]
+    criterion: Any = Criterion("scipy", "cpu")
+    for module in ("boxes", "matcher", "criterion"):
+        setattr(criterion, module, importlib.import_module(f"{name}.loss.{module}"))
+    return [criterion]
+
+
+@dataclass(frozen=True)
+class Death:
+    """What killed a mutant, and when."""
+
+    mutant: Mutant
+    killer: str
+    """Name of the first property that failed; empty if none did: the mutant lives."""
+    examples: int
+    """Tried by that property until it failed."""
+    without_oracle: tuple[str, ...]
+    """Properties that fail and compare with nothing but the implementation itself; looked for only if asked to."""
+    first_seconds: float
+    """From planting it to the first property that failed."""
+    message: str
+
+
+def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, thorough: bool = False) -> Death:
+    """Run the properties that a bug there can reach: first equality with the oracle, then the others.
+
+    Args:
+        mutant: what to plant.
+        properties: all there are.
+        profile: how many examples of each.
+        thorough: don't stop at the first that fails; find all that fail without the oracle.
+    """
+    operations = CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))
+    operations = ("smca_attention_dropout",) if mutant in DROPOUT else operations
+    concerned = [prop for prop in properties if prop.operation in operations]
+    concerned.sort(key=lambda prop: not prop.oracle)
+    begun, first, killer, examples, message, without = time.perf_counter(), 0.0, "", 0, "", []
+    with planted(mutant) as implementations:
+        for prop in concerned:
+            for implementation in implementations:
+                for dtype in implementation.dtypes:
+                    case = Case(prop, implementation, dtype)
+                    if case.missing or (prop.dtypes and dtype not in prop.dtypes) or prop.name in without:
+                        continue
+                    outcome = run(case, profile, shrink=False)
+                    if outcome.status != "failed":
+                        continue
+                    if not killer:
+                        killer, examples, message = prop.name, outcome.worst.examples, outcome.message
+                        first = time.perf_counter() - begun
+                    if not thorough:
+                        return Death(mutant, killer, examples, (), first, message)
+                    if not prop.oracle:
+                        without.append(prop.name)
+    return Death(mutant, killer, examples, tuple(without), first, message)

@@ -1,0 +1,115 @@
+"""What must be true of attention dropout: each weight kept or dropped, and by the backward pass as by the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from smca.conformance.inputs.attention import AttentionArrays
+from smca.conformance.inputs.distance import MANY_WEIGHTS, DropoutInputs, dropout_inputs
+from smca.conformance.properties.attention import bounds, real_keys
+from smca.conformance.properties.gradients import GRADIENTS
+from smca.conformance.property import Judge, Property, property_of
+from smca.reference import attention as oracle
+from smca.reference.gaussian import key_minus_center
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+PROPERTIES: list[Property] = []
+
+DROPOUT = (
+    "O = (A∘m/(1 − p))·V with m ∈ {0, 1}, P(m = 0) = p; backwards reference/attention.py (7) to (12) with the same m: "
+    "V̄ = (A∘m/(1 − p))ᵀ·Ō, Ā = (Ō·Vᵀ)∘m/(1 − p)"
+)
+WIDE = ("float64", "float32", "bfloat16")
+"""In float16 light weights underflow: to read off a weight of 0 that it was dropped needs more range."""
+
+
+def result(impl: Any, x: AttentionArrays, recipe: DropoutInputs, dtype: str, seed: int) -> list[Array]:
+    found = impl.smca_attention_dropout(x.grad_out, *x.arguments, recipe.rate, seed, dtype=dtype)
+    return [np.asarray(array, dtype=np.float64) for array in found]
+
+
+def weights_by(attend: Callable[[AttentionArrays], Array], x: AttentionArrays) -> Array:
+    """A [B, h, N, L], read off the output for values of 0 and 1, as many keys at a time as there are channels."""
+    keys, channels = x.level.v.shape[2:]
+    columns = []
+    for start in range(0, keys, channels):
+        v, count = np.zeros_like(x.level.v), min(channels, keys - start)
+        v[:, :, np.arange(start, start + count), np.arange(count)] = 1.0
+        columns.append(attend(x._replace(level=x.level._replace(v=v)))[..., :count])
+    return np.concatenate(columns, axis=-1)
+
+
+def kept_by(impl: Any, x: AttentionArrays, recipe: DropoutInputs, dtype: str, seed: int) -> tuple[Array, Mask]:
+    seen = weights_by(lambda there: result(impl, there, recipe, dtype, seed)[0], x)
+    return seen, seen != 0
+
+
+@property_of(
+    "smca_attention_dropout.equals_the_oracle",
+    "output and gradients are the oracle's for those weights that are kept, the same ones forward and backward",
+    DROPOUT,
+    dropout_inputs(),
+    into=PROPERTIES,
+    dtypes=WIDE,
+)
+def dropout_equals_the_oracle(impl: Any, recipe: DropoutInputs, dtype: str, judge: Judge) -> None:
+    x, rate = recipe.arrays(dtype), recipe.rate
+    seen, kept = kept_by(impl, x, recipe, dtype, recipe.seed)
+    weights = weights_by(lambda there: oracle.smca_attention(*there.arguments), x)
+    there, limits = real_keys(x)[:, None, :, None], bounds(impl, x, dtype)
+    reach = weights_by(lambda one: bounds(impl, one, dtype).out, x) / (1 - rate)
+    judge.close(seen, weights * kept / (1 - rate), reach, "A with dropout,")
+
+    k, v = (np.where(there, array, 0.0) for array in (x.level.k, x.level.v))
+    dropped, root_d = weights * kept / (1 - rate), x.q.shape[-1] ** 0.5
+    dweights = x.grad_out @ np.swapaxes(v, -1, -2) * kept / (1 - rate)
+    dlogits = weights * (dweights - np.sum(weights * dweights, axis=-1, keepdims=True))
+    difference = key_minus_center(x.level.center_xy, x.level.size)
+    expected = (
+        dropped @ v,
+        dlogits @ k / root_d,
+        np.swapaxes(dlogits, -1, -2) @ x.q / root_d,
+        np.swapaxes(dropped, -1, -2) @ x.grad_out,
+        x.level.precision_xy * np.einsum("bhnl,bhnla->bhna", dlogits, difference),
+        np.einsum("bhnl,bhnla->bhna", dlogits, -0.5 * difference**2),
+    )
+    found, names = result(impl, x, recipe, dtype, recipe.seed), ("output", *GRADIENTS)
+    for name, got, want, limit in zip(names, found, expected, (limits.out, *limits.gradients), strict=True):
+        judge.close(got, want, limit / (1 - rate), f"for the weights kept, {name}")
+
+
+@property_of(
+    "smca_attention_dropout.drops_its_share",
+    "as many weights are dropped as the rate says: the same ones again for the same seed, and others for another seed, "
+    "image, head or query",
+    DROPOUT,
+    dropout_inputs(),
+    into=PROPERTIES,
+    dtypes=WIDE,
+    always=MANY_WEIGHTS,
+)
+def drops_its_share(impl: Any, recipe: DropoutInputs, dtype: str, judge: Judge) -> None:
+    x, rate = recipe.arrays(dtype), recipe.rate
+    _, kept = kept_by(impl, x, recipe, dtype, recipe.seed)
+    real = np.broadcast_to(real_keys(x)[:, None, None], kept.shape)
+    # Times the constant of the operation, 2, six standard deviations: a false alarm in 10⁹ examples.
+    deviation = (rate * (1 - rate) / int(real.sum())) ** 0.5
+    judge.close(kept[real].mean(), 1 - rate, 3 * deviation + 1e-9, "part of the weights kept")
+    _, again = kept_by(impl, x, recipe, dtype, recipe.seed)
+    judge.holds(bool((again == kept).all()), "the same seed dropped other weights the second time")
+    _, other = kept_by(impl, x, recipe, dtype, (recipe.seed + 1 + 2**63) % 2**64 - 2**63)
+    pairs = {"seed": (kept[real], other[real])}
+    for axis, name in enumerate(("image", "head", "query")):
+        if kept.shape[axis] > 1:
+            both = np.take(real, 0, axis) & np.take(real, 1, axis)
+            pairs[name] = np.take(kept, 0, axis)[both], np.take(kept, 1, axis)[both]
+    for name, (one, two) in pairs.items():
+        # By chance n draws agree with a probability of (p² + (1 − p)²)ⁿ.
+        if len(one) * np.log(rate**2 + (1 - rate) ** 2) < np.log(1e-12):
+            judge.holds(not (one == two).all(), f"another {name} had the very same weights dropped")

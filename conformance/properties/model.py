@@ -1,0 +1,193 @@
+"""What must be true of the whole model, from backbone features to logits and boxes, and of the gradient of every parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+from smca.conformance.inputs.model import CONFIGURATIONS, ModelArrays, ModelInputs, model_inputs
+from smca.conformance.property import Judge, Property, property_of
+from smca.conformance.tolerances import UNIT_ROUNDOFF
+from smca.reference import model as oracle
+
+Array = npt.NDArray[np.float64]
+
+PROPERTIES: list[Property] = []
+
+MODEL = "method.md §1 to §5; reference/model.py, equations (1) to (6), with the decoder's and the encoder's"
+PADDED = "method.md §2 and §5: padded keys get a logit of −∞; boxes are relative to the unpadded image"
+NAMES = ("logits", "boxes")
+WHOLE = ("float64", "float32")
+"""In half precision only parts of a model run in it (autocast): there is no one dtype to hold the whole to."""
+PERTURBATION = 2.0**-30
+
+
+def forward(impl: Any, x: ModelArrays, dtype: str) -> dict[str, Array]:
+    found = impl.forward(x.params, x.features, x.valid_sizes, x.config, dtype=dtype)
+    return {name: np.asarray(found[name], dtype=np.float64) for name in NAMES}
+
+
+def bounds(x: ModelArrays, seed: int, dtype: str, expected: dict[str, Array] | None = None) -> dict[str, Array]:
+    """u · the condition number, measured: how far the oracle's answer moves when every parameter and every feature is
+    moved by a relative amount, of random sign, per unit of that amount; times the number of layers, each of which rounds.
+    `expected`: the oracle's answer, if it is known.
+    """
+    rng, expected = np.random.default_rng(seed), expected or oracle.forward(*x)
+    moved = {name: np.zeros(()) for name in NAMES}
+    for _ in range(2):
+
+        def nudge(values: Array) -> Array:
+            return values * (1 + PERTURBATION * rng.choice([-1, 1], values.shape))
+
+        params = {name: nudge(value) for name, value in x.params.items()}
+        there = oracle.forward(params, [nudge(f) for f in x.features], x.valid_sizes, x.config)
+        for name in NAMES:
+            # The largest entry of an image: single entries can happen to stand still.
+            change = np.abs(there[name] - expected[name]).max(axis=(0, 2, 3), keepdims=True) / PERTURBATION
+            moved[name] = np.maximum(moved[name], change)
+    layers = x.config.encoder_layers + x.config.decoder_layers + 1
+    return {name: UNIT_ROUNDOFF[dtype] * layers * (moved[name] + np.abs(expected[name]) + 1) for name in NAMES}
+
+
+def compare(
+    got: dict[str, Array], want: dict[str, Array], limits: dict[str, Array], judge: Judge, prefix: str = ""
+) -> None:
+    for name in NAMES:
+        judge.close(got[name], want[name], limits[name], prefix + name)
+
+
+@property_of(
+    "forward.equals_the_oracle",
+    "logits and boxes of every layer equal the oracle's",
+    MODEL,
+    model_inputs(),
+    into=PROPERTIES,
+    dtypes=WHOLE,
+    share=0.5,
+    always=CONFIGURATIONS,
+)
+def model_equals_the_oracle(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    expected = oracle.forward(*x)
+    compare(forward(impl, x, dtype), expected, bounds(x, recipe.seed, dtype, expected), judge)
+
+
+@property_of(
+    "forward.padding_changes_nothing",
+    "an image beside a larger one, with NaN in its padded cells, gives what it gives alone",
+    PADDED,
+    model_inputs(),
+    into=PROPERTIES,
+    dtypes=WHOLE,
+    share=0.25,
+)
+def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    # The first image alone, on maps that just hold it; then on maps with more rows and columns, full of NaN.
+    size = x.valid_sizes[:1]
+    strides = x.config.strides[: x.levels_given]
+    cells = [tuple(int(-(-side // stride)) for side in size[0]) for stride in strides]
+    alone = [f[:1, :, : c[0], : c[1]].copy() for f, c in zip(x.features, cells, strict=True)]
+    coarsest, factor = x.config.strides[-1], 1 + recipe.seed % 2
+    room = (np.ceil(size[0] / coarsest) + factor) * coarsest  # whole cells of every level
+    beside = []
+    for feature, stride in zip(alone, strides, strict=True):
+        rows, columns = (int(-(-side // stride)) for side in room)
+        larger = np.full((1, feature.shape[1], rows, columns), np.nan)
+        larger[:, :, : feature.shape[2], : feature.shape[3]] = feature
+        beside.append(larger)
+    one = x._replace(features=alone, valid_sizes=size)
+    limits = {name: 2 * value for name, value in bounds(one, recipe.seed, dtype).items()}
+    compare(
+        forward(impl, x._replace(features=beside, valid_sizes=size), dtype), forward(impl, one, dtype), limits, judge
+    )
+
+
+@property_of(
+    "forward.batch_equals_singles",
+    "each image of a batch gives what it gives alone on the same maps",
+    PADDED,
+    model_inputs(),
+    into=PROPERTIES,
+    dtypes=WHOLE,
+    share=0.25,
+)
+def batch_equals_singles(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    whole, limits = forward(impl, x, dtype), bounds(x, recipe.seed, dtype)
+    for b in range(len(x.valid_sizes)):
+        one = slice(b, b + 1)
+        alone = forward(impl, x._replace(features=[f[one] for f in x.features], valid_sizes=x.valid_sizes[one]), dtype)
+        part = {name: whole[name][:, one] for name in NAMES}
+        compare(part, alone, {name: 2 * limits[name][:, one] for name in NAMES}, judge, f"of image {b}, ")
+
+
+@property_of(
+    "forward.reordering_queries",
+    "queries reordered, with what is learned for them, reorder the output: they are a set",
+    "method.md, first paragraph: learned object queries in a set; nothing in the decoder knows their order",
+    model_inputs(),
+    into=PROPERTIES,
+    dtypes=WHOLE,
+    share=0.25,
+)
+def reordering_queries(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    order = np.random.default_rng(recipe.seed).permutation(x.config.num_queries)
+    params = {
+        n: v[order] if n in ("decoder.query_position", "decoder.query_center") else v for n, v in x.params.items()
+    }
+    limits = {name: 2 * value for name, value in bounds(x, recipe.seed, dtype).items()}
+    expected = {name: value[:, :, order] for name, value in forward(impl, x, dtype).items()}
+    limits = {name: np.broadcast_to(limits[name], expected[name].shape)[:, :, order] for name in NAMES}
+    compare(forward(impl, x._replace(params=params), dtype), expected, limits, judge)
+
+
+@property_of(
+    "forward_vjp.every_parameter",
+    "the gradient of every parameter agrees with central differences of the oracle",
+    "the definition of a derivative (with box refinement the reference point of a layer is held fixed by definition, "
+    "docs/deviations.md, so it is left out)",
+    model_inputs(box_refinement=False, decoder_layers=st.integers(1, 2), encoder_layers=st.integers(0, 1)),
+    into=PROPERTIES,
+    dtypes=["float64"],
+    share=0.1,
+    always=[recipe for recipe in CONFIGURATIONS if ("box_refinement", True) not in recipe.options],
+)
+def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    rng, step = np.random.default_rng(recipe.seed), 2.0**-17
+    expected = oracle.forward(*x)
+    seeds = [rng.normal(size=expected[name].shape) for name in NAMES]
+    gradients = impl.forward_vjp(*seeds, *x, dtype=dtype)
+    judge.holds(
+        sorted(gradients) == sorted(x.params), f"got gradients of {sorted(gradients)}, expected {sorted(x.params)}"
+    )
+    size = float(sum(np.abs(seed * expected[name]).sum() for seed, name in zip(seeds, NAMES, strict=True)))
+    # A few parameters an example: differences of all would take seconds, and other examples draw the others.
+    count = 5 if recipe in CONFIGURATIONS else 1
+    here = sum(float((seed * expected[name]).sum()) for seed, name in zip(seeds, NAMES, strict=True))
+    for name in rng.permutation(sorted(x.params))[:count].tolist():
+        values = x.params[name]
+        direction = rng.normal(size=values.shape)
+
+        def along(t: float, name: str = name, values: Array = values, moved: Array = direction) -> float:
+            there = oracle.forward({**x.params, name: values + t * moved}, x.features, x.valid_sizes, x.config)
+            return float(sum((seed * there[key]).sum() for seed, key in zip(seeds, NAMES, strict=True)))
+
+        ahead, behind = along(step), along(-step)
+        far_ahead, far_behind = along(2 * step), along(-2 * step)
+        wanted, coarse = (ahead - behind) / (2 * step), (far_ahead - far_behind) / (4 * step)
+        noise = 2.0**-53 / step * (size + 1)
+        # Slopes ahead and behind differ in proportion to the step, but for a ReLU that switches in between: not comparable.
+        bend, far_bend = ahead - 2 * here + behind, (far_ahead - 2 * here + far_behind) / 2
+        if abs(bend) / step > 0.75 * abs(far_bend) / step + 4 * noise:
+            continue
+        # Many ReLUs that switch look like a bend. Three estimates of what they do: each is small by chance, hardly all of them.
+        limit = abs(coarse - wanted) + (abs(bend) + abs(far_bend)) / step + noise + 1e-6 * abs(wanted)
+        judge.close(
+            (np.asarray(gradients[name]) * direction).sum(), wanted, limit, f"gradient of {name} along a direction, "
+        )
