@@ -31,10 +31,13 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Type checkers don't see through an editable install's import hook: these links show them smca.<folder> as a plain tree.
+# Type checkers and editors don't see through an editable install's import hook. These links show them smca.<folder> as a plain tree,
+# and a path file in the environment leads there. (Python then imports through the links, too; without them, by the hook.)
 types:
 	@mkdir -p build/types/smca
 	@for package in $(PACKAGES); do ln -sfn ../../../$$package build/types/smca/$$package; done
+	@test ! -x $(BIN)/python || $(BIN)/python -c 'import pathlib, sysconfig; \
+		pathlib.Path(sysconfig.get_path("purelib"), "zz-smca-sources.pth").write_text("$(CURDIR)/build/types\n")'
 
 demo: setup  ## train on the built-in data and evaluate: minutes on a laptop; results in runs/demo
 	$(BIN)/smca train demo --output runs/demo --overwrite

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -76,3 +77,12 @@ def test_constraints_pin_every_dependency() -> None:
     pinned = {plain(line) for line in pins}
     needed = {plain(r) for r in (*project["dependencies"], *project["optional-dependencies"]["dev"])}
     assert needed - pinned == set()
+
+
+def test_an_editor_that_knows_only_the_environment_finds_the_sources() -> None:
+    """By the path file that `make setup` leaves there: pyright without settings resolves smca.gpu.attention."""
+    if Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("needs the environment that `make setup` builds")
+    (line,) = Path(sysconfig.get_path("purelib"), "zz-smca-sources.pth").read_text(encoding="utf-8").splitlines()
+    for package in PACKAGES:
+        assert (Path(line) / "smca" / package).resolve() == ROOT / package

@@ -213,9 +213,7 @@ def load(path: Path, name: str) -> types.ModuleType:
 @pytest.fixture(scope="module")
 def test_modules() -> dict[str, types.ModuleType]:
     names = ("attention", "scales", "boxes", "matching", "losses", "encoder", "model")
-    return {
-        name: load(Path(__file__).with_name(f"test_{name}.py"), f"_under_mutation_{name}") for name in names
-    }
+    return {name: load(Path(__file__).with_name(f"test_{name}.py"), f"_under_mutation_{name}") for name in names}
 
 
 def arguments(tests: types.ModuleType, given: tuple[Any, ...]) -> tuple[Any, ...]:
