@@ -14,7 +14,7 @@ Sources: method.md §5; GIoU is arXiv 1902.09630; DETR, "Bounding box loss".
 
 import numpy as np
 
-from smca.reference.arrays import FloatArray, require_shape
+from smca.reference.arrays import FloatArray
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: FloatArray) -> FloatArray:
@@ -58,55 +58,54 @@ def xyxy_to_cxcywh(boxes_xyxy: FloatArray) -> FloatArray:
 
 
 def box_iou(boxes1_xyxy: FloatArray, boxes2_xyxy: FloatArray) -> FloatArray:
-    """Intersection over union of every pair. Equation (2).
+    """Intersection over union, box by box. Equation (2).
 
     Args:
-        boxes1_xyxy: [n, 4], (left, top, right, bottom).
-        boxes2_xyxy: [m, 4], in the same unit.
+        boxes1_xyxy: [..., 4], (left, top, right, bottom).
+        boxes2_xyxy: [..., 4], in the same unit; broadcast against the first: [n, 1, 4] and [m, 4] give every pair.
 
     Returns:
-        [n, m] in [0, 1]; 0 where neither box has an area.
+        [...] in [0, 1]; 0 where neither box has an area.
 
     Raises:
-        ValueError: another shape, or a box whose right is left of its left or whose bottom is above its top.
+        ValueError: another last axis, or a box whose right is left of its left or whose bottom is above its top.
 
     Two squares of 2 × 2, one step apart, share 1 × 2 of 6:
 
-    >>> box_iou(np.array([[0.0, 0.0, 2.0, 2.0]]), np.array([[1.0, 0.0, 3.0, 2.0]])).round(4).tolist()
-    [[0.3333]]
+    >>> float(box_iou(np.array([0.0, 0.0, 2.0, 2.0]), np.array([1.0, 0.0, 3.0, 2.0])).round(4))
+    0.3333
     """
     intersection, union, _ = _areas(boxes1_xyxy, boxes2_xyxy)
     return _ratio(intersection, union)
 
 
 def generalized_box_iou(boxes1_xyxy: FloatArray, boxes2_xyxy: FloatArray) -> FloatArray:
-    """Generalised intersection over union of every pair. Equation (3).
+    """Generalised intersection over union, box by box. Equation (3).
 
     Args:
-        boxes1_xyxy: [n, 4], (left, top, right, bottom).
-        boxes2_xyxy: [m, 4], in the same unit.
+        boxes1_xyxy: [..., 4], (left, top, right, bottom).
+        boxes2_xyxy: [..., 4], in the same unit; broadcast against the first: [n, 1, 4] and [m, 4] give every pair.
 
     Returns:
-        [n, m] in [−1, 1]; 1 for equal boxes with an area, 0 where both lie on one axis-parallel line.
+        [...] in [−1, 1]; 1 for equal boxes with an area, 0 where both lie on one axis-parallel line.
 
     Raises:
         ValueError: as `box_iou`.
 
     Two unit squares with one empty unit between them, in a hull of 3: 0 − (3 − 2)/3. And a box with itself:
 
-    >>> square = np.array([[0.0, 0.0, 1.0, 1.0]])
+    >>> square = np.array([0.0, 0.0, 1.0, 1.0])
     >>> generalized_box_iou(square, np.array([[2.0, 0.0, 3.0, 1.0], [0.0, 0.0, 1.0, 1.0]])).round(4).tolist()
-    [[-0.3333, 1.0]]
+    [-0.3333, 1.0]
     """
     intersection, union, hull = _areas(boxes1_xyxy, boxes2_xyxy)
     return _ratio(intersection, union) - _ratio(hull - union, hull)
 
 
-def _areas(a_xyxy: FloatArray, b_xyxy: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Areas of intersection, union and hull of every pair, each [n, m]."""
-    _check_boxes("boxes1_xyxy", a_xyxy)
-    _check_boxes("boxes2_xyxy", b_xyxy)
-    a, b = a_xyxy[:, None, :], b_xyxy[None, :, :]  # [n, 1, 4], [1, m, 4]
+def _areas(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Areas of intersection, union and hull, each [...]."""
+    _check_boxes("boxes1_xyxy", a)
+    _check_boxes("boxes2_xyxy", b)
     overlap_wh = np.maximum(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0.0)
     intersection = np.prod(overlap_wh, axis=-1)
     union = np.prod(a[..., 2:] - a[..., :2], axis=-1) + np.prod(b[..., 2:] - b[..., :2], axis=-1) - intersection
@@ -125,11 +124,11 @@ def _check_last_axis(name: str, boxes: FloatArray) -> None:
 
 
 def _check_boxes(name: str, boxes_xyxy: FloatArray) -> None:
-    require_shape(name, boxes_xyxy, (None, 4), "Give a list of boxes; reshape an empty one to (0, 4).")
-    inverted = np.any(boxes_xyxy[:, 2:] < boxes_xyxy[:, :2], axis=-1)
+    _check_last_axis(name, boxes_xyxy)
+    inverted = np.any(boxes_xyxy[..., 2:] < boxes_xyxy[..., :2], axis=-1)
     if inverted.any():
-        first = int(np.argmax(inverted))
+        first = tuple(int(index[0]) for index in np.nonzero(inverted))
         raise ValueError(
-            f"{name}[{first}]: expected left ≤ right and top ≤ bottom, got {boxes_xyxy[first].tolist()}. "
+            f"{name}[{', '.join(map(str, first))}]: expected left ≤ right and top ≤ bottom, got {boxes_xyxy[first].tolist()}. "
             "If it is (centre, size), convert it with cxcywh_to_xyxy first."
         )

@@ -213,7 +213,7 @@ def cross_attention(
     for x, grid, (center_xy, precision_xy) in zip(memory, grids, priors, strict=True):
         k = split_heads(linear(x + grid.position, params, f"{name}.k_proj"), config.num_heads)
         v = split_heads(linear(x, params, f"{name}.v_proj"), config.num_heads)
-        levels.append(Level(k, v, center_xy, precision_xy, grid.size, grid.padding))
+        levels.append(Level(k, v, center_xy, precision_xy, grid.size, grid.key_padding_mask))
     attended = multi_scale_smca_attention(q, levels, level_weights)
     return linear(merge_heads(attended), params, f"{name}.out_proj")
 

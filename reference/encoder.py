@@ -97,7 +97,7 @@ def attend_within_levels(
 ) -> list[FloatArray]:
     """Each level attends to itself. Equation (2). J arrays [B, L_j, C] → the same."""
     return [
-        multi_head_attention(x + grid.position, x + grid.position, x, params, name, num_heads, grid.padding)
+        multi_head_attention(x + grid.position, x + grid.position, x, params, name, num_heads, grid.key_padding_mask)
         for x, grid in zip(levels, grids, strict=True)
     ]
 
@@ -108,7 +108,7 @@ def attend_across_levels(
     """All cells of all levels attend to each other. Equation (3). J arrays [B, L_j, C] → the same."""
     x = np.concatenate(list(levels), axis=1)  # [B, L_0 + L_1 + …, C]
     position = np.concatenate([grid.position for grid in grids], axis=1)
-    padding = np.concatenate([grid.padding for grid in grids], axis=1)
+    padding = np.concatenate([grid.key_padding_mask for grid in grids], axis=1)
     mixed = multi_head_attention(x + position, x + position, x, params, name, num_heads, padding)
     ends = np.cumsum([level.shape[1] for level in levels])
     return np.split(mixed, ends[:-1], axis=1)
@@ -141,7 +141,9 @@ def exchange(levels: Sequence[FloatArray], grids: Sequence[Grid], params: Params
     >>> fine.ravel().tolist(), coarse.ravel().tolist()
     ([11.0, 12.0, 24.0], [13.0, 26.0])
     """
-    maps = [zero_padded(map_of_cells(x, grid.size), grid.padding) for x, grid in zip(levels, grids, strict=True)]
+    maps = [
+        zero_padded(map_of_cells(x, grid.size), grid.key_padding_mask) for x, grid in zip(levels, grids, strict=True)
+    ]
     mixed = []
     for j, grid in enumerate(grids):
         y = depthwise_convolution(maps[j], params, f"{name}.own")

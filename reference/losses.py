@@ -172,8 +172,7 @@ def set_loss(
         present = np.zeros(logits.shape[1:])  # [B, N, K]
         present[image, query, labels[image, target]] = 1.0  # (2)
         predicted, wanted = boxes[layer, image, query], target_boxes[image, target]  # [pairs, 4] each
-        # Pairwise GIoU is [pairs, pairs]; a pair's own stands on the diagonal.
-        giou = np.diagonal(generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)))
+        giou = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
         sums = {
             "class": sigmoid_focal_loss(logits[layer], present).sum(),  # (4)
             "l1": np.abs(predicted - wanted).sum(),  # (5)

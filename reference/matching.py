@@ -114,7 +114,7 @@ def match_cost(
     positive, negative = focal_terms(logits[:, labels])  # [N, T] each
     cost_class = positive - negative
     cost_l1: FloatArray = np.abs(boxes_cxcywh[:, None, :] - target_boxes_cxcywh[None, :, :]).sum(axis=-1)
-    cost_giou = -generalized_box_iou(cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(target_boxes_cxcywh))
+    cost_giou = -generalized_box_iou(cxcywh_to_xyxy(boxes_cxcywh)[:, None], cxcywh_to_xyxy(target_boxes_cxcywh))
     return weights["class"] * cost_class + weights["l1"] * cost_l1 + weights["giou"] * cost_giou
 
 

@@ -83,7 +83,7 @@ def project(features: Sequence[FloatArray], grids: Sequence[Grid], params: Param
         if j < len(features):
             maps.append(convolution(features[j], params, f"input_proj.{j}"))  # (2)
         else:
-            source = zero_padded(maps[-1], grids[j - 1].padding)
+            source = zero_padded(maps[-1], grids[j - 1].key_padding_mask)
             maps.append(convolution(source, params, f"input_proj.{j}", stride=2))  # (3)
     return [cells_of_map(x) for x in maps]
 

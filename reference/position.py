@@ -33,7 +33,7 @@ class Grid(NamedTuple):
     """Pixels of the network's input a cell."""
     valid_cells: FloatArray
     """[B, 2], (height, width) of the unpadded images in cells, fractional."""
-    padding: BoolArray
+    key_padding_mask: BoolArray
     """[B, L], True where a cell holds no pixel of the image. No image has all its cells padded."""
     position: FloatArray
     """[B, L, C], what is added to queries and keys so that they know their place, and in which level it is."""

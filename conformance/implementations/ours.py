@@ -65,8 +65,8 @@ class Oracle:
     def assign(self, cost: Array, *, dtype: str) -> tuple[Array, Array]:
         return self.matching.linear_sum_assignment(cost)  # type: ignore[no-any-return]
 
-    def generalized_box_iou(self, *arguments: Any, dtype: str) -> Array:
-        return self.boxes.generalized_box_iou(*arguments)  # type: ignore[no-any-return]
+    def generalized_box_iou(self, boxes1: Array, boxes2: Array, *, dtype: str) -> Array:
+        return self.boxes.generalized_box_iou(boxes1[:, None], boxes2)  # type: ignore[no-any-return]
 
     def set_loss(self, logits: Array, boxes: Array, targets: Any, weights: Mapping[str, float], *, dtype: str) -> Any:
         return self.losses.set_loss({"logits": logits, "boxes": boxes}, targets, weights)
@@ -147,7 +147,7 @@ class Criterion:
     ) -> Array:
         targets = self._targets(labels[None], target_boxes[None], np.ones((1, len(labels)), dtype=bool), dtype)
         found = self._tensor(logits, dtype)[None, None], self._tensor(boxes, dtype)[None, None]
-        return numpy_of(self.matcher.match_cost(*found, targets, weights)[0, 0])
+        return numpy_of(self.matcher.match_costs(*found, targets, weights)[0, 0])
 
     def generalized_box_iou(self, boxes1: Array, boxes2: Array, *, dtype: str) -> Array:
         one, two = self._tensor(boxes1, dtype), self._tensor(boxes2, dtype)

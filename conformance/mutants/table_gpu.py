@@ -32,7 +32,7 @@ PRODUCTION: list[Mutant] = [
         ("one-hot target at the wrong query", "gpu", "loss.criterion", "query * classes + labels", "labels * classes + query"),
         ("padded targets matched", "gpu", "loss.criterion", "matched = query >= 0", "matched = query >= -1"),
         ("focal loss: gradient through the weight cut", "gpu", "loss.criterion",
-         "miss = p * (1 - target) + (1 - p) * target", "miss = (p * (1 - target) + (1 - p) * target).detach()"),
+         "miss = p * (1 - targets) + (1 - p) * targets", "miss = (p * (1 - targets) + (1 - p) * targets).detach()"),
         ("boxes cut from the graph in GIoU", "gpu", "loss.criterion",
          "generalized_box_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(true))) * matched",
          "generalized_box_iou(cxcywh_to_xyxy(pred.detach()), cxcywh_to_xyxy(true))) * matched"),

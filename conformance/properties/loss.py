@@ -233,7 +233,7 @@ def fixed_loss(x: LossArrays, query: npt.NDArray[np.int64]) -> float:
         present[image, query[m, image, target], x.targets.labels[image, target]] = 1.0
         pred, true = x.boxes[m, image, query[m, image, target]], x.targets.boxes[image, target]
         pairs = oracle_boxes.cxcywh_to_xyxy(pred), oracle_boxes.cxcywh_to_xyxy(true)
-        giou = np.diagonal(oracle_boxes.generalized_box_iou(*pairs))
+        giou = oracle_boxes.generalized_box_iou(*pairs)
         total += WEIGHTS["class"] * oracle.sigmoid_focal_loss(x.logits[m], present).sum() / number
         total += (WEIGHTS["l1"] * np.abs(pred - true).sum() + WEIGHTS["giou"] * (1 - giou).sum()) / number
     return float(total)

@@ -12,17 +12,20 @@ def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     return torch.cat([center - extent / 2, center + extent / 2], dim=-1)
 
 
-def generalized_box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Generalised IoU (arXiv 1902.09630) of boxes a and b, broadcast against each other: [..., 4], [..., 4] → [...].
+def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of boxes, broadcast against each other: [..., 4], [..., 4] → [...].
 
     Empty unions and empty hulls count as overlap 0 and gap 0, so degenerate boxes give finite values and gradients.
     """
-    low, high = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2]), torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    low, high = (
+        torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2]),
+        torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]),
+    )
     overlap = _product((high - low).clamp(min=0))
-    union = _area(a_xyxy) + _area(b_xyxy) - overlap
+    union = _area(boxes1_xyxy) + _area(boxes2_xyxy) - overlap
     hull_low, hull_high = (
-        torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2]),
-        torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]),
+        torch.minimum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2]),
+        torch.maximum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]),
     )
     hull = _product((hull_high - hull_low).clamp(min=0))
     tiny = torch.finfo(overlap.dtype).tiny

@@ -68,14 +68,16 @@ def one_hot(query: Tensor, labels: Tensor, matched: Tensor, shape: torch.Size) -
     return target.scatter_(2, flat, 1.0)[..., :-1].reshape(shape)
 
 
-def sigmoid_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Focal loss (arXiv 1708.02002, eq. 5) of each logit against a 0/1 target of the same shape; α = ¼, γ = 2."""
-    target = target.to(logits.dtype)
+def sigmoid_focal_loss(
+    logits: Tensor, targets: Tensor, alpha: float = FOCAL_ALPHA, gamma: float = FOCAL_GAMMA
+) -> Tensor:
+    """Focal loss (arXiv 1708.02002, eq. 5) of each logit against a 0/1 target, in the shape of both; α weighs the ones."""
+    targets = targets.to(logits.dtype)
     p = logits.sigmoid()
-    cross_entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    miss = p * (1 - target) + (1 - p) * target  # 1 − probability given to the truth
-    alpha = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
-    return alpha * miss**FOCAL_GAMMA * cross_entropy
+    cross_entropy = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    miss = p * (1 - targets) + (1 - p) * targets  # 1 − probability given to the truth
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return weight * miss**gamma * cross_entropy
 
 
 def _num_boxes(valid: Tensor) -> Tensor:

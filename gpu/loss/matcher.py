@@ -36,7 +36,7 @@ class NonFiniteError(ValueError):
 
 
 @torch.no_grad()
-def match_cost(logits: Tensor, boxes: Tensor, targets: Targets, weights: Mapping[str, float]) -> Tensor:
+def match_costs(logits: Tensor, boxes: Tensor, targets: Targets, weights: Mapping[str, float]) -> Tensor:
     """Cost of giving each target to each query of the same image (docs/method.md §5).
 
     Args:
@@ -83,7 +83,7 @@ def match(
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown matcher backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    cost = match_cost(logits.float() if logits.dtype != torch.float64 else logits, boxes, targets, weights)
+    cost = match_costs(logits.float() if logits.dtype != torch.float64 else logits, boxes, targets, weights)
     missing = "it takes float32 costs" if cost.dtype != torch.float32 else assignment.available(cost.device)
     if backend == "cupy" and missing:
         raise ValueError(f"matcher backend 'cupy' cannot run here: {missing}")

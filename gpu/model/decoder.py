@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from smca.gpu.attention import Level, multi_scale_smca_attention
 from smca.gpu.config import ModelConfig
-from smca.gpu.model.layers import MLP, Attention, Grid, feed_forward, plain_attention, split_levels
+from smca.gpu.model.layers import MLP, Attention, Grid, feed_forward_block, plain_attention, split_levels
 from smca.gpu.model.position import sine_of_points
 from smca.gpu.model.prior import Prior
 
@@ -97,9 +97,9 @@ class DecoderLayer(nn.Module):
             found = torch.einsum("jbhnd,bnj->bhnd", torch.stack(each), weights)
         t = t + self.dropout(self.cross_attn.merge(found))
         if self.pre_norm:
-            return t + feed_forward(self.norm3(t), self.linear1, self.linear2, self.dropout)
+            return t + feed_forward_block(self.norm3(t), self.linear1, self.linear2, self.dropout)
         t = self.norm2(t)
-        return cast(Tensor, self.norm3(t + feed_forward(t, self.linear1, self.linear2, self.dropout)))
+        return cast(Tensor, self.norm3(t + feed_forward_block(t, self.linear1, self.linear2, self.dropout)))
 
     def _level_weights(self, state: Tensor | None, like: Tensor, levels: int) -> Tensor:
         """α of docs/method.md §4, what each query takes from each level: [B, N, J]."""

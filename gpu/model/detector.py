@@ -28,7 +28,7 @@ from smca.gpu.model.decoder import Decoder
 from smca.gpu.model.detections import Detections, decode
 from smca.gpu.model.encoder import Encoder
 from smca.gpu.model.layers import Grid
-from smca.gpu.model.position import sine_position
+from smca.gpu.model.position import sine_position_encoding
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -114,7 +114,7 @@ class SMCADETR(nn.Module):
             mask = _key_padding_mask(valid_cells, size) if padded else None  # [B, H, W]
             if mask is not None:
                 level_map = level_map.masked_fill(mask[:, None], 0.0)
-            pos = sine_position(valid_cells, size, self.config.hidden_dim)
+            pos = sine_position_encoding(size, valid_cells, self.config.hidden_dim)
             grids.append(Grid(size, valid_cells, None if mask is None else mask.flatten(1)))
             tokens.append(level_map.flatten(2).transpose(1, 2))
             positions.append(pos if self.level_embed is None else pos + self.level_embed[level])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from smca.gpu.config import ModelConfig
-from smca.gpu.model.layers import Attention, Grid, feed_forward, joint_padding_mask, plain_attention, split_levels
+from smca.gpu.model.layers import Attention, Grid, feed_forward_block, joint_padding_mask, plain_attention, split_levels
 
 
 class Exchange(nn.Module):
@@ -88,9 +88,9 @@ class EncoderLayer(nn.Module):
         """x and pos [B, ΣL, C] → [B, ΣL, C]."""
         if self.pre_norm:
             x = x + self.dropout(self._mix(self.norm1(x), pos, grids))
-            return x + feed_forward(self.norm2(x), self.linear1, self.linear2, self.dropout)
+            return x + feed_forward_block(self.norm2(x), self.linear1, self.linear2, self.dropout)
         x = self.norm1(x + self.dropout(self._mix(x, pos, grids)))
-        return cast(Tensor, self.norm2(x + feed_forward(x, self.linear1, self.linear2, self.dropout)))
+        return cast(Tensor, self.norm2(x + feed_forward_block(x, self.linear1, self.linear2, self.dropout)))
 
     def _mix(self, x: Tensor, pos: Tensor, grids: Sequence[Grid]) -> Tensor:
         if self.conv is not None:

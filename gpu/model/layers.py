@@ -126,6 +126,6 @@ class Attention(nn.Module):
         return self.merge(plain_attention(*self.project(query, key, value), key_padding_mask))
 
 
-def feed_forward(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Module) -> Tensor:
+def feed_forward_block(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Module) -> Tensor:
     """linear2(relu(linear1(x))) with dropout after each: [..., C] → [..., C]."""
     return cast(Tensor, dropout(linear2(dropout(functional.relu(linear1(x))))))

@@ -10,16 +10,16 @@ from torch import Tensor
 TEMPERATURE = 10000.0
 
 
-def sine_position(valid_cells: Tensor, size: tuple[int, int], dim: int) -> Tensor:
-    """Encoding [B, H·W, dim] of the cells of a map.
+def sine_position_encoding(size: tuple[int, int], valid_cells: Tensor, channels: int) -> Tensor:
+    """Encoding [B, H·W, channels] of the cells of a map.
 
     A cell's coordinate is its centre over the unpadded extent; valid_cells [B, 2] = (h, w) of the unpadded image in cells.
     """
     height, width = size
     y = (torch.arange(height, device=valid_cells.device) + 0.5).to(valid_cells) / valid_cells[:, :1]
     x = (torch.arange(width, device=valid_cells.device) + 0.5).to(valid_cells) / valid_cells[:, 1:]
-    rows = _waves(y, dim // 2)[:, :, None].expand(-1, -1, width, -1)
-    columns = _waves(x, dim // 2)[:, None].expand(-1, height, -1, -1)
+    rows = _waves(y, channels // 2)[:, :, None].expand(-1, -1, width, -1)
+    columns = _waves(x, channels // 2)[:, None].expand(-1, height, -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(1, 2)
 
 

@@ -61,7 +61,7 @@ def test_attention_is_pytorchs_with_log_g_as_its_mask(recipe: AttentionInputs) -
 def test_giou_is_transformers(recipe: BoxInputs) -> None:
     one, two = recipe.arrays("float64")
     theirs = THEIRS.generalized_box_iou(torch.tensor(one), torch.tensor(two)).numpy()
-    ours = boxes.generalized_box_iou(one, two)
+    ours = boxes.generalized_box_iou(one[:, None], two)
     defined = np.isfinite(theirs)  # theirs is NaN where both boxes lie on one line
     np.testing.assert_allclose(ours[defined], theirs[defined], rtol=0, atol=1e-12)
 

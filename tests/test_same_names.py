@@ -1,0 +1,55 @@
+"""What has the same name in ``reference`` and in ``gpu`` takes the same arguments in the same order."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RUNS_OTHERWISE = {"ModelConfig": "the specification reads any object with these fields"}
+"""Same name, other fields, and why."""
+
+
+def signatures(folder: str) -> dict[str, tuple[str, list[str], list[str]]]:
+    """Public function or class at the top of a module → (file, arguments or fields in order, keyword-only arguments)."""
+    found = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            where = str(path.relative_to(ROOT))
+            if isinstance(node, ast.FunctionDef):
+                arguments = [a.arg for a in node.args.posonlyargs + node.args.args]
+                found[node.name] = where, arguments, [a.arg for a in node.args.kwonlyargs]
+            elif isinstance(node, ast.ClassDef):
+                fields = [ast.unparse(n.target) for n in node.body if isinstance(n, ast.AnnAssign)]
+                found[node.name] = where, fields, []
+    return {name: what for name, what in found.items() if not name.startswith("_")}
+
+
+SPECIFIED, PRODUCTION = signatures("reference"), signatures("gpu")
+
+
+@pytest.mark.parametrize("name", sorted(SPECIFIED.keys() & PRODUCTION.keys()))
+def test_same_name_same_order(name: str) -> None:
+    """Production may add keyword-only arguments; a tuple or dataclass may leave out fields, but keeps their order."""
+    (here, wanted, _), (there, got, _) = SPECIFIED[name], PRODUCTION[name]
+    if name in RUNS_OTHERWISE:
+        assert got != wanted, f"{name} need not be named as an exception any more"
+    elif name[0].isupper():
+        assert [field for field in wanted if field in got] == got, f"{name} of {there} and of {here}"
+    else:
+        assert got == wanted, f"{name} of {there} and of {here}"
+
+
+def test_the_contract_is_among_them() -> None:
+    shared = SPECIFIED.keys() & PRODUCTION.keys()
+    contract = {
+        "smca_attention",
+        "multi_scale_smca_attention",
+        "Level",
+        "Grid",
+        "cxcywh_to_xyxy",
+        "generalized_box_iou",
+    }
+    assert shared >= contract | {"match", "sigmoid_focal_loss", "sine_position_encoding"}
