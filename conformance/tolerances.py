@@ -63,6 +63,11 @@ TINY = 1e-290
 """Added to every bound: 0 would ask for exact equality of numbers that underflow."""
 
 
+def prior_dtype(dtype: str) -> str:
+    """Of centres, precisions and level weights beside queries and keys in `dtype`: at least float32."""
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
+
+
 def accumulation_roundoff(dtype: str) -> float:
     """a: of the dtype that sums are accumulated in."""
     return UNIT_ROUNDOFF["float64" if dtype == "float64" else "float32"]

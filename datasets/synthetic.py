@@ -18,6 +18,7 @@ from PIL import Image
 from smca.datasets.batch import Category, CocoDict, FloatArray, IntArray, Report, Sample, UInt8Array
 from smca.datasets.cache import ImageCache
 from smca.datasets.layout import Split
+from smca.datasets.settings import require
 from smca.datasets.shapes import CLASSES, Shape, paint, place_shapes
 
 
@@ -55,16 +56,19 @@ class SyntheticShapes:
         noise: float = 10.0,
         cache: bool = False,
     ) -> None:
-        _require(count >= 1, "count", "at least 1", count)
-        _require(seed >= 0, "seed", "at least 0", seed)
-        _require(image_size >= 32, "image_size", "at least 32 px", image_size)
-        _require(max_objects >= 1, "max_objects", "at least 1", max_objects)
-        _require(0 <= empty_fraction <= 1, "empty_fraction", "from 0 to 1", empty_fraction)
-        _require(
-            0 < min_side <= max_side <= 1, "min_side, max_side", "0 < min_side ≤ max_side ≤ 1", (min_side, max_side)
+        require(count >= 1, "SyntheticShapes: count", "at least 1", count)
+        require(seed >= 0, "SyntheticShapes: seed", "at least 0", seed)
+        require(image_size >= 32, "SyntheticShapes: image_size", "at least 32 px", image_size)
+        require(max_objects >= 1, "SyntheticShapes: max_objects", "at least 1", max_objects)
+        require(0 <= empty_fraction <= 1, "SyntheticShapes: empty_fraction", "from 0 to 1", empty_fraction)
+        require(
+            0 < min_side <= max_side <= 1,
+            "SyntheticShapes: min_side, max_side",
+            "0 < min_side ≤ max_side ≤ 1",
+            (min_side, max_side),
         )
-        _require(0 < min_visible <= 1, "min_visible", "above 0, at most 1", min_visible)
-        _require(noise >= 0, "noise", "at least 0", noise)
+        require(0 < min_visible <= 1, "SyntheticShapes: min_visible", "above 0, at most 1", min_visible)
+        require(noise >= 0, "SyntheticShapes: noise", "at least 0", noise)
         self.count = count
         self.seed = seed
         self.image_size = image_size
@@ -179,8 +183,3 @@ class SyntheticShapes:
 
 def _file_name(index: int) -> str:
     return f"{index + 1:06d}.png"
-
-
-def _require(holds: bool, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"SyntheticShapes: {name} must be {expected}, got {got!r}")

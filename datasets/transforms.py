@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from smca.datasets.batch import FloatArray, IntArray, Sample, UInt8Array
+from smca.datasets.settings import require
 
 _MEAN_STEP = 8
 """The mean colour is taken over every 8th pixel of either axis: 1/64 of the work, and nobody sees the difference."""
@@ -66,18 +67,45 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name in ("horizontal_flip", "vertical_flip", "crop_probability", "min_visibility"):
-            _require(0 <= getattr(self, name) <= 1, name, "a value from 0 to 1", getattr(self, name))
+            require(0 <= getattr(self, name) <= 1, f"Augmentation: {name}", "a value from 0 to 1", getattr(self, name))
         for name in ("brightness", "contrast", "tint", "shift"):
-            _require(0 <= getattr(self, name) < 1, name, "a strength from 0 to below 1", getattr(self, name))
+            require(
+                0 <= getattr(self, name) < 1,
+                f"Augmentation: {name}",
+                "a strength from 0 to below 1",
+                getattr(self, name),
+            )
         for name in ("stretch", "gamma"):
-            _require(0 <= getattr(self, name) < float("inf"), name, "a strength of at least 0", getattr(self, name))
+            require(
+                0 <= getattr(self, name) < float("inf"),
+                f"Augmentation: {name}",
+                "a strength of at least 0",
+                getattr(self, name),
+            )
         for name in ("short_sides", "crop_short_sides"):
             sides = getattr(self, name)
-            _require(all(side >= 1 for side in sides), name, "lengths of at least 1 px", sides)
-        _require(bool(self.crop_short_sides), "crop_short_sides", "at least one length", self.crop_short_sides)
-        _require(self.max_size is None or self.max_size >= 1, "max_size", "at least 1 px, or None", self.max_size)
-        _require(1 <= self.crop_size[0] <= self.crop_size[1], "crop_size", "(least, largest) in px", self.crop_size)
-        _require(0 < self.zoom[0] <= self.zoom[1] < float("inf"), "zoom", "(least, largest), above 0", self.zoom)
+            require(all(side >= 1 for side in sides), f"Augmentation: {name}", "lengths of at least 1 px", sides)
+        require(
+            bool(self.crop_short_sides), "Augmentation: crop_short_sides", "at least one length", self.crop_short_sides
+        )
+        require(
+            self.max_size is None or self.max_size >= 1,
+            "Augmentation: max_size",
+            "at least 1 px, or None",
+            self.max_size,
+        )
+        require(
+            1 <= self.crop_size[0] <= self.crop_size[1],
+            "Augmentation: crop_size",
+            "(least, largest) in px",
+            self.crop_size,
+        )
+        require(
+            0 < self.zoom[0] <= self.zoom[1] < float("inf"),
+            "Augmentation: zoom",
+            "(least, largest), above 0",
+            self.zoom,
+        )
 
     @classmethod
     def evaluation(cls, short_side: int | None, max_size: int | None = None) -> Augmentation:
@@ -227,8 +255,3 @@ def _resample(image: UInt8Array, x: _Axis, y: _Axis) -> UInt8Array:
 def _mean_colour(image: UInt8Array) -> FloatArray:
     mean: FloatArray = image[::_MEAN_STEP, ::_MEAN_STEP].reshape(-1, 3).mean(axis=0)
     return mean
-
-
-def _require(holds: bool, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"Augmentation: {name} must be {expected}, got {got!r}")

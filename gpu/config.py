@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smca.datasets import Augmentation
+from smca.datasets.settings import require
 
 CrossAttention = Literal["smca", "dense"]
 EncoderKind = Literal["attention", "conv"]
 PriorScale = Literal["fixed", "single", "independent"]
 PriorHeads = Literal["shared", "independent"]
-
-
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {expected}, got {got!r}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class BackboneConfig:
     """How many leading parts of a ResNet stay untrained: 1 = the stem, 2 = the stem and the first stage (as DETR does)."""
 
     def __post_init__(self) -> None:
-        _require(self.frozen_stages >= 0, "backbone.frozen_stages", "0 or more", self.frozen_stages)
+        require(self.frozen_stages >= 0, "backbone.frozen_stages", "0 or more", self.frozen_stages)
 
 
 @dataclass(frozen=True)
@@ -117,24 +113,24 @@ class ModelConfig:
             "decoder_layers",
             "feedforward_dim",
         ):
-            _require(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
-        _require(
+            require(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
+        require(
             len(self.strides) >= 1 and self.strides[0] >= 1 and all(a < b for a, b in itertools.pairwise(self.strides)),
             "model.strides",
             "at least one stride, from the finest to the coarsest",
             self.strides,
         )
-        _require(self.encoder_layers >= 0, "model.encoder_layers", "0 or more", self.encoder_layers)
+        require(self.encoder_layers >= 0, "model.encoder_layers", "0 or more", self.encoder_layers)
         self._check_levels()
-        _require(0.0 <= self.dropout < 1.0, "model.dropout", "in [0, 1)", self.dropout)
-        _require(self.prior_sigma_px > 0, "model.prior_sigma_px", "positive", self.prior_sigma_px)
-        _require(
+        require(0.0 <= self.dropout < 1.0, "model.dropout", "in [0, 1)", self.dropout)
+        require(self.prior_sigma_px > 0, "model.prior_sigma_px", "positive", self.prior_sigma_px)
+        require(
             self.hidden_dim % self.num_heads == 0 and self.hidden_dim % 4 == 0,
             "model.hidden_dim",
             f"a multiple of num_heads = {self.num_heads} and of 4 (sine and cosine of x and of y)",
             self.hidden_dim,
         )
-        _require(
+        require(
             0 < self.image_short_side <= self.image_max_size,
             "model.image_short_side",
             f"between 1 and image_max_size = {self.image_max_size}",
@@ -142,7 +138,7 @@ class ModelConfig:
         )
         for name in ("class_names", "category_ids"):
             given = len(getattr(self, name))
-            _require(
+            require(
                 given in (0, self.num_classes),
                 f"model.{name}",
                 f"empty or num_classes = {self.num_classes} long",
@@ -150,7 +146,7 @@ class ModelConfig:
             )
         if self.cross_attention == "dense":
             for name in ("prior_scale", "prior_heads"):
-                _require(
+                require(
                     getattr(self, name) == "independent",
                     f"model.{name}",
                     'left at its default with cross_attention="dense", which has no prior',
@@ -160,27 +156,27 @@ class ModelConfig:
     def _check_levels(self) -> None:
         """What only makes sense with several levels."""
         crossing = self.cross_level_blocks
-        _require(
+        require(
             all(0 <= layer < self.encoder_layers for layer in crossing) and len(set(crossing)) == len(crossing),
             "model.cross_level_blocks",
             f"different numbers from 0 to encoder_layers − 1 = {self.encoder_layers - 1}",
             crossing,
         )
-        _require(
+        require(
             not crossing or self.encoder == "attention",
             "model.cross_level_blocks",
             'empty with encoder="conv", in which every layer exchanges between neighbouring levels',
             crossing,
         )
-        _require(
+        require(
             self.encoder == "attention" or all(b % a == 0 for a, b in itertools.pairwise(self.strides)),
             "model.strides",
             'multiples of one another with encoder="conv", whose coarse cells cover whole finer ones',
             self.strides,
         )
         if len(self.strides) == 1:
-            _require(not crossing, "model.cross_level_blocks", "empty with a single level (model.strides)", crossing)
-            _require(
+            require(not crossing, "model.cross_level_blocks", "empty with a single level (model.strides)", crossing)
+            require(
                 self.scale_selection,
                 "model.scale_selection",
                 "left at its default with a single level (model.strides)",
@@ -236,7 +232,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name, value in self.weights.items():
-            _require(value >= 0, f"loss.{name}_weight", "0 or more", value)
+            require(value >= 0, f"loss.{name}_weight", "0 or more", value)
 
 
 @dataclass(frozen=True)
@@ -261,13 +257,13 @@ class OptimConfig:
     """Exponential moving average of the weights, which is then what is evaluated and saved; 0 = none."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", "positive", self.lr)
-        _require(self.backbone_lr >= 0, "optim.backbone_lr", "0 or more", self.backbone_lr)
-        _require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
-        _require(self.clip_norm > 0, "optim.clip_norm", "positive", self.clip_norm)
-        _require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
-        _require(self.drop_epoch >= 1, "optim.drop_epoch", "at least 1", self.drop_epoch)
-        _require(0.0 <= self.ema_decay < 1.0, "optim.ema_decay", "in [0, 1)", self.ema_decay)
+        require(self.lr > 0, "optim.lr", "positive", self.lr)
+        require(self.backbone_lr >= 0, "optim.backbone_lr", "0 or more", self.backbone_lr)
+        require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
+        require(self.clip_norm > 0, "optim.clip_norm", "positive", self.clip_norm)
+        require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
+        require(self.drop_epoch >= 1, "optim.drop_epoch", "at least 1", self.drop_epoch)
+        require(0.0 <= self.ema_decay < 1.0, "optim.ema_decay", "in [0, 1)", self.ema_decay)
 
 
 @dataclass(frozen=True)
@@ -289,9 +285,9 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "train_images", "val_images", "max_objects"):
-            _require(getattr(self, name) >= 1, f"synthetic.{name}", "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, f"synthetic.{name}", "at least 1", getattr(self, name))
         sides = (self.min_side, self.max_side)
-        _require(
+        require(
             0 < sides[0] <= sides[1] <= 1, "synthetic.min_side", "above 0, at most max_side, which is at most 1", sides
         )
 
@@ -352,13 +348,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_every", "eval_batch_size", "shape_bucket"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
-        _require(self.workers >= 0, "workers", "0 or more", self.workers)
-        _require(
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
+        require(self.workers >= 0, "workers", "0 or more", self.workers)
+        require(
             self.attention == "auto" or self.model.cross_attention == "smca",
             "attention",
             'left at its default with model.cross_attention="dense", which has no SMCA attention',
             self.attention,
         )
-        _require(not (self.resume and self.overwrite), "resume", "not given together with overwrite", self.resume)
+        require(not (self.resume and self.overwrite), "resume", "not given together with overwrite", self.resume)

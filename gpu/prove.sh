@@ -10,7 +10,7 @@
 #     Python $PYTHON_VERSION (default 3.12) on x86-64 Linux.
 # run: installs from $WHEELS (default wheels) what is not there yet, and the project; then runs all parts, or those named. The
 #     checks run side by side, the measurements one by one. Each has a time limit of its own, all together take $TOTAL seconds
-#     (default 520) at most. In OUT (default docs/benchmarks/proof): summary.md and summary.json, a log a part, environment.txt,
+#     (default 520) at most. In OUT (default runs/proof): summary.md and summary.json, a log a part, environment.txt,
 #     and what `smca benchmark` writes.
 #     Exit status 0: all passed. 1: a part failed. 3: none failed, but not all ran.
 #
@@ -170,7 +170,7 @@ summarize() {
 }
 
 run() {
-    OUT=${1:-docs/benchmarks/proof}
+    OUT=${1:-runs/proof}
     TOTAL=${TOTAL:-520}
     local chosen=("${@:2}") known has name needs limit phase command reason ran=(install)
     known=$(parts | cut -d'|' -f1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from smca.conformance.protocol import Unavailable
+from smca.conformance.tolerances import prior_dtype
 from smca.gpu import attention
 from smca.gpu.attention import dispatch, fused
 from smca.gpu.config import BackboneConfig, ModelConfig
@@ -25,7 +26,6 @@ from smca.reference.attention import Level
 Array = npt.NDArray[Any]
 
 ALL = ("float64", "float32", "float16", "bfloat16")
-HALF = ("float16", "bfloat16")
 LIFTED = dict.fromkeys(ALL, float("inf"))
 AUTO = {**dict.fromkeys(ALL, dispatch.LIFTED_LOGIT_LIMIT), "float64": float("inf")}
 """dtype → largest λ·(extent/2)² at which log G is in the expanded form; in half precision that is computed in float32."""
@@ -52,7 +52,7 @@ class TorchAttention:
 
     def _leaves(self, values: Sequence[Array], dtype: str, grad: bool) -> list[Tensor]:
         """k, v (after q) in `dtype`; the centre and the precision behind them in at least float32."""
-        coarse = "float32" if dtype in HALF else dtype
+        coarse = prior_dtype(dtype)
         wanted = [coarse if i >= len(values) - 2 else dtype for i in range(len(values))]
         return [self._tensor(value, name, grad) for value, name in zip(values, wanted, strict=True)]
 
@@ -100,14 +100,14 @@ class TorchAttention:
     def multi_scale_smca_attention(
         self, q: Array, levels: Sequence[Level], level_weights: Array, *, dtype: str
     ) -> Array:
-        coarse = "float32" if dtype in HALF else dtype
+        coarse = prior_dtype(dtype)
         arguments = self._tensor(q, dtype), self._levels(levels, dtype, False), self._tensor(level_weights, coarse)
         return numpy_of(self._attend_to_levels(*arguments))
 
     def multi_scale_smca_attention_vjp(
         self, grad_out: Array, q: Array, levels: Sequence[Level], level_weights: Array, *, dtype: str
     ) -> Any:
-        coarse = "float32" if dtype in HALF else dtype
+        coarse = prior_dtype(dtype)
         there = self._levels(levels, dtype, True)
         tensors = self._tensor(q, dtype, True), self._tensor(level_weights, coarse, True)
         out = self._attend_to_levels(tensors[0], there, tensors[1])

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from smca.conformance.tolerances import round_to
+from smca.conformance.tolerances import prior_dtype, round_to
 from smca.reference.attention import Level
 
 Array = npt.NDArray[np.float64]
@@ -69,7 +69,7 @@ class AttentionInputs:
         center = self._centers(rng)
         precision = self._precisions(rng)
         mask = self._mask(rng)
-        coarse = "float32" if dtype in ("float16", "bfloat16") else dtype
+        coarse = prior_dtype(dtype)
         level = Level(
             round_to(k * scale, dtype),
             round_to(v, dtype),
@@ -192,7 +192,7 @@ class LevelsInputs:
             weights /= weights.sum(-1, keepdims=True)
         elif self.weights == "one hot":
             weights = (weights == weights.max(-1, keepdims=True)) * 1.0
-        coarse = "float32" if dtype in ("float16", "bfloat16") else dtype
+        coarse = prior_dtype(dtype)
         return LevelsArrays(q, levels, round_to(weights, coarse), grad_out)
 
     def _scaled(self, q: Array, k: Array, dtype: str) -> Array:

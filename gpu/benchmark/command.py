@@ -8,10 +8,10 @@
     smca benchmark --only profile     where the time of a training step goes, part by part, and the floor of each
     smca benchmark --only compiled    a training step through torch.compile; on a GPU only
 
-Writes docs/benchmarks/NAME.json and NAME.md, NAME from the card or the CPU. Times are medians; ratios are medians of the
-ratios turn by turn: cases take turns (A B C, A B C …), so that a machine whose speed drifts slows all alike. Memory is the
-most that a case held above what was held before it was built. A case that fails is reported, the others go on, and the
-command ends with exit status 1; running out of memory is a result, not a failure.
+Writes NAME.json and NAME.md into runs/benchmark (or --output), NAME from the card or the CPU. Times are medians; ratios are
+medians of the ratios turn by turn: cases take turns (A B C, A B C …), so that a machine whose speed drifts slows all alike.
+Memory is the most that a case held above what was held before it was built. A case that fails is reported, the others go on,
+and the command ends with exit status 1; running out of memory is a result, not a failure.
 
 On a CPU every case runs in a process of its own, on sizes that a laptop takes. On a GPU the cases of a part share a process
 and are timed by CUDA events.
@@ -72,7 +72,7 @@ class BenchmarkArgs:
     """Images a step on a GPU, each measured; the most of them where one must do. A CPU takes two."""
     minutes: float = 7.5
     """On a GPU, begin no case after so many minutes; what is left is reported as left out."""
-    output: Path = Path("docs/benchmarks")
+    output: Path = Path("runs/benchmark")
     """Folder that receives the results."""
     name: str | None = None
     """Name of the two files, without extension; after the card or CPU (and the part) if not given."""
