@@ -64,17 +64,17 @@ def smca_attention(
         ValueError: shapes that do not fit each other, an unknown backend, or one that cannot run here.
     """
     check_shapes(q, k, v, center_xy, precision_xy, size, key_padding_mask)
-    if backend == "auto":
-        backend = _choose_backend(q, precision_xy, size)
-    if backend == "eager":
-        return eager_smca_attention(q, k, v, center_xy, precision_xy, size, key_padding_mask)
-    if backend == "lifted":
-        return lifted_smca_attention(q, k, v, center_xy, precision_xy, size, key_padding_mask)
-    if backend == "triton":
-        missing = None if torch.compiler.is_compiling() else fused.available(q.device)
-        if missing is not None:
+    chosen = _choose_backend(q, precision_xy, size) if backend == "auto" else backend
+    arguments = (q, k, v, center_xy, precision_xy, size, key_padding_mask)
+    if chosen == "eager":
+        return eager_smca_attention(*arguments)
+    if chosen == "lifted":
+        return lifted_smca_attention(*arguments)
+    if chosen == "triton":
+        asked = backend == "triton" and not torch.compiler.is_compiling()
+        if asked and (missing := fused.available(q.device)) is not None:
             raise ValueError(f"attention backend 'triton' cannot run here: {missing}")
-        return fused.fused_smca_attention(q, k, v, center_xy, precision_xy, size, key_padding_mask)
+        return fused.fused_smca_attention(*arguments)
     raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
 
 
