@@ -217,7 +217,7 @@ ORACLE: list[Mutant] = [
          "labels[image, target]] = 1.0", "labels[image, (target + 1) % labels.shape[1]]] = 1.0"),
         ("L1 loss on xyxy", "reference", "losses", "np.abs(predicted - wanted).sum()",
          "np.abs(cxcywh_to_xyxy(predicted) - cxcywh_to_xyxy(wanted)).sum()"),
-        ("GIoU of the wrong pairs", "reference", "losses", "cxcywh_to_xyxy(wanted)))\n", "cxcywh_to_xyxy(wanted[::-1])))\n"),
+        ("GIoU of the wrong pairs", "reference", "losses", "cxcywh_to_xyxy(wanted))\n", "cxcywh_to_xyxy(wanted[::-1]))\n"),
         ("weights of L1 and GIoU swapped", "reference", "losses", '"giou": (1.0 - giou).sum()', '"giou": 2.5 * (1.0 - giou).sum()'),
         # Model
         ("offset of the head before", "reference", "decoder",
