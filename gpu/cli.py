@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
@@ -47,14 +47,16 @@ def main() -> None:
     if argv[0] not in COMMANDS:
         print(f"error: no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
-    # The suite sees all packages and so lives above this one; it is started here only to have one command for everything.
-    folders = {"conformance": "smca.conformance.command", "benchmark": "smca.gpu.benchmark.command"}
-    package = folders.get(argv[0], f"smca.gpu.{argv[0]}")
+    # By entry point (pyproject.toml): the suite sees all packages and so lives above this one.
+    found = importlib.metadata.entry_points(group="smca.commands", name=argv[0])
+    if not found:
+        print(f"error: this installation knows no {argv[0]!r}: install it anew (make setup)", file=sys.stderr)
+        raise SystemExit(1)
     try:
-        module = importlib.import_module(package)
+        command = next(iter(found)).load()
     except ModuleNotFoundError as error:
         if argv[0] != "conformance" or error.name not in ("hypothesis", "pytest"):
             raise
         print("error: the suite needs Hypothesis: pip install 'smca-detr[conformance]'", file=sys.stderr)
         raise SystemExit(1) from None
-    run(module.main, argv[1:])
+    run(command, argv[1:])

@@ -124,6 +124,20 @@ def test_no_imports_go_in_circles() -> None:
     assert circles({name: imports_of(name, path, known) for name, path in known.items()}) == []
 
 
+def test_gpu_names_no_package_above_it_in_a_string_either() -> None:
+    """An import by a variable would escape the checker. (``smca conformance`` is found by its entry point.)"""
+    for path in (ROOT / "gpu").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith(("smca.conformance", "smca.reference")), f"{path}:{node.lineno}"
+
+
+def test_every_command_is_an_entry_point() -> None:
+    from smca.gpu.cli import COMMANDS
+
+    assert {point.name for point in importlib.metadata.entry_points(group="smca.commands")} == set(COMMANDS)
+
+
 def test_a_circle_is_found() -> None:
     needed = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set[str]()}
     assert circles(needed) == [{"b", "c"}]
