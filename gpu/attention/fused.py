@@ -27,7 +27,7 @@ LIFT_MAX_SIDE = 256
 """Cells: up to here bfloat16 holds positions from the middle, and two of it hold their squares."""
 LIFT_LIMITS = {torch.bfloat16: 2.0**15, torch.float16: 2.0**12}
 """Largest λ·(extent/2)², both axes together, up to which the prior is lifted: what cancels costs 2⁻²⁴ of it in a logit. Beyond, in
-heads with a narrow Gaussian on a large map, the prior comes from differences, which takes two to three times as long."""
+heads with a narrow Gaussian on a large map, the prior comes from differences, which takes about twice as long."""
 
 _MODULE = "smca.gpu.attention.fused_kernels"
 _KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
