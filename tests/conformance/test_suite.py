@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
 from smca.conformance.diagnosis import explain
@@ -14,6 +15,7 @@ from smca.conformance.protocol import Unavailable, name_of
 from smca.conformance.replay import implementation_of, replay
 from smca.conformance.runner import PROFILES, Case, cases, run
 from smca.conformance.suite import PROPERTIES
+from smca.reference.gaussian import key_minus_center
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -80,6 +82,35 @@ def test_a_failure_prints_what_replays_it() -> None:
         exec(snippet, {"made": Halved()})
     with pytest.raises(ValueError, match="no implementation 'egger'"):
         replay(prop.name, "egger", "float64", None)
+
+
+class PassesOver:
+    """Leaves out keys whose weights are so small that all of them together stay below `margin` of the sum."""
+
+    name, dtypes = "passes over", ("float64",)
+
+    def __init__(self, margin: float, skips_below: float) -> None:
+        self.margin, self.skips_below = margin, skips_below
+
+    def smca_attention(
+        self, q: Any, k: Any, v: Any, center_xy: Any, precision_xy: Any, size: Any, mask: Any, *, dtype: str
+    ) -> Any:
+        padded = np.zeros((len(q), 1, 1, k.shape[2]), dtype=bool) if mask is None else mask[:, None, None]
+        k, v = (np.where(padded[:, :, 0, :, None], 0.0, x) for x in (k, v))
+        log_g = -0.5 * np.einsum("bhna,bhnla->bhnl", precision_xy, key_minus_center(center_xy, size) ** 2)
+        logits = np.where(padded, -np.inf, q @ np.swapaxes(k, -1, -2) / q.shape[-1] ** 0.5 + log_g)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights = np.where(weights < self.margin / k.shape[2], 0.0, weights)
+        return weights / weights.sum(-1, keepdims=True) @ v
+
+
+@pytest.mark.parametrize(
+    ("margin", "says", "status"),
+    [(2.0**-40, 2.0**-40, "passed"), (2.0**-40, 0.0, "failed"), (2.0**-30, 2.0**-40, "failed")],
+)
+def test_what_passes_over_keys_is_held_to_what_it_says(margin: float, says: float, status: str) -> None:
+    prop = next(prop for prop in PROPERTIES if prop.name == "smca_attention.distant_keys_count")
+    assert run(Case(prop, PassesOver(margin, says), "float64"), PROFILES["quick"]).status == status
 
 
 @pytest.mark.parametrize(
