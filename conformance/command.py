@@ -144,18 +144,18 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _mutants(args: ConformanceArgs, chosen: Sequence[Property]) -> None:
     warnings.simplefilter("ignore", RuntimeWarning)  # a bug may divide by 0 on its way to being found
-    deaths = []
+    results = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("planting", total=len(MUTANTS))
         for mutant in MUTANTS:
             progress.update(task, description=mutant.bug)
             try:
-                deaths.append(
+                results.append(
                     kill(mutant, chosen, PROFILES[args.profile], thorough=mutant.module != "attention.fused_kernels")
                 )
             except Unavailable as reason:
                 print(f"not planted: {mutant.bug} ({reason})")
             progress.advance(task)
-    print("\n".join(mutants_table(deaths)))
-    if not all(death.killer for death in deaths):
+    print("\n".join(mutants_table(results)))
+    if not all(result.killer for result in results):
         sys.exit(1)

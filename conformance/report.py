@@ -1,4 +1,4 @@
-"""Tables for the docs: the worst errors (docs/numerics.md) and what killed the mutants (docs/conformance.md)."""
+"""Tables for the docs: the worst errors (docs/numerics.md) and what killed the mutants (docs/mutants.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from smca.conformance.mutants.plant import Death
+from smca.conformance.mutants.plant import MutantResult
 from smca.conformance.property import Property
 from smca.conformance.protocol import OPERATIONS
 from smca.conformance.runner import PROFILES, Case, Outcome, cases, run
@@ -127,22 +127,22 @@ def short(recipe: Any) -> str:
     return f"{type(recipe).__name__}({given})"
 
 
-def mutants_table(deaths: Sequence[Death]) -> list[str]:
+def mutants_table(results: Sequence[MutantResult]) -> list[str]:
     """Markdown: a row a mutant, and how many are dead."""
     lines = [
         "| bug | where | killed by | after examples | seconds | also without the oracle, by |",
         "|---|---|---|---:|---:|---|",
     ]
-    for death in deaths:
-        mutant = death.mutant
-        names = [name.partition(".")[2].replace("_", " ") for name in death.without_oracle]
+    for result in results:
+        mutant = result.mutant
+        names = [name.partition(".")[2].replace("_", " ") for name in result.without_oracle]
         also = ", ".join([*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]) or "—"
         where = f"{mutant.package}/{mutant.module.replace('.', '/')}.py"
         lines.append(
-            f"| {mutant.bug} | {where} | {death.killer or '**alive**'} | {death.examples} "
-            f"| {death.first_seconds:.2f} | {also} |"
+            f"| {mutant.bug} | {where} | {result.killer or '**alive**'} | {result.examples} "
+            f"| {result.first_seconds:.2f} | {also} |"
         )
-    dead = sum(bool(death.killer) for death in deaths)
-    alone = sum(bool(death.without_oracle) for death in deaths)
-    lines += ["", f"{dead} of {len(deaths)} killed; {alone} of them also by properties that need no oracle."]
+    dead = sum(bool(result.killer) for result in results)
+    alone = sum(bool(result.without_oracle) for result in results)
+    lines += ["", f"{dead} of {len(results)} killed; {alone} of them also by properties that need no oracle."]
     return lines

@@ -76,16 +76,16 @@ def cases(properties: Iterable[Property], implementations: Iterable[Any], profil
     """All combinations, implementation by implementation; what is not implemented once, not once a dtype.
 
     An implementation that is slow to try (it compiles every new shape, or is interpreted) says so by a true ``slow``, and may
-    name in ``hurried`` the operations that are enough of it in the quick profile.
+    name in ``quick_operations`` the operations that are enough of it in the quick profile.
     """
     everything = sorted(properties, key=lambda prop: OPERATIONS.index(prop.operation))
     for implementation in implementations:
-        hurried = getattr(implementation, "slow", False) and not profile.patient
-        enough = getattr(implementation, "hurried", OPERATIONS) if hurried else OPERATIONS
+        quick = getattr(implementation, "slow", False) and not profile.patient
+        enough = getattr(implementation, "quick_operations", OPERATIONS) if quick else OPERATIONS
         for prop in everything:
             if prop.operation not in enough:
                 continue
-            if hurried and not prop.oracle:
+            if quick and not prop.oracle:
                 continue
             names = dtypes_of(implementation)
             wanted = [dtype for dtype in names if prop.dtypes is None or dtype in prop.dtypes]

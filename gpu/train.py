@@ -221,7 +221,7 @@ def train(config: RunConfig) -> Path:
                 final = average or model
                 final.save_pretrained(model_dir)
                 draw_run(final, val_data, log.metrics, config.output)
-                log.say(_farewell(config, log.metrics[-1]))
+                log.say(_closing_message(config, log.metrics[-1]))
         del parallel  # it holds the process group, which ends next
         return model_dir
 
@@ -294,7 +294,7 @@ def _seed(seed: int) -> None:
     random.seed(seed)
 
 
-def _farewell(config: RunConfig, last: dict[str, Any]) -> str:
+def _closing_message(config: RunConfig, last: dict[str, Any]) -> str:
     ap, ap50 = ("–" if last[k] is None else f"{last[k]:.3f}" for k in ("ap", "ap50"))
     data = "" if config.data == "synthetic" else f" --data {config.data}"
     return (

@@ -259,7 +259,7 @@ class Compiled(TorchAttention):
     """`torch.compile` of the module's attention."""
 
     slow, share = True, 0.02  # each new shape is compiled: seconds
-    hurried = ("smca_attention", "smca_attention_vjp")  # several levels are a loop over what these compile
+    quick_operations = ("smca_attention", "smca_attention_vjp")  # several levels are a loop over what these compile
 
     def __init__(self) -> None:
         super().__init__("auto", "cpu", ("float32",), AUTO)

@@ -177,7 +177,7 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Death:
+class MutantResult:
     """What killed a mutant, and when."""
 
     mutant: Mutant
@@ -192,7 +192,7 @@ class Death:
     message: str
 
 
-def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, thorough: bool = False) -> Death:
+def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, thorough: bool = False) -> MutantResult:
     """Run the properties that a bug there can reach: first equality with the oracle, then the others.
 
     Args:
@@ -220,7 +220,7 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
                         killer, examples, message = prop.name, outcome.worst.examples, outcome.message
                         first = time.perf_counter() - begun
                     if not thorough:
-                        return Death(mutant, killer, examples, (), first, message)
+                        return MutantResult(mutant, killer, examples, (), first, message)
                     if not prop.oracle:
                         without.append(prop.name)
-    return Death(mutant, killer, examples, tuple(without), first, message)
+    return MutantResult(mutant, killer, examples, tuple(without), first, message)

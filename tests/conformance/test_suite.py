@@ -50,17 +50,17 @@ def test_property(case: Case, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
 def test_every_mutant_dies(mutant: Any, request: pytest.FixtureRequest) -> None:
     try:
-        death = kill(mutant, PROPERTIES, PROFILES[request.config.getoption("--profile")])
+        result = kill(mutant, PROPERTIES, PROFILES[request.config.getoption("--profile")])
     except Unavailable as reason:
         pytest.skip(str(reason))
-    assert death.killer, f"no property noticed: {mutant.bug} (in {mutant.package}/{mutant.module}.py)"
-    assert mutant.bug not in death.message, "a mutant must be caught by what it computes, not by failing to load"
+    assert result.killer, f"no property noticed: {mutant.bug} (in {mutant.package}/{mutant.module}.py)"
+    assert mutant.bug not in result.message, "a mutant must be caught by what it computes, not by failing to load"
 
 
 def test_names_are_unique_and_mutants_enough() -> None:
     for name, count in Counter(prop.name for prop in PROPERTIES).items():
         assert count == 1, f"two properties are called {name}"
-    assert len({mutant.bug for mutant in MUTANTS}) == len(MUTANTS) == 180  # as README.md and docs/conformance.md say
+    assert len({mutant.bug for mutant in MUTANTS}) == len(MUTANTS) == 180  # as README.md and docs say
 
 
 def test_a_failure_prints_what_replays_it() -> None:
