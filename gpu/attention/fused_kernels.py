@@ -203,7 +203,7 @@ def _kept(seed, bh, query, key, dropout):
 # fmt: off
 @triton.jit
 def _attend(
-    q, lift, k_head, k_stride, v_head, v_stride, mask_ptr, seed_ptr, positions_ptr, b, bh, query, real,
+    q, lift, k_head, k_stride, v_head, v_stride, mask_ptr, seed_ptr, positions_ptr, b, bh, query,
     px, tx, lx, py, ty, ly, L, W, scale, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -269,13 +269,13 @@ def forward_kernel(
     if wide:
         largest, total, summed = _attend(
             q, lift, k_head, k_strides[2], v_head, v_strides[2], mask_ptr, seed_ptr, positions_ptr, b, bh,
-            query, real, px, tx, lx, py, ty, ly, L, W, scale, dropout,
+            query, px, tx, lx, py, ty, ly, L, W, scale, dropout,
             D, BLOCK_D, BLOCK_N, BLOCK_L, DOT, PRECISION, LIFT, HAS_MASK, HAS_DROPOUT,
         )  # fmt: skip
     else:
         largest, total, summed = _attend(
             q, lift, k_head, k_strides[2], v_head, v_strides[2], mask_ptr, seed_ptr, positions_ptr, b, bh,
-            query, real, px, tx, lx, py, ty, ly, L, W, scale, dropout,
+            query, px, tx, lx, py, ty, ly, L, W, scale, dropout,
             D, BLOCK_D, BLOCK_N, NARROW_L, DOT, PRECISION, False, HAS_MASK, HAS_DROPOUT,
         )  # fmt: skip
     out = summed / total[:, None]
@@ -289,7 +289,7 @@ def forward_kernel(
 @triton.jit
 def _query_gradients(
     q, lift, grad, delta, lse, k_head, k_stride, v_head, v_stride, mask_ptr, seed_ptr, positions_ptr,
-    b, bh, query, real, px, tx, lx, py, ty, ly, L, W, scale, dropout,
+    b, bh, query, px, tx, lx, py, ty, ly, L, W, scale, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, LIFTED: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -377,13 +377,13 @@ def backward_query_kernel(
     if wide:
         dq, sum_x, sum_xx, sum_y, sum_yy = _query_gradients(
             q, lift, grad, delta, lse, k_head, k_strides[2], v_head, v_strides[2], mask_ptr, seed_ptr,
-            positions_ptr, b, bh, query, real, px, tx, lx, py, ty, ly, L, W, scale, dropout,
+            positions_ptr, b, bh, query, px, tx, lx, py, ty, ly, L, W, scale, dropout,
             D, BLOCK_D, BLOCK_N, BLOCK_L, DOT, PRECISION, LIFTED, LIFT, HAS_MASK, HAS_DROPOUT,
         )  # fmt: skip
     else:
         dq, sum_x, sum_xx, sum_y, sum_yy = _query_gradients(
             q, lift, grad, delta, lse, k_head, k_strides[2], v_head, v_strides[2], mask_ptr, seed_ptr,
-            positions_ptr, b, bh, query, real, px, tx, lx, py, ty, ly, L, W, scale, dropout,
+            positions_ptr, b, bh, query, px, tx, lx, py, ty, ly, L, W, scale, dropout,
             D, BLOCK_D, BLOCK_N, NARROW_L, DOT, PRECISION, LIFTED, False, HAS_MASK, HAS_DROPOUT,
         )  # fmt: skip
     _store_rows(_head(dq_ptr, dq_strides, b, h), query, dq_strides[2], real, dq * scale, D, BLOCK_D)
@@ -398,7 +398,7 @@ def backward_query_kernel(
 @triton.jit
 def _key_gradients(
     k, v, positions, key, there, q_head, q_stride, grad_head, grad_stride, center_ptr, precision_ptr, seed_ptr,
-    lse_ptr, lift_ptr, delta_ptr, bh, first, N, L, W, scale, dropout,
+    lse_ptr, lift_ptr, delta_ptr, bh, N, L, W, scale, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, LIFTED: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -471,13 +471,13 @@ def backward_key_kernel(
     if wide:
         dk, dv = _key_gradients(
             k, v, positions, key, there, q_head, q_strides[2], grad_head, grad_strides[2], center_ptr, precision_ptr,
-            seed_ptr, lse_ptr, lift_ptr, delta_ptr, bh, first, N, L, W, scale, dropout,
+            seed_ptr, lse_ptr, lift_ptr, delta_ptr, bh, N, L, W, scale, dropout,
             D, BLOCK_D, BLOCK_N, BLOCK_L, DOT, PRECISION, LIFTED, LIFT, HAS_MASK, HAS_DROPOUT,
         )  # fmt: skip
     else:
         dk, dv = _key_gradients(
             k, v, positions, key, there, q_head, q_strides[2], grad_head, grad_strides[2], center_ptr, precision_ptr,
-            seed_ptr, lse_ptr, lift_ptr, delta_ptr, bh, first, N, L, W, scale, dropout,
+            seed_ptr, lse_ptr, lift_ptr, delta_ptr, bh, N, L, W, scale, dropout,
             D, BLOCK_D, NARROW_N, BLOCK_L, DOT, PRECISION, LIFTED, False, HAS_MASK, HAS_DROPOUT,
         )  # fmt: skip
     _store_rows(_head(dk_ptr, dk_strides, b, h), key, dk_strides[2], key < L, dk * scale, D, BLOCK_D)

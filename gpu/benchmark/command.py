@@ -225,7 +225,7 @@ def measure_profile(args: BenchmarkArgs, repeats: int, deadline: float, device: 
         result: Any = Run(errors={"": LEFT_OUT})
         if not gpu or time.time() < deadline:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                future = pool.submit(profile_step, name, "auto", work, repeats, stem, None if gpu else args.threads)
+                future = pool.submit(profile_step, name, work, repeats, stem, None if gpu else args.threads)
                 try:
                     result = future.result(deadline + _GRACE - time.time() if gpu else None)
                 except TimeoutError:

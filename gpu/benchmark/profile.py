@@ -84,13 +84,11 @@ class _Border(torch.autograd.Function):
         return (None, None, None, *grads)
 
 
-def profile_step(
-    preset: str, backend: str, work: Work, repeats: int, stem: Path, threads: int | None = None
-) -> dict[str, Any]:
+def profile_step(preset: str, work: Work, repeats: int, stem: Path, threads: int | None = None) -> dict[str, Any]:
     """Profile our training step: clip and AdamW included, images from the host.
 
     Args:
-        preset, backend, work: as ``smca_step_case``.
+        preset, work: as ``smca_step_case``, whose backend is "auto" here.
         repeats: counted steps.
         stem: STEM.trace.json.gz receives one step for chrome://tracing, STEM.ops.txt its operators by time.
         threads: of a CPU.
@@ -102,7 +100,7 @@ def profile_step(
     if threads is not None:
         torch.set_num_threads(threads)
     cuda = work.device.startswith("cuda")
-    model, criterion, targets, images = smca_detector(preset, backend, work)
+    model, criterion, targets, images = smca_detector(preset, "auto", work)
     optimizer = trained_by_adamw(model, model.backbone)
     pixels = (images * 255).byte().contiguous().cpu()
     pixels = pixels.pin_memory() if cuda else pixels

@@ -105,7 +105,7 @@ def table(title: str, results: dict[str, Any], reference: str | None) -> str:
 
 
 def profile_table(title: str, result: dict[str, Any]) -> str:
-    """A profile of ``benchmark_profile.profile_step`` as Markdown."""
+    """A profile of ``benchmark.profile.profile_step`` as Markdown."""
     step, rates = result["step_seconds"], result["rates"]
     columns = [
         "part",

@@ -208,7 +208,7 @@ def test_a_profile_tells_parts_and_directions_apart(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(decoder, "multi_scale_smca_attention", slow_attend)
     monkeypatch.setattr(criterion, "match", slow_match)
-    result = profile_step("smca_r50", "auto", Work((64, 96), batch=1), 2, tmp_path / "step")
+    result = profile_step("smca_r50", Work((64, 96), batch=1), 2, tmp_path / "step")
     parts = result["parts"]
     assert list(parts) == list(PARTS)
     seconds = {(part, direction): x["seconds"] for part, found in parts.items() for direction, x in found.items()}
