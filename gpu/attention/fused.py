@@ -237,18 +237,38 @@ def _launch(name: str, args: tuple[Any, ...], tensors: tuple[Tensor, ...], by_st
 
     lifts = _lifts(q, k, width)
     positions = _positions((keys // width, width), q.device, interpreted) if lifts else None
+    arguments = (
+        *(q, k, v, center_xy.contiguous(), precision_xy.contiguous()),
+        *(None if mask is None else mask.contiguous().view(torch.uint8), seed, positions),
+        *tensors,
+        *(tensor.stride()[:3] for tensor in (q, k, v, *by_stride)),
+        *(heads, queries, keys, width, channels**-0.5, dropout, LIFT_LIMITS.get(q.dtype, 0.0)),
+        *(channels, padded, block_n, block_l, getattr(kernels.tl, str(dot).removeprefix("torch.")), "ieee"),
+        *(kernels.tl.float32 if interpreted else kernels.tl.bfloat16, lifts, mask is not None, dropout > 0.0),
+    )
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
-        getattr(kernels, name)[(programs,)](
-            *(q, k, v, center_xy.contiguous(), precision_xy.contiguous()),
-            *(None if mask is None else mask.contiguous().view(torch.uint8), seed, positions),
-            *tensors,
-            *(tensor.stride()[:3] for tensor in (q, k, v, *by_stride)),
-            *(heads, queries, keys, width, channels**-0.5, dropout, LIFT_LIMITS.get(q.dtype, 0.0)),
-            *(channels, padded, block_n, block_l, getattr(kernels.tl, str(dot).removeprefix("torch.")), "ieee"),
-            *(kernels.tl.float32 if interpreted else kernels.tl.bfloat16, lifts, mask is not None, dropout > 0.0),
-            num_warps=warps,
-            num_stages=stages,
-        )
+        key = (name, q.device, *map(_specialization, arguments))
+        compiled = _COMPILED.get(key)
+        if compiled is not None:
+            compiled[programs, 1, 1](*arguments)
+            return
+        kernel = getattr(kernels, name)
+        compiled = kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages)
+        if compiled is not None:  # as it is in the interpreter
+            if len(_COMPILED) >= _MOST_COMPILED:
+                _COMPILED.clear()
+            _COMPILED[key] = compiled
+
+
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+"""Compiled kernels by all that Triton compiles them for. Triton finds them, too, but takes most of a launch to do so."""
+_MOST_COMPILED = 4096
+"""At this many, forget all: images of ever other sizes make ever other ones."""
+
+
+def _specialization(argument: Any) -> Any:
+    """What a kernel may be compiled for of one argument: a tensor's dtype and whether it is aligned to 16 bytes, else its value."""
+    return (argument.dtype, argument.data_ptr() % 16 == 0) if isinstance(argument, Tensor) else argument
 
 
 @functools.lru_cache(maxsize=256)

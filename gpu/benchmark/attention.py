@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smca.gpu.attention import Level, multi_scale_smca_attention, smca_attention
 from smca.gpu.attention.shapes import cell_centers
-from smca.gpu.benchmark.cases import Case
+from smca.gpu.benchmark.cases import Case, Step
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 """(q, k, v, center_xy, precision_xy, size) → [B, h, N, d], shapes as in ``smca_attention``."""
@@ -43,7 +43,7 @@ class Size:
     first two, one at a time."""
 
 
-def attention_case(name: str, dtype: torch.dtype, size: Size, device: str = "cpu") -> Case:
+def attention_case(name: str, dtype: torch.dtype, size: Size, device: str = "cpu", *, replayed: bool = False) -> Case:
     """SMCA attention over every level: "forward", and "forward+backward" with all gradients.
 
     q, k, v and the output's gradient are numbers that bfloat16 holds exactly, whatever `dtype` they are in, and the priors
@@ -55,6 +55,7 @@ def attention_case(name: str, dtype: torch.dtype, size: Size, device: str = "cpu
         dtype: of q, k, v and the output.
         size: `batch` must be given.
         device: "cpu" or "cuda".
+        replayed: each step as a CUDA graph, so that no time of the host is in it; on "cuda" only.
 
     Raises:
         ValueError: when run, an unknown name, or a backend that cannot run on `device`.
@@ -106,7 +107,31 @@ def attention_case(name: str, dtype: torch.dtype, size: Size, device: str = "cpu
             FUSED
         ):  # fails rather than fall back to the form that stores N × L: that would be another case
             both()
-    return {"forward": forward, "forward+backward": both}
+    case: Case = {"forward": forward, "forward+backward": both}
+    return {mode: _as_graph(step) for mode, step in case.items()} if replayed else case
+
+
+def _as_graph(step: Step) -> Step:
+    """`step`, recorded as a CUDA graph when first called: what is left is the GPU's own time."""
+    recorded: list[tuple[Any, dict[str, Tensor]]] = []
+
+    def replay() -> dict[str, Tensor]:
+        if not recorded:
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(2):  # whatever compiles or allocates does so before the recording
+                    step()
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                values = step()
+            recorded.append((graph, values))
+        graph, values = recorded[0]
+        graph.replay()
+        return values
+
+    return replay
 
 
 @functools.lru_cache(maxsize=1)

@@ -96,7 +96,7 @@ def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Ite
         single = group == "attention"
         finest = size.maps[0]
         twice = [(2 * finest[0], 2 * finest[1])] if full else []  # the finest at half its stride
-        for kind in ("bf16", "float32") if full else ("",):
+        for kind in ("bf16", "bf16 replayed", "float32") if full else ("",):
             for index, maps in enumerate([(m,) for m in [finest, *twice, *size.maps[1:2]]] if single else [size.maps]):
                 keys = ", ".join(f"{height}×{width}" for height, width in maps)
                 yield Part(
@@ -104,7 +104,7 @@ def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Ite
                     f"{'' if single else 'Multi-scale '}SMCA attention (B={size.batch}, h={size.heads}, N={size.queries}, "
                     f"d={size.channels}, keys: {keys}{f'; {kind}' if kind else ''})",
                     _attention_cases(replace(size, maps=maps), device, kind),
-                    reference="eager float32" if full else "eager",
+                    reference=None if "replayed" in kind else "eager float32" if full else "eager",
                 )
     elif group == "assignment":
         names = ("scipy", "kernel") if full else ("scipy",)
@@ -154,8 +154,12 @@ def _describe(work: Work) -> str:
 def _attention_cases(size: Size, device: str, kind: str) -> dict[str, Callable[[], Case]]:
     """What a GPU compares in a dtype, or ("") what a CPU does. The first case is the one that times are compared with."""
 
+    replayed = kind.endswith("replayed")
+
     def cases_of(names: Sequence[str], dtype: torch.dtype, suffix: str = "") -> dict[str, Callable[[], Case]]:
-        return {f"{name}{suffix}": partial(attention_case, name, dtype, size, device) for name in names}
+        return {
+            f"{name}{suffix}": partial(attention_case, name, dtype, size, device, replayed=replayed) for name in names
+        }
 
     if not kind:
         names = cases_of(("lifted", "eager", "sdpa-mask", "lifted-bf16-split", "plain"), torch.float32)
@@ -163,6 +167,8 @@ def _attention_cases(size: Size, device: str, kind: str) -> dict[str, Callable[[
     both = ("plain", "triton", "lifted", "flex", "sdpa-mask", "eager")
     if kind == "float32":
         return cases_of(both, torch.float32, " float32")
+    if replayed:
+        return cases_of(both[:2], torch.bfloat16, " bf16")
     half = cases_of(both, torch.bfloat16, " bf16") | cases_of(["lifted-bf16-split"], torch.bfloat16)
     return half | cases_of(["eager"], torch.float32, " float32")  # what differences are from
 

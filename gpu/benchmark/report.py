@@ -26,8 +26,8 @@ PARTS = {
 
 NOTES = {
     "attention": "q, k and v are numbers that bfloat16 holds exactly, so that all cases compute on the same ones. lifted computes "
-    "in float32 whatever its inputs are. plain has no prior; on a GPU it is the kernel that PyTorch chooses for these inputs. GPU "
-    "times under 0.2 ms are mostly launching.",
+    "in float32 whatever its inputs are. plain has no prior; on a GPU it is the kernel that PyTorch chooses for these inputs. "
+    "Short GPU times are mostly launching: “replayed” is the same work as a CUDA graph, the GPU's own time without the host's.",
     "assignment": "scipy takes costs from the device to the host, solves there and takes the result back.",
     "profile": "Floors: operations of products and convolutions over the rate of a matrix product, or bytes of inputs, outputs "
     "and parameters over that of a copy, whichever takes longer. What a part stores inside itself is not in its floor. "

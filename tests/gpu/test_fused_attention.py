@@ -76,6 +76,24 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_kernel_compiled_for_aligned_tensors_gets_no_others(dtype: torch.dtype) -> None:
+    """Kernels are kept by what they were compiled for: the same again is the same kernel, an odd address is another."""
+    size = (4, 8)
+    inputs = example(size, n=16, d=16, dtype=dtype)
+    odd = []
+    for tensor in inputs:
+        room = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+        odd.append(room.copy_(tensor.detach()).requires_grad_())
+    known = []
+    for given in (inputs, odd, inputs, odd):
+        check(given, size)
+        known.append(len(fused_attention._COMPILED))
+    if DEVICE == "cuda":
+        assert known[1] == known[0] + 3
+        assert known[3] == known[2] == known[1]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(
     ("size", "n", "d"),
     [((1, 1), 1, 1), ((1, 7), 3, 5), ((5, 7), 19, 32), ((9, 1), 16, 40), ((4, 8), 17, 128), ((6, 11), 1, 16)],
