@@ -117,7 +117,7 @@ def _as_graph(step: Step) -> Step:
 
     def replay() -> dict[str, Tensor]:
         if not recorded:
-            beside = torch.cuda.Stream()
+            beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
                 for _ in range(2):  # whatever compiles or allocates does so before the recording
