@@ -27,7 +27,8 @@ SMCA='from smca.gpu.cli import main; main()' # the command `smca`, of whatever i
 parts() {
     cat << 'END'
 kernels|triton|180|check|python tests/gpu/test_kernel_compilation.py
-fused-attention|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py --deselect tests/gpu/test_fused_attention.py::test_at_the_size_of_a_detector --deselect tests/gpu/test_fused_attention.py::test_agrees_with_the_reference --deselect tests/gpu/test_fused_attention.py::test_padded_keys_may_hold_anything
+fused-attention|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py --deselect tests/gpu/test_fused_attention.py::test_at_the_size_of_a_detector --deselect tests/gpu/test_fused_attention.py::test_agrees_with_the_reference --deselect tests/gpu/test_fused_attention.py::test_padded_keys_may_hold_anything --deselect tests/gpu/test_fused_attention.py::test_half_precision_keeps_narrow_gaussians --deselect tests/gpu/test_fused_attention.py::test_half_precision_with_centers_far_off_the_map --deselect tests/gpu/test_fused_attention.py::test_half_precision_on_maps_of_many_cells
+fused-attention-half|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py::test_half_precision_keeps_narrow_gaussians tests/gpu/test_fused_attention.py::test_half_precision_with_centers_far_off_the_map tests/gpu/test_fused_attention.py::test_half_precision_on_maps_of_many_cells
 fused-attention-shapes|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py::test_agrees_with_the_reference tests/gpu/test_fused_attention.py::test_padded_keys_may_hold_anything
 fused-attention-float32|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.float32
 fused-attention-float16|cuda triton|180|check|pytest tests/gpu/test_fused_attention.py::test_at_the_size_of_a_detector -k torch.float16

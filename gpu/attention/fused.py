@@ -110,8 +110,8 @@ def fused_smca_attention(
     if q.device.type == "meta" or torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
         out, *_ = torch.ops.smca.fused_attention(*args)  # what is traced needs the op
     else:
-        out = cast(Tensor, _Direct.apply(*args))  # type: ignore[no-untyped-call]
-    return cast(Tensor, out.to(q.dtype))
+        out = _Direct.apply(*args)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out)
 
 
 def _seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:
@@ -122,19 +122,21 @@ def _seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:
     return seed
 
 
-def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, h, N, d] and LSE [B, h, N] (base 2), both float32: the backward pass needs the output unrounded; and the
-    prior's channels of q̃ [B, h, N, 16] in bfloat16 (none where the prior is not lifted)."""
-    out, lse, lift = _room_forward(*args)
-    _launch("forward_kernel", args, (out, lse, lift), (out,))
-    return out, lse, lift
+def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, h, N, d] in the dtype of q; the same unrounded in float32, which the backward pass needs (no channels of it
+    where the output is float32); LSE [B, h, N] (base 2) in float32; and the prior's channels of q̃ [B, h, N, 16] in bfloat16
+    (none where the prior is not lifted)."""
+    out, exact, lse, lift = _room_forward(*args)
+    _launch("forward_kernel", args, (out, exact if exact.shape[3] else None, lse, lift), (out,))
+    return out, exact, lse, lift
 
 
-def _room_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _room_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, width = args[0], args[1], args[5]
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    channels = LIFT_CHANNELS if _lifts(q, k, width) else 0
-    return _room_for(q, torch.float32), lse, q.new_empty((*q.shape[:3], channels), dtype=torch.bfloat16)
+    out, rows = _room_for(q, q.dtype), q.shape[:3]
+    exact = q.new_empty((*rows, 0)) if q.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    lift = q.new_empty((*rows, LIFT_CHANNELS if _lifts(q, k, width) else 0), dtype=torch.bfloat16)
+    return out, exact, q.new_empty(rows, dtype=torch.float32), lift
 
 
 def _lifts(q: Tensor, k: Tensor, width: int) -> bool:
@@ -161,7 +163,9 @@ def _room_backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, center_xy, precision_xy, ctx.width, key_padding_mask, ctx.dropout, seed = inputs
-    ctx.save_for_backward(*output, q, k, v, center_xy, precision_xy, key_padding_mask, seed)
+    out, exact, lse, lift = output
+    exact = out if out.dtype == torch.float32 else exact
+    ctx.save_for_backward(exact, lse, lift, q, k, v, center_xy, precision_xy, key_padding_mask, seed)
 
 
 def _kept(ctx: Any) -> tuple[Any, ...]:
@@ -193,7 +197,7 @@ _SCHEMA = (
     "float dropout, Tensor? seed"
 )
 _forward = torch.library.custom_op(
-    "smca::fused_attention", _run_forward, mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+    "smca::fused_attention", _run_forward, mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _forward.register_fake(_room_forward)
 _backward = torch.library.custom_op(
@@ -218,61 +222,69 @@ def _autograd(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _launch(name: str, args: tuple[Any, ...], tensors: tuple[Tensor, ...], by_stride: tuple[Tensor, ...]) -> None:
+_COMPILED: dict[tuple[Any, ...], tuple[Any, int, tuple[Any, ...]]] = {}
+"""(compiled kernel, programs, the last of its arguments: those compiled in) of each launch so far, by all that it depends on.
+Triton would find the kernel, too, but takes longer to do so than a small one runs."""
+_MOST_COMPILED = 4096
+"""At so many, forget all: every size of map is a key of its own."""
+
+
+def _launch(
+    name: str, args: tuple[Any, ...], tensors: tuple[Tensor | None, ...], by_stride: tuple[Tensor, ...]
+) -> None:
     """Run one kernel on an op's arguments and on `tensors`; those `by_stride` are laid out by strides over (b, h, row)."""
     q, k, v, center_xy, precision_xy, width, mask, dropout, seed = args
     q, k, v = _adjacent_channels(q), _adjacent_channels(k), _adjacent_channels(v)
     if not (q.is_cuda and _MODULE in sys.modules) and (reason := available(q.device)) is not None:
         raise RuntimeError(reason)
-    kernels, (batch, heads, queries, channels), keys = _kernels(), q.shape, k.shape[2]
-    padded = max(16, 1 << (channels - 1).bit_length())
-    interpreted = _interpreted(kernels)
-    by_kernel = _INTERPRETER_BLOCKS if interpreted else _CUDA_BLOCKS[q.element_size(), max(32, padded)]
-    # In the interpreter a product of bfloat16 blocks is garbage, silently.
-    dot = torch.float32 if interpreted and q.dtype == torch.bfloat16 else q.dtype
-    block_n, block_l, warps, stages = by_kernel[_KERNELS.index(name)]
-    programs = batch * heads * (-(-keys // block_l) if name == "backward_key_kernel" else -(-queries // block_n))
-    if programs == 0:
-        return  # CUDA takes an empty grid for an error
+    (batch, heads, queries, channels), keys = q.shape, k.shape[2]
+    positions = _positions((keys // width, width), q.device) if _lifts(q, k, width) else None
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    pointers = (q, k, v, center_xy.contiguous(), precision_xy.contiguous(), mask, seed, positions, *tensors)
+    strides = tuple([tensor.stride()[:3] for tensor in (q, k, v, *by_stride)])
+    numbers = (heads, queries, keys, width, channels**-0.5, dropout, LIFT_LIMITS.get(q.dtype, 0.0))
 
-    lifts = _lifts(q, k, width)
-    positions = _positions((keys // width, width), q.device, interpreted) if lifts else None
-    arguments = (
-        *(q, k, v, center_xy.contiguous(), precision_xy.contiguous()),
-        *(None if mask is None else mask.contiguous().view(torch.uint8), seed, positions),
-        *tensors,
-        *(tensor.stride()[:3] for tensor in (q, k, v, *by_stride)),
-        *(heads, queries, keys, width, channels**-0.5, dropout, LIFT_LIMITS.get(q.dtype, 0.0)),
-        *(channels, padded, block_n, block_l, getattr(kernels.tl, str(dot).removeprefix("torch.")), "ieee"),
-        *(kernels.tl.float32 if interpreted else kernels.tl.bfloat16, lifts, mask is not None, dropout > 0.0),
-    )
+    # Triton compiles anew for addresses, strides and numbers that are a multiple of 16, and for those that are 1.
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in pointers]
+    aligned = tuple([None if address is None else address % 16 == 0 for address in addresses])
+    key = (name, q.device, q.dtype, batch, channels, strides, numbers, aligned)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
-        key = (name, q.device, *map(_specialization, arguments))
-        compiled = _COMPILED.get(key)
-        if compiled is not None:
-            compiled[programs, 1, 1](*arguments)
+        if key in _COMPILED:
+            compiled, programs, constants = _COMPILED[key]
+            compiled[programs, 1, 1](*addresses, *strides, *numbers, *constants)
             return
-        kernel = getattr(kernels, name)
-        compiled = kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages)
+        programs, constants, options = _plan(name, q, k, width, mask is not None, dropout > 0.0)
+        if programs == 0:
+            return  # CUDA takes an empty grid for an error
+        compiled = getattr(_kernels(), name)[(programs,)](*pointers, *strides, *numbers, *constants, **options)
         if compiled is not None:  # as it is in the interpreter
             if len(_COMPILED) >= _MOST_COMPILED:
                 _COMPILED.clear()
-            _COMPILED[key] = compiled
+            _COMPILED[key] = compiled, programs, constants
 
 
-_COMPILED: dict[tuple[Any, ...], Any] = {}
-"""Compiled kernels by all that Triton compiles them for. Triton finds them, too, but takes most of a launch to do so."""
-_MOST_COMPILED = 4096
-"""At this many, forget all: images of ever other sizes make ever other ones."""
-
-
-def _specialization(argument: Any) -> Any:
-    """What a kernel may be compiled for of one argument: a tensor's dtype and whether it is aligned to 16 bytes, else its value."""
-    return (argument.dtype, argument.data_ptr() % 16 == 0) if isinstance(argument, Tensor) else argument
+def _plan(
+    name: str, q: Tensor, k: Tensor, width: int, has_mask: bool, has_dropout: bool
+) -> tuple[int, tuple[Any, ...], dict[str, int]]:
+    """Of a launch: its programs, the arguments that are compiled in, and the compiler's options."""
+    kernels, (batch, heads, queries, channels) = _kernels(), q.shape
+    padded = max(16, 1 << (channels - 1).bit_length())
+    interpreted = _interpreted(kernels)
+    by_kernel = _INTERPRETER_BLOCKS if interpreted else _CUDA_BLOCKS[q.element_size(), max(32, padded)]
+    block_n, block_l, warps, stages = by_kernel[_KERNELS.index(name)]
+    blocks = -(-k.shape[2] // block_l) if name == "backward_key_kernel" else -(-queries // block_n)
+    # In the interpreter a product of bfloat16 blocks is garbage, silently.
+    dot = torch.float32 if interpreted and q.dtype == torch.bfloat16 else q.dtype
+    lifted = kernels.tl.float32 if interpreted else kernels.tl.bfloat16
+    constants = (
+        *(channels, padded, block_n, block_l, getattr(kernels.tl, str(dot).removeprefix("torch.")), "ieee"),
+        *(lifted, _lifts(q, k, width), has_mask, has_dropout),
+    )
+    return batch * heads * blocks, constants, {"num_warps": warps, "num_stages": stages}
 
 
 @functools.lru_cache(maxsize=256)
-def _positions(size: tuple[int, int], device: torch.device, interpreted: bool) -> Tensor:
+def _positions(size: tuple[int, int], device: torch.device) -> Tensor:
     """The channels of k̃ that stand behind those of k, [H·W and up to 128 more, 16], for positions ξ, η from the middle of the map:
 
     ξ² in two parts, the same again, ξ three times, 1,        η² in two parts, the same again, η three times, beyond the map
@@ -288,7 +300,7 @@ def _positions(size: tuple[int, int], device: torch.device, interpreted: bool) -
         table[:, first + 4 : first + 7] = position[:, None]
     table[:, 7] = 1.0
     table[:, 15] = (key >= height * width).float()
-    return table if interpreted else table.bfloat16()
+    return table if _interpreted(_kernels()) else table.bfloat16()
 
 
 def _adjacent_channels(tensor: Tensor) -> Tensor:

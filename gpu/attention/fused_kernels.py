@@ -242,8 +242,8 @@ def _attend(
 # fmt: off
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, center_ptr, precision_ptr, mask_ptr, seed_ptr, positions_ptr, out_ptr, lse_ptr,
-    lift_ptr,
+    q_ptr, k_ptr, v_ptr, center_ptr, precision_ptr, mask_ptr, seed_ptr, positions_ptr, out_ptr, exact_ptr,
+    lse_ptr, lift_ptr,
     q_strides, k_strides, v_strides, out_strides,
     heads, N, L, W, scale, dropout, limit,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -251,7 +251,8 @@ def forward_kernel(
     HAS_DROPOUT: tl.constexpr,
 ):
     # fmt: on
-    """(4) to (6) for BLOCK_N queries of one head, over a running maximum. Writes out, LSE and, with LIFT, the prior's channels."""
+    """(4) to (6) for BLOCK_N queries of one head, over a running maximum. Writes out, the same unrounded (unless exact_ptr is
+    None), LSE and, with LIFT, the prior's channels."""
     blocks = tl.cdiv(N, BLOCK_N)
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     query = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -282,6 +283,8 @@ def forward_kernel(
     if HAS_DROPOUT:
         out = out / (1.0 - dropout)
     _store_rows(_head(out_ptr, out_strides, b, h), query, out_strides[2], real, out, D, BLOCK_D)
+    if exact_ptr is not None:
+        _store_rows(_head(exact_ptr, out_strides, b, h), query, out_strides[2], real, out, D, BLOCK_D)
     tl.store(lse_ptr + bh * N + query, largest + tl.log2(total), mask=real)
 
 

@@ -96,7 +96,7 @@ def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Ite
         single = group == "attention"
         finest = size.maps[0]
         twice = [(2 * finest[0], 2 * finest[1])] if full else []  # the finest at half its stride
-        for kind in ("bf16", "bf16 replayed", "float32") if full else ("",):
+        for kind in ("bf16 replayed", "bf16", "float32") if full else ("",):
             for index, maps in enumerate([(m,) for m in [finest, *twice, *size.maps[1:2]]] if single else [size.maps]):
                 keys = ", ".join(f"{height}×{width}" for height, width in maps)
                 yield Part(
