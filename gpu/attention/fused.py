@@ -34,7 +34,8 @@ _KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 
 # Of each kernel in turn: (queries a block, keys a block, warps, stages of the loads' pipeline), by (bytes of a number, padded d).
 # For d ≤ 32 the fastest of some fifteen on an H200 at 300 queries and 50×84 keys (of k̄ and v̄ in half precision one within 3% of it,
-# which spills no registers). For wider heads, not measured, those of which the compiler spills next to none.
+# which spills no registers), in half precision also of some seven at 25×42 and at 100×168. For wider heads, not measured, those of
+# which the compiler spills next to none.
 _CUDA_BLOCKS = {
     (2, 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 1)),
     (2, 64): ((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2)),
