@@ -78,8 +78,6 @@ class Batch:
     targets: Targets
     image_ids: torch.Tensor
     """[B] int64."""
-    valid_sizes: torch.Tensor
-    """[B, 2] int64 (height, width) of the unpadded image in pixels of `images`."""
     original_sizes: torch.Tensor
     """[B, 2] int64 (height, width) of the stored image."""
 
@@ -92,7 +90,6 @@ class Batch:
             self.padding_mask.to(device, non_blocking=non_blocking),
             self.targets.to(device, non_blocking=non_blocking),
             self.image_ids.to(device, non_blocking=non_blocking),
-            self.valid_sizes.to(device, non_blocking=non_blocking),
             self.original_sizes.to(device, non_blocking=non_blocking),
         )
 
@@ -103,7 +100,6 @@ class Batch:
             self.padding_mask.pin_memory(),
             self.targets.pin_memory(),
             self.image_ids.pin_memory(),
-            self.valid_sizes.pin_memory(),
             self.original_sizes.pin_memory(),
         )
 
@@ -154,21 +150,64 @@ class Report:
 
 
 class DetectionDataset(Protocol):
-    """What a trainer and an evaluation ask of a dataset: `CocoDetection`, `SyntheticShapes` and `Augmented` have it."""
+    """What a trainer and an evaluation ask of a dataset: `CocoDetection`, `SyntheticShapes` and `Augmented` have it.
+
+    A class of your own that inherits from this one needs `categories`, `__len__` and `__getitem__` (docs/extending.md). The other
+    two then come from its samples, and each reads every image once: write your own where that takes long.
+    """
 
     @property
     def categories(self) -> tuple[Category, ...]:
         """Sorted by id; a label is an index into this tuple."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        raise NotImplementedError
 
     @property
-    def report(self) -> Report: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
+    def report(self) -> Report:
+        """What was found while the dataset was opened."""
+        truth = self.ground_truth()
+        with_boxes = {annotation["image_id"] for annotation in truth["annotations"]}
+        return Report(len(self), len(truth["annotations"]), len(self.categories), len(self) - len(with_boxes))
 
     def ground_truth(self) -> CocoDict:
-        """A COCO dictionary (info, images, annotations, categories) that pycocotools takes as it is."""
+        """A COCO dictionary (info, images, annotations, categories) that pycocotools takes as it is.
+
+        Raises:
+            ValueError: a label that is no index into `categories`, or an image id that occurs twice.
+        """
+        images: dict[int, dict[str, Any]] = {}
+        annotations: list[dict[str, Any]] = []
+        for index in range(len(self)):
+            sample = self[index]
+            height, width = sample.original_size
+            if sample.image_id in images:
+                raise ValueError(f"sample {index}: image_id {sample.image_id} occurs twice; every image needs its own")
+            images[sample.image_id] = {"id": sample.image_id, "width": width, "height": height}
+            scale = np.array([width, height, width, height]) / np.array([sample.image.shape[:2][::-1]] * 2).reshape(4)
+            for (x0, y0, x1, y1), label in zip(
+                (sample.boxes_xyxy * scale).tolist(), sample.labels.tolist(), strict=True
+            ):
+                if not 0 <= label < len(self.categories):
+                    raise ValueError(
+                        f"sample {index}: label {label} is not an index into the {len(self.categories)} categories"
+                    )
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": sample.image_id,
+                        "category_id": self.categories[label].id,
+                        "bbox": [x0, y0, x1 - x0, y1 - y0],
+                        "area": (x1 - x0) * (y1 - y0),
+                        "iscrowd": 0,
+                    }
+                )
+        categories = [{"id": category.id, "name": category.name} for category in self.categories]
+        return {"info": {}, "images": list(images.values()), "annotations": annotations, "categories": categories}
 
 
 def collate(samples: Sequence[Sample], size_divisor: int = 1, target_divisor: int = 1) -> Batch:
@@ -186,8 +225,8 @@ def collate(samples: Sequence[Sample], size_divisor: int = 1, target_divisor: in
         if divisor < 1:
             raise ValueError(f"collate: expected {name} ≥ 1, got {divisor}; 1 rounds nothing up")
     count = len(samples)
-    valid_sizes_B2 = np.array([sample.image.shape[:2] for sample in samples], dtype=np.int64)
-    height, width = (-(-int(side) // size_divisor) * size_divisor for side in valid_sizes_B2.max(axis=0))
+    sizes_B2 = [sample.image.shape[:2] for sample in samples]
+    height, width = (-(-max(sides) // size_divisor) * size_divisor for sides in zip(*sizes_B2, strict=True))
     max_targets = max(1, *(len(sample.labels) for sample in samples))
     max_targets = -(-max_targets // target_divisor) * target_divisor
 
@@ -213,6 +252,5 @@ def collate(samples: Sequence[Sample], size_divisor: int = 1, target_divisor: in
         padding_mask=torch.from_numpy(padding_mask_BHW),
         targets=Targets(torch.from_numpy(labels_BT), torch.from_numpy(boxes_BT4), torch.from_numpy(valid_BT)),
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
-        valid_sizes=torch.from_numpy(valid_sizes_B2),
         original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
     )

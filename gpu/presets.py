@@ -88,39 +88,8 @@ def small() -> RunConfig:
     )
 
 
-def small_objects() -> RunConfig:
-    """One level of stride 16 on built-in data with up to 12 objects of 5 to 40 pixels: many are smaller than a cell."""
-    run = _with_model(demo(), "small_objects", backbone=tiny_resnet(2, 2, 2), strides=(16,))
-    synthetic = replace(run.synthetic, train_images=2000, max_objects=12, min_side=5 / 128, max_side=40 / 128)
-    return replace(run, synthetic=synthetic)
-
-
-def small_objects_multiscale() -> RunConfig:
-    """``small_objects`` with three levels, one finer and one coarser: strides 8, 16 and 32."""
-    return _with_model(small_objects(), "small_objects_multiscale", strides=(8, 16, 32))
-
-
-def ablation_fixed_scale() -> RunConfig:
-    """``small_objects_multiscale`` with Gaussians of one width that is not predicted."""
-    return _with_model(small_objects_multiscale(), "ablation_fixed_scale", prior_scale="fixed")
-
-
-def ablation_single_scale() -> RunConfig:
-    """``small_objects_multiscale`` with one predicted width for both axes of a Gaussian."""
-    return _with_model(small_objects_multiscale(), "ablation_single_scale", prior_scale="single")
-
-
-def ablation_shared_heads() -> RunConfig:
-    """``small_objects_multiscale`` with one Gaussian for all attention heads."""
-    return _with_model(small_objects_multiscale(), "ablation_shared_heads", prior_heads="shared")
-
-
-def ablation_no_selection() -> RunConfig:
-    """``small_objects_multiscale`` without scale selection: every level weighs the same."""
-    return _with_model(small_objects_multiscale(), "ablation_no_selection", scale_selection=False)
-
-
-def _with_model(run: RunConfig, name: str, **changes: Any) -> RunConfig:
+def with_model(run: RunConfig, name: str, **changes: Any) -> RunConfig:
+    """`run` into runs/`name`, with changes to its model."""
     return replace(run, output=Path("runs") / name, model=replace(run.model, **changes))
 
 
@@ -137,23 +106,23 @@ def smca_r50() -> RunConfig:
 
 def detr_r50() -> RunConfig:
     """The baseline: DETR with every setting of ``smca_r50`` but the prior."""
-    return _with_model(smca_r50(), "detr_r50", cross_attention="dense")
+    return with_model(smca_r50(), "detr_r50", cross_attention="dense")
 
 
 def smca_r50_multiscale() -> RunConfig:
     """Multi-scale SMCA as published: strides 16, 32, 64; five encoder layers, the middle one crosses levels."""
     levels = {"strides": (16, 32, 64), "encoder_layers": 5, "cross_level_blocks": (2,)}
-    return _with_model(smca_r50(), "smca_r50_multiscale", **levels)
+    return with_model(smca_r50(), "smca_r50_multiscale", **levels)
 
 
 def smca_r50_multiscale_conv() -> RunConfig:
     """The authors' later variant: depthwise convolutions in place of the encoder's attention."""
-    return _with_model(smca_r50_multiscale(), "smca_r50_multiscale_conv", encoder="conv", cross_level_blocks=())
+    return with_model(smca_r50_multiscale(), "smca_r50_multiscale_conv", encoder="conv", cross_level_blocks=())
 
 
 def smca_r101_multiscale() -> RunConfig:
     """``smca_r50_multiscale`` with a ResNet-101."""
-    return _with_model(smca_r50_multiscale(), "smca_r101_multiscale", backbone=RESNET101)
+    return with_model(smca_r50_multiscale(), "smca_r101_multiscale", backbone=RESNET101)
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
@@ -166,12 +135,6 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
         smca_r50_multiscale,
         smca_r50_multiscale_conv,
         smca_r101_multiscale,
-        small_objects,
-        small_objects_multiscale,
-        ablation_fixed_scale,
-        ablation_single_scale,
-        ablation_shared_heads,
-        ablation_no_selection,
     )
 }
 """Every preset by the name that ``smca train`` takes."""

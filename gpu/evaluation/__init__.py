@@ -1,12 +1,11 @@
 """Detections of whole data sets, and COCO's metrics of them."""
 
 from smca.gpu.evaluation.coco import CocoMetrics, evaluate_detections
-from smca.gpu.evaluation.data import DetectionData, evaluation_loader, open_split, pick_device
+from smca.gpu.evaluation.data import evaluation_loader, open_split, pick_device
 from smca.gpu.evaluation.detect import coco_results, detect
 
 __all__ = [
     "CocoMetrics",
-    "DetectionData",
     "coco_results",
     "detect",
     "evaluate_detections",

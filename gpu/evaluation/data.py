@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from smca.datasets import Augmentation, Augmented, CocoDetection, SyntheticShapes, collate, find_split
+from smca.datasets import Augmentation, Augmented, CocoDetection, DetectionDataset, SyntheticShapes, collate, find_split
 from smca.datasets.layout import Split
 from smca.gpu.config import ModelConfig, SyntheticConfig
 
-DetectionData = CocoDetection | SyntheticShapes
 
-
-def open_split(data: str | None, split: Split, synthetic: SyntheticConfig, *, cache: bool = False) -> DetectionData:
+def open_split(
+    data: str | None, split: Split, synthetic: SyntheticConfig, *, cache: bool = False
+) -> CocoDetection | SyntheticShapes:
     """The data that `data` names: a COCO-format folder's split, or "synthetic" (docs/data.md)."""
     if data is None:
         raise ValueError(
@@ -36,7 +36,7 @@ def open_split(data: str | None, split: Split, synthetic: SyntheticConfig, *, ca
 
 
 def evaluation_loader(
-    data: DetectionData, config: ModelConfig, batch_size: int, workers: int, indices: range | None = None
+    data: DetectionDataset, config: ModelConfig, batch_size: int, workers: int, indices: range | None = None
 ) -> DataLoader[Any]:
     """Batches of `data` (those of `indices`), resized as ``config`` says, in order."""
     resized = Augmented(data, Augmentation.evaluation(config.image_short_side, config.image_max_size), seed=0)

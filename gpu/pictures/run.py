@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from smca.gpu.evaluation import DetectionData
+from smca.datasets import DetectionDataset
 from smca.gpu.model import SMCADETR
 from smca.gpu.pictures.drawing import contact_sheet, draw_detections, training_curves
 
@@ -17,7 +17,7 @@ DRAW_THRESHOLD = 0.35
 """Least score that is drawn: trained with focal loss, scores of real objects start about there."""
 
 
-def draw_run(model: SMCADETR, data: DetectionData, metrics: list[dict[str, Any]], output: Path) -> None:
+def draw_run(model: SMCADETR, data: DetectionDataset, metrics: list[dict[str, Any]], output: Path) -> None:
     """Write curves.png, predictions.png and pictures/ into `output`."""
     training_curves(metrics, output / "curves.png")
     folder = output / "pictures"

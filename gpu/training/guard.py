@@ -25,15 +25,15 @@ class FiniteCheck:
     before that step's backward pass replaces the gradients. A flag on the device keeps a bad step from changing the weights
     meanwhile. Where the numbers are at hand anyway, as on a CPU, they are looked at at once.
 
-        with check.keeping(batch):          # a matcher that raises does so in here
+        with check.keep_bad_batch(batch):   # a matcher that raises does so in here
             terms = criterion(model(images), targets)
-        check.look()                        # at the step before this one
+        check.raise_if_not_finite()         # of the step before this one
         terms["loss"].backward()
         norm = clip_grad_norm_(…)
-        check.watch(terms, norm, batch, optimizer)
+        check.record(terms, norm, batch, optimizer)
         optimizer.step()
         …
-        check.look()                        # before anything is saved
+        check.raise_if_not_finite()         # before anything is saved
     """
 
     def __init__(self, model: nn.Module, output: Path, *, delayed: bool, file_name: str = BAD_BATCH_FILE) -> None:
@@ -42,8 +42,8 @@ class FiniteCheck:
         Args:
             model: whose gradients are looked through, for their names, if their norm is not finite.
             output: folder that receives the offending batch.
-            delayed: look at a step's numbers when ``look`` is called, not at once: for CUDA. The optimiser must be a fused one,
-                which takes ``found_inf`` as from a gradient scaler.
+            delayed: look at a step's numbers when ``raise_if_not_finite`` is called, not at once: for CUDA. The optimiser must be
+                a fused one, which takes ``found_inf`` as from a gradient scaler.
             file_name: of the offending batch.
         """
         self.model, self.delayed = model, delayed
@@ -52,8 +52,8 @@ class FiniteCheck:
         """Terms of the loss of the last step that was looked at."""
         self._waiting: tuple[list[str], Tensor, Any, Batch] | None = None
 
-    def watch(self, terms: Mapping[str, Tensor], norm: Tensor, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
-        """Note a step's numbers, and forbid the optimiser's next step if one of them is not finite.
+    def record(self, terms: Mapping[str, Tensor], norm: Tensor, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+        """Take down a step's numbers, and forbid the optimiser's next step if one of them is not finite.
 
         Args:
             terms: of the loss, scalars on one device.
@@ -62,25 +62,25 @@ class FiniteCheck:
             optimizer: whose next step is to follow.
 
         Raises:
-            NonFiniteError: as ``look``, if it is not delayed.
+            NonFiniteError: as ``raise_if_not_finite``, if it is not delayed.
         """
         numbers = torch.stack([*(value.detach() for value in terms.values()), norm.detach()])
         names = list(terms)
         if not self.delayed:
             self._waiting = names, numbers, None, batch
-            self.look()
+            self.raise_if_not_finite()
             return
         optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
-        there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
-        there.copy_(numbers, non_blocking=True)
+        on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        on_host.copy_(numbers, non_blocking=True)
         event: Any = torch.cuda.Event  # untyped
         arrived = event() if numbers.is_cuda else None
         if arrived is not None:
             arrived.record()
-        self._waiting = names, there, arrived, batch
+        self._waiting = names, on_host, arrived, batch
 
-    def look(self) -> None:
-        """Look at the numbers last noted.
+    def raise_if_not_finite(self) -> None:
+        """Look at the numbers last recorded.
 
         Raises:
             NonFiniteError: one is not finite; names the term and layer, or the parameter whose gradient it was, the images of
@@ -94,13 +94,13 @@ class FiniteCheck:
             arrived.synchronize()
         *losses, norm = numbers.tolist()
         self.values = dict(zip(names, losses, strict=True))
-        with self.keeping(batch):
+        with self.keep_bad_batch(batch):
             check_terms(self.values)
             if not torch.isfinite(numbers[-1]):
                 raise NonFiniteError(_bad_gradient(self.model, norm))
 
     @contextmanager
-    def keeping(self, batch: Batch) -> Iterator[None]:
+    def keep_bad_batch(self, batch: Batch) -> Iterator[None]:
         """On a NonFiniteError: keep the batch that led to it, and say where."""
         try:
             yield
@@ -126,7 +126,8 @@ def check_terms(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if value - value != 0:  # NaN or infinite
             term, _, layer = name.partition("/")
-            where = f"the {term} term of decoder layer {layer}" if layer else "the sum of the terms"
+            of_one = f"the {term} term" + (f" of decoder layer {layer}" if layer else "")
+            where = "the sum of the terms" if name == "loss" else of_one
             raise NonFiniteError(f"the loss is not finite: {where} is {value}")
 
 

@@ -11,7 +11,7 @@ from smca.gpu.config import OptimConfig
 from smca.gpu.model import SMCADETR
 
 
-def lr_factor(optim: OptimConfig, step: int, epoch: int, total_steps: int) -> float:
+def learning_rate_factor(optim: OptimConfig, step: int, epoch: int, total_steps: int) -> float:
     """What the base learning rates are multiplied by at this step."""
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
@@ -32,6 +32,12 @@ def make_optimizer(model: SMCADETR, optim: OptimConfig, device: torch.device) ->
     if backbone:
         groups.append({"params": backbone, "lr": optim.backbone_lr})
     return torch.optim.AdamW(groups, weight_decay=optim.weight_decay, fused=device.type in ("cuda", "cpu"))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, base_lrs: list[float], factor: float) -> None:
+    """Learning rate of each parameter group ← its base rate times `factor`."""
+    for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
+        group["lr"] = base * factor
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from smca.datasets import Augmentation, Augmented, Report, Sample, SyntheticShapes, collate
+from smca.datasets import Augmentation, Augmented, Category, DetectionDataset, Report, Sample, SyntheticShapes, collate
 
 
 def sample(height: int, width: int, boxes: list[list[float]], labels: list[int], image_id: int = 1) -> Sample:
@@ -26,7 +26,6 @@ def test_images_are_padded_with_zeros_at_the_right_and_at_the_bottom() -> None:
     # The images have no zero of their own, so the mask is exactly where the batch is zero.
     assert torch.equal(batch.padding_mask, (batch.images == 0).all(dim=1))
     assert batch.padding_mask.dtype == torch.bool
-    assert batch.valid_sizes.tolist() == [[4, 6], [3, 10]]
     assert batch.original_sizes.tolist() == [[8, 18], [6, 30]]
     assert batch.image_ids.tolist() == [1, 2]
     assert len(batch) == 2
@@ -55,7 +54,6 @@ def test_a_batch_without_a_box_has_one_invalid_target() -> None:
 def test_size_divisor_rounds_the_padded_size_up() -> None:
     batch = collate([sample(33, 64, [[0, 0, 64, 33]], [0])], size_divisor=32)
     assert batch.images.shape == (1, 3, 64, 64)
-    assert batch.valid_sizes.tolist() == [[33, 64]]
     np.testing.assert_allclose(batch.targets.boxes, [[[0.5, 0.5, 1, 1]]])
     assert batch.padding_mask[0].sum() == 31 * 64
 
@@ -106,3 +104,41 @@ def test_the_report_is_one_line_with_what_matters() -> None:
     for part in ("6 empty", "5 crowd", "4 degenerate", "3 outside", "clipped 2", "no box of cat, dog"):
         assert part in full
     assert "\n" not in full
+
+
+class Squares(DetectionDataset):
+    """Two images, of which the second was stored twice as large, and one without objects."""
+
+    categories = (Category(7, "a"), Category(9, "b"))
+
+    def __init__(self, label: int = 1, image_id: int = 2) -> None:
+        self.label, self.image_id = label, image_id
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Sample:
+        boxes = np.array([[1.0, 2.0, 5.0, 4.0]] * (index < 2)).reshape(-1, 4)
+        labels = np.array([self.label] * (index < 2), dtype=np.int64)
+        image_id = (1, self.image_id, 3)[index]
+        size = (20, 16) if index == 1 else (10, 8)
+        return Sample(np.zeros((10, 8, 3), np.uint8), boxes, labels, image_id=image_id, original_size=size)
+
+
+def test_report_and_ground_truth_of_a_dataset_of_ones_own() -> None:
+    data = Squares()
+    assert str(data.report) == "3 images (1 empty) · 2 boxes of 2 classes"
+    truth = data.ground_truth()
+    assert [(a["id"], a["image_id"], a["category_id"], a["bbox"], a["area"]) for a in truth["annotations"]] == [
+        (1, 1, 9, [1, 2, 4, 2], 8),
+        (2, 2, 9, [2, 4, 8, 4], 32),
+    ]
+    assert truth["images"][1] == {"id": 2, "width": 16, "height": 20}
+    assert truth["categories"] == [{"id": 7, "name": "a"}, {"id": 9, "name": "b"}]
+
+
+def test_mistakes_of_a_dataset_of_ones_own_are_named() -> None:
+    with pytest.raises(ValueError, match="sample 0: label 2 is not an index into the 2 categories"):
+        Squares(label=2).ground_truth()
+    with pytest.raises(ValueError, match="sample 1: image_id 1 occurs twice"):
+        Squares(image_id=1).ground_truth()

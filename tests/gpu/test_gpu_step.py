@@ -55,11 +55,11 @@ def losses(
         with autocast(work):
             outputs = model(there, mask.to(work.device, non_blocking=True))
         terms = criterion(outputs, targets)
-        check.look()
+        check.raise_if_not_finite()
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        check.watch(terms, norm, host, optimizer)
+        check.record(terms, norm, host, optimizer)
         optimizer.step()
         update_average(average, model, 0.9)
         found.append(terms["loss"].detach())

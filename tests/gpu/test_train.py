@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,14 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smca.datasets import SyntheticShapes
+from smca.datasets import SyntheticShapes, Targets
 from smca.gpu import cli, train
 from smca.gpu.attention import dispatch
-from smca.gpu.config import RunConfig
-from smca.gpu.loss import NonFiniteError
+from smca.gpu.config import LossConfig, RunConfig
+from smca.gpu.loss import NonFiniteError, SetCriterion
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS, demo
 from smca.gpu.training.checkpoint import load_checkpoint
+from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.log import read_metrics
 
 
@@ -112,7 +114,7 @@ def test_non_finite_numbers_stop_training(
 ) -> None:
     """After one good epoch a term turns NaN: training names it, keeps the batch, and leaves the good checkpoint alone."""
     calls = 0
-    forward = train.SetCriterion.forward
+    forward = SetCriterion.forward
 
     def poisoned(self: Any, outputs: dict[str, torch.Tensor], targets: Any) -> dict[str, torch.Tensor]:
         nonlocal calls
@@ -124,7 +126,7 @@ def test_non_finite_numbers_stop_training(
             terms["loss"] = terms["loss"] + (outputs["logits"] * 0).abs().sqrt().sum()  # d√x at 0 is infinite
         return terms
 
-    monkeypatch.setattr(train.SetCriterion, "forward", poisoned)
+    monkeypatch.setattr(SetCriterion, "forward", poisoned)
     with pytest.raises(NonFiniteError, match=message) as caught:
         train.train(tiny(tmp_path, epochs=3))
     assert "bad_batch.safetensors" in str(caught.value)
@@ -134,6 +136,28 @@ def test_non_finite_numbers_stop_training(
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["epoch"] == 1
     assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_a_loss_of_ones_own_is_checked(tmp_path: Path) -> None:
+    class Learned(SetCriterion):
+        def __init__(self) -> None:
+            super().__init__(LossConfig())
+            self.factor = torch.nn.Parameter(torch.ones(()))
+
+    with pytest.raises(ValueError, match=r"without parameters to train, got \['factor'\]"):
+        train.train(tiny(tmp_path / "parameters"), criterion=Learned())
+    for terms in ({"loss": torch.zeros(2)}, {"class": torch.zeros(())}):
+        with pytest.raises(ValueError, match='one of them "loss"'):
+            train.train(tiny(tmp_path / "shape", overwrite=True), criterion=lambda o, t, terms=terms: terms)  # type: ignore[misc]
+
+
+def test_a_loss_of_ones_own_that_turns_nan_is_named(tmp_path: Path) -> None:
+    def criterion(outputs: dict[str, torch.Tensor], targets: Targets) -> dict[str, torch.Tensor]:
+        bad = outputs["logits"].sum() * torch.nan
+        return {"mine": bad, "loss": bad}
+
+    with pytest.raises(NonFiniteError, match="the mine term is nan"):
+        train.train(tiny(tmp_path), criterion=criterion)
 
 
 def test_bf16_trains_with_losses_in_float32(tmp_path: Path) -> None:
@@ -177,16 +201,16 @@ def steps_of(
     """Train; the terms of every step's loss, and the gradient of the first step by parameter (clipped)."""
     terms_of: list[dict[str, float]] = []
     gradient: dict[str, torch.Tensor] = {}
-    watch = train.FiniteCheck.watch
+    record = FiniteCheck.record
 
     def noting(self: Any, terms: Mapping[str, torch.Tensor], *others: Any) -> None:
         if not terms_of:
             gradient.update({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
         terms_of.append({name: value.item() for name, value in terms.items()})
-        watch(self, terms, *others)
+        record(self, terms, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.FiniteCheck, "watch", noting)
+        patch.setattr(FiniteCheck, "record", noting)
         train.train(config)
     return terms_of, gradient
 
@@ -296,6 +320,20 @@ def test_presets_parse_and_take_overrides(name: str) -> None:
     run = train.parse([name, "--model.num-queries", "7", "--optim.lr", "0.5", "--epochs", "3"])
     assert (run.model.num_queries, run.optim.lr, run.epochs) == (7, 0.5, 3)
     assert run.model.backbone == PRESETS[name]().model.backbone
+
+
+def test_the_settings_of_the_ablation_page_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "ablations.py"
+    presets = runpy.run_path(str(page))["PRESETS"]
+    for name, preset in presets.items():
+        run = train.parse([name, "--seed", "7"], presets, prog="ablations.py")
+        assert run.model == preset().model
+        assert run.seed == 7
+    assert len({repr(preset().model) for preset in presets.values()}) == len(presets), "each differs from the others"
+    command = [sys.executable, str(page), "small", "--seed", "7"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "no preset 'small': choose one of small_objects," in ran.stderr
 
 
 def test_published_presets_stay_as_published() -> None:

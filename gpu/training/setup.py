@@ -1,0 +1,288 @@
+"""Everything that training needs before its first step: processes, data, model, loss, optimiser, and where a run goes on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from smca.datasets import Augmented, DetectionDataset, Targets, collate, require_same_categories
+from smca.gpu.config import RunConfig
+from smca.gpu.evaluation import evaluation_loader, open_split, pick_device
+from smca.gpu.loss import SetCriterion
+from smca.gpu.model import SMCADETR
+from smca.gpu.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
+from smca.gpu.training.guard import BAD_BATCH_FILE, FiniteCheck
+from smca.gpu.training.optimizer import make_optimizer
+
+Criterion = Callable[[dict[str, Tensor], Targets], Mapping[str, Tensor]]
+"""(outputs, targets) → terms of the loss, scalars by name; "loss" is what is minimised. ``SetCriterion``, or one of your own."""
+
+TARGET_BUCKET = 16
+"""Targets are padded to multiples of this if images are padded to multiples of ``RunConfig.shape_bucket``: COCO's images have
+7 objects on average and 63 at most."""
+
+
+@dataclass
+class Run:
+    """One training run, on one process of it."""
+
+    config: RunConfig
+    """With the classes of the data."""
+    rank: int
+    """Of this process; 0 writes files and speaks."""
+    world: int
+    """Number of processes."""
+    device: torch.device
+    train_data: DetectionDataset
+    val_data: DetectionDataset
+    augmented: Augmented
+    """`train_data` as `loader` reads it."""
+    sampler: DistributedSampler[Any]
+    loader: DataLoader[Any]
+    """Training batches of this process."""
+    val_loader: DataLoader[Any]
+    """Held-out batches of this process."""
+    total_steps: int
+    model: SMCADETR
+    parallel: nn.Module
+    """`model`, wrapped so that processes share their gradients."""
+    average: SMCADETR | None
+    """Moving average of the model, which is then what is evaluated and saved."""
+    criterion: Criterion
+    optimizer: torch.optim.AdamW
+    base_lrs: list[float]
+    """Of each parameter group, before the schedule."""
+    check: FiniteCheck
+    step: int = 0
+    """Steps done."""
+    epoch: int = 0
+    """Epochs done."""
+    train_seconds: float = 0.0
+    """Seconds spent on training so far, evaluations not counted."""
+
+    @property
+    def trained(self) -> SMCADETR:
+        """What is evaluated and saved."""
+        return self.average or self.model
+
+
+def set_up(
+    config: RunConfig,
+    rank: int,
+    world: int,
+    train_data: DetectionDataset | None,
+    val_data: DetectionDataset | None,
+    criterion: Criterion | None,
+) -> Run:
+    """Build a run; with ``config.resume`` it stands where its checkpoint was written.
+
+    Raises:
+        ValueError: configuration, data, loss and checkpoint that do not fit each other.
+    """
+    device = pick_device(config.device)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    _prepare_output(config, rank)
+    _seed(config.seed)
+
+    # Data; the model's classes follow from it.
+    if train_data is None:
+        train_data = open_split(config.data, "train", config.synthetic, cache=config.cache_images)
+    if val_data is None:
+        val_data = open_split(config.data, "val", config.synthetic, cache=config.cache_images)
+    else:
+        config = dataclasses.replace(config, data=None)  # which is not what the model is measured on
+    config = _with_classes(config, train_data, val_data)
+    augmented = Augmented(train_data, config.augmentation, config.seed)
+    sampler: DistributedSampler[Any] = DistributedSampler(augmented, world, rank, shuffle=True, seed=config.seed)
+    loader = _training_loader(config, augmented, sampler, world, device)
+    val_loader = evaluation_loader(
+        val_data, config.model, config.eval_batch_size, config.workers, range(rank, len(val_data), world)
+    )
+    total_steps = min(config.epochs * len(loader), config.max_steps or config.epochs * len(loader))
+
+    # Model, loss, optimiser.
+    model = SMCADETR(config.model, attention_backend=config.attention).to(device)
+    model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
+    if criterion is None:
+        criterion = SetCriterion(config.loss)
+    if isinstance(criterion, nn.Module):
+        if trained := [name for name, p in criterion.named_parameters() if p.requires_grad]:
+            raise ValueError(
+                f"criterion: expected a loss without parameters to train, got {trained}; make them buffers"
+            )
+        criterion.to(device)
+    if config.compile:
+        model.compile()
+        if isinstance(criterion, nn.Module):
+            criterion.compile()
+    optimizer = make_optimizer(model, config.optim, device)
+    base_lrs = [group["lr"] for group in optimizer.param_groups]
+    # After the optimiser, which may freeze the backbone: only what is trained is synchronised.
+    parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+    file_name = BAD_BATCH_FILE if rank == 0 else f"rank{rank}_{BAD_BATCH_FILE}"
+    check = FiniteCheck(model, config.output, delayed=device.type == "cuda", file_name=file_name)
+    run = Run(
+        config=config,
+        rank=rank,
+        world=world,
+        device=device,
+        train_data=train_data,
+        val_data=val_data,
+        augmented=augmented,
+        sampler=sampler,
+        loader=loader,
+        val_loader=val_loader,
+        total_steps=total_steps,
+        model=model,
+        parallel=parallel,
+        average=average,
+        criterion=criterion if isinstance(criterion, SetCriterion) else _checked(criterion),
+        optimizer=optimizer,
+        base_lrs=base_lrs,
+        check=check,
+    )
+    if config.resume:
+        _resume(run)
+    return run
+
+
+def _checked(criterion: Criterion) -> Criterion:
+    """`criterion`, whose terms are looked at: it is a user's own."""
+
+    def terms_of(outputs: dict[str, Tensor], targets: Targets) -> Mapping[str, Tensor]:
+        terms = criterion(outputs, targets)
+        shapes = {name: tuple(value.shape) for name, value in terms.items()}
+        if "loss" not in shapes or any(shapes.values()):
+            raise ValueError(f'criterion: expected scalar tensors by name, one of them "loss", got the shapes {shapes}')
+        return terms
+
+    return terms_of
+
+
+def _training_loader(
+    config: RunConfig, augmented: Augmented, sampler: DistributedSampler[Any], world: int, device: torch.device
+) -> DataLoader[Any]:
+    if config.batch_size % world:
+        raise ValueError(f"batch_size = {config.batch_size} images per step cannot be split over {world} processes")
+    per_process = config.batch_size // world
+    target_divisor = TARGET_BUCKET if config.shape_bucket > 1 else 1
+    return DataLoader(
+        augmented,
+        per_process,
+        sampler=sampler,
+        collate_fn=partial(collate, size_divisor=config.shape_bucket, target_divisor=target_divisor),
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+        pin_memory=device.type == "cuda",
+        drop_last=len(sampler) >= per_process,
+    )
+
+
+def _with_classes(config: RunConfig, train_data: DetectionDataset, val_data: DetectionDataset) -> RunConfig:
+    """Set the head's size and names from the data; training and held-out data must agree."""
+    categories = train_data.categories
+    require_same_categories(categories, val_data.categories)
+    model = dataclasses.replace(
+        config.model,
+        num_classes=len(categories),
+        class_names=tuple(c.name for c in categories),
+        category_ids=tuple(c.id for c in categories),
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def most_objects(data: DetectionDataset) -> int:
+    """Objects in the fullest image, crowds not counted."""
+    counts = Counter(a["image_id"] for a in data.ground_truth()["annotations"] if not a["iscrowd"])
+    return max(counts.values(), default=0)
+
+
+def _prepare_output(config: RunConfig, rank: int) -> None:
+    checkpoint = config.output / CHECKPOINT_FILE
+    if checkpoint.exists() and not (config.resume or config.overwrite):
+        raise ValueError(
+            f"{config.output} already holds a run: --resume goes on with it, --overwrite starts anew, --output puts it elsewhere"
+        )
+    if rank == 0:
+        config.output.mkdir(parents=True, exist_ok=True)
+
+
+def _resume(run: Run) -> None:
+    """Put a run where its checkpoint was written."""
+    path = run.config.output / CHECKPOINT_FILE
+    state = load_checkpoint(path)
+    if state["config"] != run.config.model.to_json():
+        raise ValueError(
+            f"{path} belongs to a model configured otherwise: resume with the settings it was started with, or use --overwrite"
+        )
+    if (state["average"] is None) != (run.average is None):
+        raise ValueError(
+            f"{path} was trained {'without' if state['average'] is None else 'with'} optim.ema_decay: resume likewise"
+        )
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.average is not None:
+        run.average.load_state_dict(state["average"])
+    torch.set_rng_state(state["rng"])
+    run.step, run.epoch, run.train_seconds = state["step"], state["epoch"], state["train_seconds"]
+
+
+def checkpoint_of(run: Run) -> dict[str, Any]:
+    """What ``set_up`` needs to go on from here."""
+    return {
+        "config": run.config.model.to_json(),
+        "model": run.model.state_dict(),
+        "average": run.average.state_dict() if run.average is not None else None,
+        "optimizer": run.optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "step": run.step,
+        "epoch": run.epoch,
+        "total_steps": run.total_steps,
+        "train_seconds": run.train_seconds,
+    }
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """(rank, world size); joins the group that torchrun set up, if it did."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield 0, 1
+        return
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield distributed.get_rank(), distributed.get_world_size()
+        distributed.barrier()  # the others wait for what the first writes: a group that ends by halves may hang
+    finally:
+        distributed.destroy_process_group()
+
+
+def gather(results: list[dict[str, Any]], world: int) -> list[dict[str, Any]]:
+    """The results of all processes."""
+    if world == 1:
+        return results
+    parts: list[list[dict[str, Any]] | None] = [None] * world
+    distributed.all_gather_object(parts, results)
+    return [result for part in parts for result in part or []]
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - for libraries that still draw from it
+    random.seed(seed)
