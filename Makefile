@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 PACKAGES := reference datasets gpu conformance
 
 .DEFAULT_GOAL := help
-.PHONY: help setup types demo test lint bench figures clean
+.PHONY: help setup types demo test lint bench figures structure clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
-		printf '%-14s %s\n' "$$target" "$$text"; done
+		printf '%-17s %s\n' "$$target" "$$text"; done
 	@echo
 	@echo "  PYTHON=python3.12 make setup    builds .venv with another Python"
 	@echo "  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup"
@@ -55,6 +55,9 @@ bench: setup  ## measure attention backends and a training step on this machine
 
 figures: setup  ## redraw the pictures of docs/ from docs/results
 	$(BIN)/python docs/figures.py
+
+structure: setup  ## the project in numbers: folders, lines, longest files and functions, circles of imports
+	@$(BIN)/python tests/structure.py
 
 clean:  ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("reference", "datasets", "gpu", "conformance")
+STRUCTURE = runpy.run_path(str(Path(__file__).with_name("structure.py")))
+PACKAGES, ROOT, circles, imported_modules, imports_of, modules = (
+    STRUCTURE[name] for name in ("PACKAGES", "ROOT", "circles", "imported_modules", "imports_of", "modules")
+)
 
 FORBIDDEN = {
     "reference": {"datasets", "gpu", "conformance"},
@@ -19,28 +22,6 @@ FORBIDDEN = {
     "conformance": set(),
 }
 """Package → the packages that it must not import."""
-
-
-def imported_modules(source: str, package: str) -> list[tuple[int, str]]:
-    """(line, absolute name) of all that a module of smca.`package` imports; "smca.x.y" for ``from smca.x import y``."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:  # the packages are flat: one dot is smca.<package>, two are smca
-                stem = ["smca", package][: 3 - node.level]
-                base = ".".join([*stem, base] if base else stem)
-            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
-        elif (
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__")
-            and node.args
-            and isinstance(node.args[0], ast.Constant)
-        ):
-            found.append((node.lineno, str(node.args[0].value)))
-    return found
 
 
 def violations(source: str, package: str) -> list[str]:
@@ -79,43 +60,6 @@ def test_no_module_of_gpu_hides_a_package() -> None:
     importable = {path.stem for path in (ROOT / "gpu").iterdir() if path.suffix == ".py" or path.is_dir()}
     assert len(importable) > 10
     assert importable & taken == set()
-
-
-def modules() -> dict[str, Path]:
-    """Every module of the four packages, by name."""
-    found = {}
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            parts = ("smca", *path.relative_to(ROOT).with_suffix("").parts)
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules of ours that a module imports when it is itself imported."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):  # what is imported when called, or for types alone, comes later or never
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = [ast.Pass()]
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
-            node.body = [ast.Pass()]
-    found = set()
-    for _, target in imported_modules(ast.unparse(tree), name.split(".")[1]):
-        stem = target if target in known else target.rpartition(".")[0]
-        if stem in known:
-            found.add(stem)
-    return found - {name}
-
-
-def circles(needed: dict[str, set[str]]) -> list[set[str]]:
-    """Groups of modules that need each other."""
-    reach = {name: set(others) for name, others in needed.items()}
-    for middle in needed:
-        for name in needed:
-            if middle in reach[name]:
-                reach[name] |= reach[middle]
-    groups = {frozenset(o for o in reach if o in reach[n] and n in reach[o]) for n in reach if n in reach[n]}
-    return [set(group) for group in groups]
 
 
 def test_no_imports_go_in_circles() -> None:

@@ -81,8 +81,9 @@ def meta_batch() -> tuple[Tensor, Tensor, Targets]:
 def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assignment, "available", lambda device: None)  # its op has a form for tensors without values
     monkeypatch.setattr("smca.gpu.attention.fused.available", lambda device: None)
-    config = replace(PRESETS[preset]().model, hidden_dim=32, num_queries=5, encoder_layers=1, decoder_layers=2)
-    config = replace(config, backbone=replace(config.backbone, weights=None), cross_level_blocks=())
+    config = PRESETS[preset]().model
+    smaller = {"hidden_dim": 32, "num_queries": 5, "encoder_layers": 1, "decoder_layers": 2, "cross_level_blocks": ()}
+    config = replace(config, **smaller, backbone=replace(config.backbone, weights=None))
     if config.cross_attention == "dense" and backend == "triton":
         pytest.skip("DETR has no SMCA attention")
     with torch.device("meta"):
@@ -175,7 +176,7 @@ def batch_of(image_id: int) -> Batch:
     targets = Targets(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.bool))
     sizes = torch.ones(1, 2, dtype=torch.int64)
     images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
-    return Batch(images, torch.zeros(1, 2, 2, dtype=torch.bool), targets, torch.tensor([image_id]), sizes, sizes)
+    return Batch(images, torch.zeros(1, 2, 2, dtype=torch.bool), targets, torch.tensor([image_id]), sizes)
 
 
 @pytest.mark.parametrize(
