@@ -43,7 +43,7 @@ def losses(
     mask[:, :, -64:] = True
     sizes = torch.tensor([work.image_size] * work.batch)
     on_host = Targets(targets.labels.cpu(), targets.boxes.cpu(), targets.valid.cpu())
-    host = Batch((images * 255).byte().cpu(), mask, on_host, torch.arange(work.batch), sizes, sizes)
+    host = Batch((images * 255).byte().cpu(), mask, on_host, torch.arange(work.batch), sizes)
     pixels, mask = (tensor.pin_memory() if cuda else tensor for tensor in (host.images, mask))
     found = []
     model.train()
