@@ -142,7 +142,7 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
     try:
         if mutant.package == "reference":
             oracle: Any = Oracle()
-            oracle.share = 1.0
+            oracle.share, oracle.is_oracle = 1.0, False
             for module in ("attention", "boxes", "matching", "losses", "model"):
                 setattr(oracle, module, importlib.import_module(f"{name}.{module}"))
             yield [oracle]

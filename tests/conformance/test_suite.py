@@ -57,6 +57,19 @@ def test_every_mutant_dies(mutant: Any, request: pytest.FixtureRequest) -> None:
     assert mutant.bug not in result.message, "a mutant must be caught by what it computes, not by failing to load"
 
 
+def test_the_oracle_is_not_compared_with_itself() -> None:
+    compared = {
+        name: {
+            case.prop.operation
+            for case in cases(PROPERTIES, [implementation_of(name)], PROFILES["ci"])
+            if case.prop.oracle
+        }
+        for name in ("oracle", "eager")
+    }
+    assert compared["oracle"] == {"assign"}, "whose totals are compared with SciPy's"
+    assert {"smca_attention", "smca_attention_vjp", "forward"} <= compared["eager"]
+
+
 def test_names_are_unique_and_mutants_enough() -> None:
     for name, count in Counter(prop.name for prop in PROPERTIES).items():
         assert count == 1, f"two properties are called {name}"
