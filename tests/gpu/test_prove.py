@@ -1,155 +1,218 @@
-"""gpu/prove.sh: every part names what exists, every GPU test is in one, and a run reports whatever happens."""
+"""gpu/prove.py: every part names what exists, every GPU test is in one, and a run reports whatever happens."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
-import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tyro
 
 from smca.conformance.implementations.ours import IMPLEMENTATIONS
+from smca.gpu import prove
 from smca.gpu.benchmark.command import GROUPS, BenchmarkArgs
+from smca.gpu.prove import PARTS, Part, Result, Runner
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "gpu/prove.sh"
-
-# In place of Python on a GPU machine: notes how it is called, and does what each test wants of it.
-STUB = """#!/usr/bin/env bash
-echo "$*" >> "$CALLS"
-case "$*" in
-    -) echo cuda triton cupy ;;
-    "- absent") exit 1 ;;
-    *test_assignment.py*) echo 'a test failed'; exit 1 ;;
-    *triton-cuda*) exec sleep 60 ;;
-esac
-"""
+EVERYTHING = {"cuda", "triton", "cupy"}
 
 
-def prove(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(SCRIPT), *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-
-
-def parts() -> dict[str, list[str]]:
-    """Part → its command."""
-    lines = [line.split("|") for line in prove("list").stdout.splitlines()]
-    assert all(len(line) == 5 for line in lines)
-    assert {phase for *_, phase, _ in lines} == {"check", "measure"}
-    found = {name: shlex.split(command) for name, _, _, _, command in lines}
-    assert len(found) == len(lines)
-    return found
-
-
-@pytest.fixture
-def stub(tmp_path: Path) -> dict[str, str]:
-    """The environment in which the script finds a GPU and everything on it."""
-    python = tmp_path / "python"
-    python.write_text(STUB)
-    python.chmod(0o755)
-    return {"PYTHON": str(python), "CALLS": str(tmp_path / "calls")}
+def script(name: str, code: str, **fields: object) -> Part:
+    """A part that runs a line of Python."""
+    return Part(name, ("-c", code), **fields)  # type: ignore[arg-type]
 
 
 def test_parts_name_what_exists() -> None:
-    for name, (kind, *arguments) in parts().items():
-        assert kind in ("python", "pytest", "smca"), name
+    assert len({part.name for part in PARTS}) == len(PARTS)
+    for part in PARTS:
+        arguments = part.command
         for argument in arguments:
             path, _, test = argument.partition("::")
             if path.startswith("tests/"):
-                assert f"def {test}" in (ROOT / path).read_text(encoding="utf-8"), name
-        if arguments[0] == "conformance":
-            assert arguments[1:] == ["--implementation", name]
-            assert name in IMPLEMENTATIONS
-        if arguments[0] == "benchmark":
-            tyro.cli(BenchmarkArgs, args=arguments[1:])
+                assert f"def {test}" in (ROOT / path).read_text(encoding="utf-8"), part.name
+        if "conformance" in arguments:
+            assert arguments[2:] == ("conformance", "--implementation", part.name)
+            assert part.name in IMPLEMENTATIONS
+        if "benchmark" in arguments:
+            tyro.cli(BenchmarkArgs, args=arguments[3:])
+            assert part.phase == "measure"
 
 
 def test_every_gpu_test_and_every_measurement_is_in_a_part() -> None:
-    found = parts()
     skipping = re.compile(r'(reason=|skip\(\s*)"needs a CUDA device')
     needing = {path.name for path in (ROOT / "tests").rglob("test_*.py") if skipping.search(path.read_text("utf-8"))}
     assert len(needing) >= 4
-    assert needing <= {Path(argument.partition("::")[0]).name for command in found.values() for argument in command}
-    measured = [command[command.index("--only") + 1] for command in found.values() if "benchmark" in command]
+    assert needing <= {Path(argument.partition("::")[0]).name for part in PARTS for argument in part.command}
+    measured = [part.command[part.command.index("--only") + 1] for part in PARTS if "benchmark" in part.command]
     assert sorted(measured) == sorted(GROUPS)
-    suite = {command[-1] for command in found.values() if "conformance" in command}
+    suite = {part.name for part in PARTS if "conformance" in part.command}
     assert suite == {"triton-cuda", "compiled", "cuda-assignment", "criterion-cupy", "oracle-cupy"}
 
 
-def test_a_run_goes_on_after_failures_and_says_so(tmp_path: Path, stub: dict[str, str]) -> None:
-    out = tmp_path / "proof"
-    (tmp_path / "absent-1.0-py3-none-any.whl").touch()
-    (tmp_path / "there-1.0-py3-none-any.whl").touch()
-    names = ["assignment", "triton-cuda", "cuda-assignment", "multi-scale"]
-    ran = prove("run", str(out), *names, **stub, WHEELS=str(tmp_path), TOTAL="7")
-    assert ran.returncode == 1
-    summary = {entry["part"]: entry for entry in json.loads((out / "summary.json").read_text())}
-    assert {name: entry["result"] for name, entry in summary.items()} == {
-        "install": "passed",
-        "assignment": "failed",
-        "triton-cuda": "timed out",
-        "cuda-assignment": "passed",
-        "multi-scale": "left out",
-    }
-    assert "exit status 1" in summary["assignment"]["note"]
-    assert 5 <= summary["triton-cuda"]["seconds"] <= 12
-    assert (out / "assignment.log").read_text() == "a test failed\n"
-    assert (out / "summary.md").read_text() in ran.stdout
-    assert not list(out.glob("*.result"))
-    calls = Path(stub["CALLS"]).read_text()
-    assert re.search(r"-m pip install --no-index --no-deps \S*absent-1.0-py3-none-any.whl$", calls, re.MULTILINE)
-    assert "main() conformance --implementation cuda-assignment\n" in calls
+def test_what_one_part_leaves_out_another_runs() -> None:
+    """Each test of the fused kernels is in exactly one part."""
+    parts = [part for part in PARTS if any("test_fused_attention.py" in argument for argument in part.command)]
+    assert len(parts) == 6
+    text = (ROOT / "tests/gpu/test_fused_attention.py").read_text("utf-8")
+    for test in re.findall(r"^def (test_\w+)", text, re.MULTILINE):
+        name = f"tests/gpu/test_fused_attention.py::{test}"
+        inside = [
+            part for part in parts if ("--deselect", name) not in zip(part.command, part.command[1:], strict=False)
+        ]
+        inside = [p for p in inside if name in p.command or "tests/gpu/test_fused_attention.py" in p.command]
+        dtypes = [part.command[-1] for part in inside if "-k" in part.command]
+        assert len(inside) == 1 or dtypes == ["torch.float32", "torch.float16", "torch.bfloat16"], test
 
 
-def test_measurements_write_into_the_folder(tmp_path: Path, stub: dict[str, str]) -> None:
-    ran = prove("run", str(tmp_path / "proof"), "multi-scale", **stub, WHEELS=str(tmp_path))
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert f"--minutes 0.6 --output {tmp_path / 'proof'}\n" in Path(stub["CALLS"]).read_text()
+def test_a_run_goes_on_after_failures_and_reports_them(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    sleeper = f"import pathlib, time\nwhile True: time.sleep(.1); pathlib.Path({str(alive)!r}).touch()"
+    with_child = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {sleeper!r}]); time.sleep(60)"
+    parts = [
+        script("fails", "print('a test failed'); raise SystemExit(4)"),
+        script("hangs", with_child, seconds=6),
+        script("passes", "import os; print('threads', os.environ['OMP_NUM_THREADS'])"),
+        script("lacks", "", needs=("cuda", "cupy", "triton")),
+        script("measures", "print('measured')", phase="measure", seconds=20),
+    ]
+    began = time.monotonic()
+    results = Runner(tmp_path, 60).run(parts, {"triton"})
+    assert 6 <= time.monotonic() - began < 15, "checks run side by side, each under its limit"
+    assert [(result.part, result.result) for result in results] == [
+        ("fails", "failed"),
+        ("hangs", "timed out"),
+        ("passes", "passed"),
+        ("lacks", "skipped"),
+        ("measures", "passed"),
+    ]
+    notes = {result.part: result.note for result in results}
+    assert notes["fails"] == "exit status 4, see fails.log"
+    assert notes["hangs"] == "stopped after 6 s"
+    assert notes["lacks"] == "PyTorch sees no CUDA device, cupy is not installed"
+    assert (tmp_path / "fails.log").read_text() == "a test failed\n"
+    assert (tmp_path / "passes.log").read_text() == "threads 2\n"
+    assert alive.exists()
+    last = alive.stat().st_mtime
+    time.sleep(0.5)
+    assert alive.stat().st_mtime == last, "a child of a part that was stopped goes on"
 
 
-def test_without_a_gpu_parts_are_skipped_with_the_reason(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    # This Python, but for pip: nothing is installed here.
-    python.write_text(f'#!/usr/bin/env bash\n[[ $1 == -m && $2 == pip ]] || exec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTHON": str(python), "WHEELS": str(tmp_path)}
-    ran = prove("run", str(tmp_path / "proof"), "cuda-assignment", "multi-scale", **hidden)
+def test_what_the_whole_has_no_time_for_is_left_out(tmp_path: Path) -> None:
+    parts = [script("first", "import time; time.sleep(60)"), script("second", "", phase="measure")]
+    first, second = Runner(tmp_path, 5.5).run(parts, set())
+    assert (first.result, first.note) == ("timed out", "stopped after 5 s")
+    assert (second.result, second.note) == ("left out", "the 6 seconds of the whole are used up")
+    assert not (tmp_path / "second.log").exists()
+
+
+def test_a_measurement_writes_into_the_folder(tmp_path: Path) -> None:
+    part = Part("speed", ("-c", "import sys; print(sys.argv[1:])", "benchmark", "--only", "step"), phase="measure")
+    (result,) = Runner(tmp_path, 60).run([part], set())
+    assert result.result == "passed"
+    assert (tmp_path / "speed.log").read_text() == f"{['benchmark', '--only', 'step', '--output', str(tmp_path)]}\n"
+
+
+def test_summary_and_exit_status() -> None:
+    passed, failed = Result("a", "passed", 3), Result("b", "failed", 4, "exit status 1, see b.log")
+    hung, skipped, late = Result("c", "timed out", 9), Result("d", "skipped", 0, "no"), Result("e", "left out", 0)
+    assert prove.summary([passed, failed]).splitlines()[2:] == [
+        "| a | passed | 3 |  |",
+        "| b | failed | 4 | exit status 1, see b.log |",
+    ]
+    assert prove.exit_status([passed, passed]) == 0
+    assert prove.exit_status([passed, failed, skipped]) == prove.exit_status([hung, late]) == 1
+    assert prove.exit_status([passed, skipped]) == prove.exit_status([late, passed]) == 3
+
+
+def test_parts_are_chosen_by_name() -> None:
+    assert prove.chosen([]) == list(PARTS)
+    assert [part.name for part in prove.chosen(["attention", "kernels"])] == ["kernels", "attention"]
+    with pytest.raises(ValueError, match="no part 'nonsense': choose of kernels, "):
+        prove.chosen(["kernels", "nonsense"])
+
+
+def test_wheels_are_those_of_the_constraints() -> None:
+    constraints = "# pinned\ntorch==2.0\ntriton==3.0\nDocstring_Parser==1.2\ntyro==0.9\n"
+    assert prove.pinned([], constraints) == ["Docstring_Parser==1.2", "tyro==0.9"]
+    assert prove.pinned(["tyro", "docstring-parser"], constraints) == ["tyro==0.9", "Docstring_Parser==1.2"]
+    assert prove.pinned(["torch"], constraints) == ["torch==2.0"]
+    with pytest.raises(ValueError, match="pins no nonsense: it has docstring-parser, torch, triton, tyro"):
+        prove.pinned(["tyro", "nonsense"], constraints)
+    everything = prove.pinned([], (ROOT / "constraints.txt").read_text())
+    assert any(line.startswith("numpy==") for line in everything)
+
+
+def test_only_what_is_lacking_is_installed(tmp_path: Path) -> None:
+    wheels = [tmp_path / f"{name}-1.0-py3-none-any.whl" for name in ("absent_of_course", "numpy", "setuptools")]
+    assert prove.not_installed(wheels) == wheels[:1]
+    log = tmp_path / "install.log"
+    assert prove.install(tmp_path / "nothing", log) == Result("install", "passed", prove.install(tmp_path, log).seconds)
+    assert "nothing\n" in log.read_text()
+
+
+def test_a_wheel_that_is_none_fails_the_installation(tmp_path: Path) -> None:
+    (tmp_path / "absent_of_course-1.0-py3-none-any.whl").write_bytes(b"no wheel")
+    result = prove.install(tmp_path, tmp_path / "install.log")
+    assert (result.result, result.note) == ("failed", "see install.log")
+    assert "absent_of_course" in (tmp_path / "install.log").read_text()
+
+
+def test_the_command_runs_without_a_gpu(tmp_path: Path) -> None:
+    """As a person runs it: by its path, from anywhere."""
+    command = [sys.executable, str(ROOT / "gpu/prove.py"), "run", "proof", "cuda-assignment", "multi-scale"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 3, ran.stdout + ran.stderr
-    for name in ("cuda-assignment", "multi-scale"):
-        assert f"| {name} | skipped | 0 | PyTorch sees no CUDA device" in ran.stdout
+    entries = json.loads((tmp_path / "proof/summary.json").read_text())
+    assert [(entry["part"], entry["result"]) for entry in entries] == [
+        ("install", "passed"),
+        ("cuda-assignment", "skipped"),
+        ("multi-scale", "skipped"),
+    ]
+    assert entries[1]["note"].startswith("PyTorch sees no CUDA device")
+    assert (tmp_path / "proof/summary.md").read_text() in ran.stdout
+    assert "torch" in (tmp_path / "proof/environment.txt").read_text()
 
 
-def test_wheels_are_those_of_the_constraints(tmp_path: Path, stub: dict[str, str]) -> None:
-    assert prove("wheels", str(tmp_path), "tyro", "docstring-parser", **stub).returncode == 0
-    calls = Path(stub["CALLS"]).read_text()
-    assert re.search(rf"-m pip download .*--dest {tmp_path} docstring_parser==[\d.]+ tyro==[\d.]+\n", calls)
-    assert prove("wheels", str(tmp_path), **stub).returncode == 0
-    everything = Path(stub["CALLS"]).read_text().splitlines()[-1]
-    assert " numpy==" in everything
-    assert " torch==" not in everything
-    unknown = prove("wheels", str(tmp_path), "tyro", "nonsense", **stub)
-    assert unknown.returncode == 1
-    assert "constraints.txt pins tyro==" in unknown.stderr
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_it_stops_what_it_started(sent: signal.Signals, tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    code = f"import pathlib, time\nwhile True: time.sleep(.05); pathlib.Path({str(alive)!r}).touch()"
+    program = (
+        "import pathlib, sys; from smca.gpu import prove; prove.install = lambda *_: prove.Result('install', 'passed', 0); "
+        f"prove.PARTS = (prove.Part('long', ('-c', {code!r})),); prove.chosen.__defaults__ = (prove.PARTS,); "
+        "raise SystemExit(prove.main(['run', 'proof']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(400):
+        if alive.exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == (130 if sent == signal.SIGINT else 143), errors
+    last = alive.stat().st_mtime
+    time.sleep(0.3)
+    assert alive.stat().st_mtime == last
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
-    wrong = prove("run", str(tmp_path), "nonsense")
-    assert wrong.returncode == 2
-    assert "no part 'nonsense': choose of kernels, " in wrong.stderr
-    usage = prove()
-    assert usage.returncode == 2
-    assert usage.stdout.startswith("Prove on a GPU")
-
-
-def test_shellcheck_finds_nothing() -> None:
-    checker = shutil.which("shellcheck")
-    if checker is None:
-        pytest.skip("needs shellcheck")
-    assert subprocess.run([checker, str(SCRIPT)], capture_output=True, text=True, check=False).stdout == ""
+def test_mistakes_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert prove.main(["run", "out", "nonsense"]) == 2
+    assert "error: no part 'nonsense': choose of kernels, " in capsys.readouterr().err
+    assert prove.main(["list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(PARTS)
+    with pytest.raises(SystemExit) as ended:
+        prove.main([])
+    assert ended.value.code == 2
+    for command in ("wheels", "run", "list"):
+        with pytest.raises(SystemExit):
+            prove.main([command, "--help"])
+    assert "(default: runs/proof)" in capsys.readouterr().out
