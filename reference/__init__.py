@@ -4,17 +4,18 @@ Correct, complete and readable come before fast here. Nothing in this package kn
 `smca.gpu` is held to these functions, number by number, by the tests. Read it in this order (about an hour):
 
     1. arrays      the three array types and the one way in which a wrong shape is reported
-    2. gaussian    the prior: a Gaussian a query, as the paper's weight map and as its logarithm
+    2. gaussian    the prior: a Gaussian per query, as the paper's weight map and as its logarithm
     3. attention   the method itself: the prior in the attention logits, over one level and several; forward, backward
     4. layers      linear, layer norm, multi-head attention, convolution: what everybody knows, kept short
     5. position    which cells hold the image, and the sine encoding of where they are
     6. config      what the model reads of its configuration
     7. encoder     how cells learn of each other, within their level and across levels
     8. decoder     where the queries meet the image: centre, offset, scale and level heads, box refinement
-    9. model       from backbone features to class logits and boxes; every parameter's name and shape
-    10. boxes      box formats, IoU and generalised IoU
-    11. matching   what a match costs, and the assignment with the least cost, written out
-    12. losses     the set loss over all decoder layers
+    9. parameters  every parameter's name and shape
+    10. model      from backbone features to class logits and boxes
+    11. boxes      box formats, IoU and generalised IoU
+    12. matching   what a match costs, and the assignment with the least cost, written out
+    13. losses     the set loss over all decoder layers
 
 `docs/tour.md` is the guided version. "method.md" in a docstring is `docs/method.md`; "paper" is arXiv 2101.07448,
 "Fast Convergence of DETR with Spatially Modulated Co-Attention" (cited by the heading of the passage), and "DETR" is

@@ -1,10 +1,6 @@
-"""What the model reads of its configuration, and which values it may have.
+"""What the model reads of its configuration, and which values it may have."""
 
-The production model's configuration has these fields and many more; this package asks for no class, only for the
-fields (a `typing.Protocol`), so that it depends on nobody.
-"""
-
-from typing import Protocol
+from dataclasses import dataclass
 
 CHOICES = {
     "encoder": ("attention", "conv"),
@@ -15,128 +11,73 @@ CHOICES = {
 }
 
 
-class ModelConfig(Protocol):
-    """The fields that `model.forward` reads. Whatever has them will do.
+@dataclass(frozen=True)
+class ModelConfig:
+    """As published, over one level, unless said otherwise; each value is checked when it is made.
 
-    The rows of the method's ablation are values of these fields, and no further code: a prior or none
+    The rows of the method's ablation are other values of these fields, and no further code: a prior or none
     (`cross_attention`), what the prior predicts (`prior_scale`), whether each head has its own (`prior_heads`), one
     level or several (`strides`), what the encoder exchanges between them (`encoder`, `cross_level_blocks`), and whether
-    a query weighs them (`scale_selection`).
+    a query weighs them (`scale_selection`). The production model has these fields, with these defaults, and more.
     """
 
-    @property
-    def num_classes(self) -> int:
-        """K, classes of object. There is no class for "no object"."""
-        ...
+    num_classes: int = 80
+    """K, classes of object. There is no class for "no object"."""
+    hidden_dim: int = 256
+    """C, channels of a cell and of a query: a multiple of num_heads and of 4."""
+    num_heads: int = 8
+    """h, attention heads, in the encoder and in both attentions of the decoder."""
+    num_queries: int = 300
+    """N, object queries: the most objects that can be found in one image."""
+    strides: tuple[int, ...] = (32,)
+    """Pixels of the network's input per cell, for each of the J levels, finest first. Published also: (16, 32, 64)."""
+    encoder: str = "attention"
+    """"attention", or "conv": depthwise convolutions, with exchange between neighbouring levels in every block."""
+    encoder_layers: int = 6
+    """Blocks of the encoder, ≥ 0; all levels share their parameters."""
+    cross_level_blocks: tuple[int, ...] = ()
+    """Blocks (from 0) in which the cells of all levels attend to each other; in the others each level attends to itself.
+    Published with three levels: (2,) of 5. Empty for encoder="conv"."""
+    decoder_layers: int = 6
+    """M, layers of the decoder, ≥ 1. Each gives logits and boxes."""
+    feedforward_dim: int = 2048
+    """F, hidden channels of the feed-forward networks."""
+    pre_norm: bool = False
+    """Normalise what enters a sublayer (True) or the sum that leaves it (False)."""
+    cross_attention: str = "smca"
+    """"smca", or "dense": DETR's plain attention, without any prior."""
+    prior_scale: str = "independent"
+    """"fixed" (r = 1), "single" (one r for both axes) or "independent" (one for each axis)."""
+    prior_heads: str = "independent"
+    """"independent" (offset and scale for each head and level) or "shared" (one of each per level, for all heads)."""
+    prior_sigma_px: float = 64.0
+    """Standard deviation of the Gaussian at r = 1, in pixels of the network's input, in every level. β = 2·(this/stride)²."""
+    scale_selection: bool = True
+    """Each query weighs the levels by a head of its own (True), or every level weighs 1/J (False)."""
+    query_init: str = "random"
+    """"random", or "grid": a learned centre per query, which starts on a grid, is added to the centre head's."""
+    box_refinement: bool = False
+    """Each layer's box logits are the reference of the next layer's (True), or all share the first (False)."""
 
-    @property
-    def hidden_dim(self) -> int:
-        """C, channels of a cell and of a query: a multiple of num_heads and of 4."""
-        ...
-
-    @property
-    def num_heads(self) -> int:
-        """h, attention heads, in the encoder and in both attentions of the decoder."""
-        ...
-
-    @property
-    def num_queries(self) -> int:
-        """N, object queries: the most objects that can be found in one image."""
-        ...
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels of the network's input a cell, of each of the J levels, finest first. Published: (32,) or (16, 32, 64)."""
-        ...
-
-    @property
-    def encoder(self) -> str:
-        """ "attention", or "conv": depthwise convolutions, with exchange between neighbouring levels in every block."""
-        ...
-
-    @property
-    def encoder_layers(self) -> int:
-        """Blocks of the encoder, ≥ 0; all levels share their parameters."""
-        ...
-
-    @property
-    def cross_level_blocks(self) -> tuple[int, ...]:
-        """Blocks (from 0) in which the cells of all levels attend to each other; in the others each level attends to itself.
-
-        Published: (2,) of 5. Empty for encoder="conv".
-        """
-        ...
-
-    @property
-    def decoder_layers(self) -> int:
-        """M, layers of the decoder, ≥ 1. Each gives logits and boxes."""
-        ...
-
-    @property
-    def feedforward_dim(self) -> int:
-        """F, hidden channels of the feed-forward networks."""
-        ...
-
-    @property
-    def pre_norm(self) -> bool:
-        """Normalise what enters a sublayer (True) or the sum that leaves it (False, as published)."""
-        ...
-
-    @property
-    def cross_attention(self) -> str:
-        """ "smca", or "dense": DETR's plain attention, without any prior."""
-        ...
-
-    @property
-    def prior_scale(self) -> str:
-        """ "fixed" (r = 1), "single" (one r for both axes) or "independent" (one for each axis)."""
-        ...
-
-    @property
-    def prior_heads(self) -> str:
-        """ "independent" (offset and scale a head) or "shared" (one offset and one scale for all heads), a level."""
-        ...
-
-    @property
-    def prior_sigma_px(self) -> float:
-        """Standard deviation of the Gaussian at r = 1, in pixels of the network's input, in every level. β = 2·(this/stride)²."""
-        ...
-
-    @property
-    def scale_selection(self) -> bool:
-        """Each query weighs the levels by a head of its own (True), or every level weighs 1/J (False)."""
-        ...
-
-    @property
-    def query_init(self) -> str:
-        """ "random", or "grid": a learned centre a query, which starts on a grid, is added to the centre head's."""
-        ...
-
-    @property
-    def box_refinement(self) -> bool:
-        """Each layer's box logits are the reference of the next layer's (True), or all share the first (False)."""
-        ...
-
-
-def check_config(config: ModelConfig) -> None:
-    """Raise a ValueError that names the field unless every value is one that the model can have."""
-    for field, allowed in CHOICES.items():
-        if getattr(config, field) not in allowed:
-            raise ValueError(f"config.{field}: expected one of {list(allowed)}, got {getattr(config, field)!r}.")
-    for field in ("num_classes", "hidden_dim", "num_heads", "num_queries", "decoder_layers", "feedforward_dim"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"config.{field}: expected at least 1, got {getattr(config, field)}.")
-    if config.encoder_layers < 0:
-        raise ValueError(f"config.encoder_layers: expected at least 0, got {config.encoder_layers}.")
-    if config.hidden_dim % config.num_heads != 0 or config.hidden_dim % 4 != 0:
-        raise ValueError(
-            f"config.hidden_dim: expected a multiple of num_heads = {config.num_heads} and of 4, got "
-            f"{config.hidden_dim}. Every head gets the same number of channels, and the position encoding a quarter "
-            "each for sine and cosine of y and x."
-        )
-    if not config.prior_sigma_px > 0:
-        raise ValueError(f"config.prior_sigma_px: expected a number of pixels > 0, got {config.prior_sigma_px}.")
-    _check_levels(config)
+    def __post_init__(self) -> None:
+        """Raise a ValueError that names the field unless every value is one that the model can have."""
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"config.{field}: expected one of {list(allowed)}, got {getattr(self, field)!r}.")
+        for field in ("num_classes", "hidden_dim", "num_heads", "num_queries", "decoder_layers", "feedforward_dim"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"config.{field}: expected at least 1, got {getattr(self, field)}.")
+        if self.encoder_layers < 0:
+            raise ValueError(f"config.encoder_layers: expected at least 0, got {self.encoder_layers}.")
+        if self.hidden_dim % self.num_heads != 0 or self.hidden_dim % 4 != 0:
+            raise ValueError(
+                f"config.hidden_dim: expected a multiple of num_heads = {self.num_heads} and of 4, got "
+                f"{self.hidden_dim}. Every head gets the same number of channels, and the position encoding a quarter "
+                "each for sine and cosine of y and x."
+            )
+        if not self.prior_sigma_px > 0:
+            raise ValueError(f"config.prior_sigma_px: expected a number of pixels > 0, got {self.prior_sigma_px}.")
+        _check_levels(self)
 
 
 def uses_prior(config: ModelConfig) -> bool:
@@ -159,9 +100,9 @@ def embeds_levels(config: ModelConfig) -> bool:
 
 
 def _check_levels(config: ModelConfig) -> None:
-    strides, blocks = tuple(config.strides), tuple(config.cross_level_blocks)
+    strides, blocks = config.strides, config.cross_level_blocks
     if not strides or strides[0] < 1 or any(strides[j] <= strides[j - 1] for j in range(1, len(strides))):
-        raise ValueError(f"config.strides: expected pixels a cell for each level, finest first, got {strides}.")
+        raise ValueError(f"config.strides: expected pixels per cell for each level, finest first, got {strides}.")
     if len(set(blocks) & set(range(config.encoder_layers))) != len(blocks):
         raise ValueError(
             f"config.cross_level_blocks: expected different indices of {config.encoder_layers} encoder_layers, got "

@@ -61,7 +61,7 @@ def decoder(
     Args:
         memory: the encoder's output, J arrays [B, L_j, C].
         grids: where their cells are.
-        params: with the names of `model.parameter_shapes`.
+        params: with the names of `parameters.parameter_shapes`.
         config: as configured.
 
     Returns:

@@ -59,7 +59,7 @@ def encoder(
     Args:
         levels: J arrays [B, L_j, C], finest level first.
         grids: where their cells are.
-        params: with the names of `model.parameter_shapes`.
+        params: with the names of `parameters.parameter_shapes`.
         config: as configured.
 
     Returns:

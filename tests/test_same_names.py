@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from smca.gpu.config import ModelConfig
+from smca.gpu.presets import smca_r50
+from smca.reference.config import ModelConfig as SpecifiedConfig
+
 ROOT = Path(__file__).parent.parent
-RUNS_OTHERWISE = {"ModelConfig": "the specification reads any object with these fields"}
+RUNS_OTHERWISE = {
+    "ModelConfig": "the production model has more fields: a backbone, dropout, names of classes, sizes of images"
+}
 """Same name, other fields, and why."""
 
 
@@ -40,6 +47,15 @@ def test_same_name_same_order(name: str) -> None:
         assert [field for field in wanted if field in got] == got, f"{name} of {there} and of {here}"
     else:
         assert got == wanted, f"{name} of {there} and of {here}"
+
+
+def test_a_configuration_of_the_specification_is_one_of_the_model() -> None:
+    """Same names, same defaults: the published model."""
+    published = vars(SpecifiedConfig())
+    model = ModelConfig(**published)
+    assert {name: getattr(model, name) for name in published} == published
+    assert ModelConfig() == model
+    assert smca_r50().model == replace(model, backbone=smca_r50().model.backbone)
 
 
 def test_the_contract_is_among_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from smca.conformance.inputs.model import STAGES
 from smca.conformance.protocol import Unavailable
 from smca.conformance.tolerances import prior_dtype
 from smca.gpu import attention
@@ -21,9 +23,16 @@ from smca.gpu.attention import dispatch, fused
 from smca.gpu.config import BackboneConfig, ModelConfig
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.backbone import Backbone
+from smca.reference import config as reference_config
 from smca.reference.attention import Level
 
 Array = npt.NDArray[Any]
+
+BACKBONE = BackboneConfig(
+    options={"embedding_size": 8, "hidden_sizes": list(STAGES.values()), "depths": [1, 1], "layer_type": "basic"},
+    frozen_norm=False,
+)
+"""With which a model is built whose features the inputs hold."""
 
 ALL = ("float64", "float32", "float16", "bfloat16")
 LIFTED = dict.fromkeys(ALL, float("inf"))
@@ -188,9 +197,7 @@ class TorchModel(TorchAttention):
 
     def _model(self, params: Mapping[str, Array], config: Any, dtype: str) -> SMCADETR:
         model: SMCADETR = (
-            _built(self.model, config.to_json(), self.backend)
-            .to(device=self.device, dtype=getattr(torch, dtype))
-            .eval()
+            _built(self.model, config, self.backend).to(device=self.device, dtype=getattr(torch, dtype)).eval()
         )
         state = {name: self._tensor(np.asarray(value), dtype) for name, value in params.items()}
         missing = model.load_state_dict(state, strict=False)
@@ -238,11 +245,12 @@ class Lifted(TorchModel):
 
 
 @functools.lru_cache(maxsize=64)
-def _built(model: Any, config: str, backend: str) -> SMCADETR:
+def _built(model: Any, config: reference_config.ModelConfig, backend: str) -> SMCADETR:
     """Building a model costs more than running it; its weights are loaded anew for each example. All share one backbone for
     each choice of levels: what is tested begins at its features, and it costs the most."""
     with mock.patch.object(sys.modules[model.__module__], "Backbone", _backbone):
-        return model(ModelConfig.from_json(config), attention_backend=backend)  # type: ignore[no-any-return]
+        ours = ModelConfig(backbone=BACKBONE, **dataclasses.asdict(config))
+        return model(ours, attention_backend=backend)  # type: ignore[no-any-return]
 
 
 _backbones: dict[tuple[str, tuple[int, ...]], Backbone] = {}

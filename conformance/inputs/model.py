@@ -8,7 +8,7 @@ maps go down to one cell, do not nest and are not square; every parameter random
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,18 +17,13 @@ from hypothesis import strategies as st
 
 from smca.conformance.inputs.attention import SEEDS
 from smca.conformance.tolerances import round_to
-from smca.gpu.config import BackboneConfig, ModelConfig
-from smca.reference.model import parameter_shapes
+from smca.reference.config import ModelConfig
+from smca.reference.parameters import parameter_shapes
 
 Array = npt.NDArray[np.float64]
 
 STAGES = {4: 8, 8: 12}
 """Stride → channels of the maps that the backbone gives; levels beyond are made from the last."""
-
-BACKBONE = BackboneConfig(
-    options={"embedding_size": 8, "hidden_sizes": list(STAGES.values()), "depths": [1, 1], "layer_type": "basic"},
-    frozen_norm=False,
-)
 
 
 class ModelArrays(NamedTuple):
@@ -45,24 +40,23 @@ class ModelArrays(NamedTuple):
         return len(self.features)
 
 
+SMALL = ModelConfig(
+    strides=(8,),
+    num_classes=3,
+    hidden_dim=24,
+    num_heads=3,
+    num_queries=5,
+    encoder_layers=1,
+    decoder_layers=2,
+    feedforward_dim=20,
+    prior_sigma_px=10.0,
+)
+
+
 @functools.lru_cache(maxsize=256)
 def configuration(options: tuple[tuple[str, Any], ...]) -> ModelConfig:
-    """A small model with these fields changed."""
-    return ModelConfig(
-        **{
-            "backbone": BACKBONE,
-            "strides": (8,),
-            "num_classes": 3,
-            "hidden_dim": 24,
-            "num_heads": 3,
-            "num_queries": 5,
-            "encoder_layers": 1,
-            "decoder_layers": 2,
-            "feedforward_dim": 20,
-            "prior_sigma_px": 10.0,
-            **dict(options),
-        }
-    )
+    """The small model with these fields changed."""
+    return replace(SMALL, **dict(options))
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class ModelInputs:
     """A configuration, the images' sizes in pixels, and a seed for parameters and features."""
 
     options: tuple[tuple[str, Any], ...] = ()
-    """Fields of the configuration that differ from `configuration`'s, with their values."""
+    """Fields of the configuration that differ from the small model's, with their values."""
     sizes: tuple[tuple[int, int], ...] = ((8, 8),)
     """(height, width) of each unpadded image."""
     seed: int = 0

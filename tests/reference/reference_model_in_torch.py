@@ -5,42 +5,35 @@ What `smca.reference.model` is compared with. The tests load this file by its pa
 
 from __future__ import annotations
 
+import functools
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from smca.reference.model import parameter_shapes
+from smca.reference.config import ModelConfig
+from smca.reference.parameters import parameter_shapes
 
 CHANNELS = (5, 7, 6)  # of the backbone's maps
 PADDED_SIZE = (64, 80)
 VALID_SIZES = np.array([[64, 80], [33, 50], [16, 41]])  # pixels; at strides 8, 16, 32 the second has 5, 3, 2 rows
 
 
-@dataclass(frozen=True)
-class Config:
-    num_classes: int = 3
-    hidden_dim: int = 8
-    num_heads: int = 2
-    num_queries: int = 6
-    strides: tuple[int, ...] = (16,)
-    encoder: str = "attention"
-    encoder_layers: int = 2
-    cross_level_blocks: tuple[int, ...] = ()
-    decoder_layers: int = 3
-    feedforward_dim: int = 12
-    pre_norm: bool = False
-    cross_attention: str = "smca"
-    prior_scale: str = "independent"
-    prior_heads: str = "independent"
-    prior_sigma_px: float = 20.0
-    scale_selection: bool = True
-    query_init: str = "random"
-    box_refinement: bool = False
-
+Config = functools.partial(
+    ModelConfig,
+    num_classes=3,
+    hidden_dim=8,
+    num_heads=2,
+    num_queries=6,
+    strides=(16,),
+    encoder_layers=2,
+    decoder_layers=3,
+    feedforward_dim=12,
+    prior_sigma_px=20.0,
+)
+"""A small model."""
 
 SINGLE_SCALE = [
     Config(pre_norm=pre, prior_scale=scale, query_init=init, box_refinement=refine)
@@ -75,7 +68,7 @@ OTHER_LEVELS = [
 ]
 
 
-def config_id(config: Config) -> str:
+def config_id(config: ModelConfig) -> str:
     words = ["-".join(map(str, config.strides)), config.encoder, *map(str, config.cross_level_blocks)]
     words += ["pre" if config.pre_norm else "post", config.cross_attention]
     if config.cross_attention == "smca":
@@ -85,12 +78,12 @@ def config_id(config: Config) -> str:
     return "-".join([*words, "refined"] if config.box_refinement else words)
 
 
-def channels_of(config: Config, given: int | None = None) -> list[int]:
+def channels_of(config: ModelConfig, given: int | None = None) -> list[int]:
     """Channels of the first `given` levels (None: all)."""
     return [CHANNELS[j % 3] for j in range(given or len(config.strides))]
 
 
-def random_params(config: Config, seed: int = 0, given: int | None = None) -> dict[str, Any]:
+def random_params(config: ModelConfig, seed: int = 0, given: int | None = None) -> dict[str, Any]:
     """Every parameter away from 0; norm weights around 1, or else post-norm layers forget what they were given."""
     rng = np.random.default_rng(seed)
     shapes = parameter_shapes(config, channels_of(config, given))
@@ -99,7 +92,7 @@ def random_params(config: Config, seed: int = 0, given: int | None = None) -> di
 
 
 def random_features(
-    config: Config, seed: int = 1, given: int | None = None, size: tuple[int, int] = PADDED_SIZE, batch: int = 3
+    config: ModelConfig, seed: int = 1, given: int | None = None, size: tuple[int, int] = PADDED_SIZE, batch: int = 3
 ) -> list[Any]:
     """The first `given` maps (None: all) of a batch that is padded to `size` pixels."""
     rng = np.random.default_rng(seed)
@@ -113,7 +106,7 @@ def assert_same(got: dict[str, Any], want: dict[str, Any], atol: float = 1e-11) 
         np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=atol, err_msg=name)
 
 
-def in_torch(params: Any, features: Any, valid_sizes: Any, config: Config) -> dict[str, Any]:
+def in_torch(params: Any, features: Any, valid_sizes: Any, config: ModelConfig) -> dict[str, Any]:
     """The model, from multi_head_attention_forward with the prior as an additive mask, conv2d and interpolate."""
     p = {key: torch.from_numpy(value) for key, value in params.items()}
     c, heads, strides, levels = config.hidden_dim, config.num_heads, config.strides, range(len(config.strides))

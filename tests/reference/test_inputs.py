@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smca.reference.model import forward, parameter_shapes
+from smca.reference.model import forward
+from smca.reference.parameters import parameter_shapes
 
 # tests/ is no package, so what several files share is loaded by its path.
 SHARED = Path(__file__).with_name("reference_model_in_torch.py")
@@ -84,7 +85,7 @@ def test_wrong_levels_are_named() -> None:
         ({"prior_sigma_px": 0.0}, r"config.prior_sigma_px: expected a number of pixels > 0, got 0.0"),
         ({"prior_heads": "one"}, r"config.prior_heads: expected one of"),
         ({"encoder": "mlp"}, r"config.encoder: expected one of \['attention', 'conv'\], got 'mlp'"),
-        ({"strides": ()}, r"config.strides: expected pixels a cell for each level, finest first, got \(\)"),
+        ({"strides": ()}, r"config.strides: expected pixels per cell for each level, finest first, got \(\)"),
         ({"strides": (32, 16)}, r"config.strides: expected .* finest first, got \(32, 16\)"),
         ({"strides": (0, 16)}, r"config.strides: expected .* got \(0, 16\)"),
         ({"strides": (16, 24), "encoder": "conv"}, r"config.strides: expected multiples of one another .*\(16, 24\)"),

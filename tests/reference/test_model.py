@@ -15,7 +15,8 @@ import torch
 from smca.reference.decoder import spatial_prior
 from smca.reference.encoder import encoder_block
 from smca.reference.layers import sigmoid
-from smca.reference.model import forward, parameter_shapes
+from smca.reference.model import forward
+from smca.reference.parameters import parameter_shapes
 from smca.reference.position import Grid, key_padding_mask, sine_position_encoding
 
 # tests/ is no package, so what several files share is loaded by its path.
