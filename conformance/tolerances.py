@@ -7,7 +7,7 @@ accumulated in (float32 for half precision, else u). The condition number is wha
 when every term is replaced by its magnitude and every error by its worst sign; so entries that the
 arithmetic determines well are held tightly, in the same array as entries that it does not.
 
-Attention (reference/attention.py, equations (4) to (12)). The error of a logit is at most
+Attention (reference/attention_….py, equations (4) to (12)). The error of a logit is at most
 
     (16) κ_l = (|q|·|k_l|/√d)·(2u + u² + (d + 2)·a) + g_l·8a
 

@@ -1,21 +1,23 @@
 """SMCA-DETR as an executable specification: what the model computes, in NumPy, in float64, and nothing else.
 
 Correct, complete and readable come before fast here. Nothing in this package knows PyTorch; the production model in
-`smca.gpu` is held to these functions, number by number, by the tests. Read it in this order (about an hour):
+`smca.gpu` is held to these functions, number by number, by the tests. Read it in this order (some two hours):
 
-    1. arrays      the three array types and the one way in which a wrong shape is reported
-    2. gaussian    the prior: a Gaussian per query, as the paper's weight map and as its logarithm
-    3. attention   the method itself: the prior in the attention logits, over one level and several; forward, backward
-    4. layers      linear, layer norm, multi-head attention, convolution: what everybody knows, kept short
-    5. position    which cells hold the image, and the sine encoding of where they are
-    6. config      what the model reads of its configuration
-    7. encoder     how cells learn of each other, within their level and across levels
-    8. decoder     where the queries meet the image: centre, offset, scale and level heads, box refinement
-    9. parameters  every parameter's name and shape
-    10. model      from backbone features to class logits and boxes
-    11. boxes      box formats, IoU and generalised IoU
-    12. matching   what a match costs, and the assignment with the least cost, written out
-    13. losses     the set loss over all decoder layers
+     1. arrays             the three array types and the one way in which a wrong shape is reported
+     2. gaussian           the prior: a Gaussian per query, as the paper's weight map and as its logarithm
+     3. attention_forward  the method itself: the prior in the attention logits, over one level and over several
+     4. attention_backward its gradients, written out
+     5. attention          all of these under one name
+     6. layers             linear, layer norm, multi-head attention, convolution: what everybody knows, kept short
+     7. position           which cells hold the image, and the sine encoding of where they are
+     8. config             what the model reads of its configuration
+     9. encoder            how cells learn of each other, within their level and across levels
+    10. decoder            where the queries meet the image: centre, offset, scale and level heads, box refinement
+    11. parameters         every parameter's name and shape
+    12. model              from backbone features to class logits and boxes
+    13. boxes              box formats, IoU and generalised IoU
+    14. matching           what a match costs, and the assignment with the least cost, written out
+    15. losses             the set loss over all decoder layers
 
 `docs/tour.md` is the guided version. "method.md" in a docstring is `docs/method.md`; "paper" is arXiv 2101.07448,
 "Fast Convergence of DETR with Spatially Modulated Co-Attention" (cited by the heading of the passage), and "DETR" is

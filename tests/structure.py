@@ -112,6 +112,11 @@ def prose_words(source: str) -> int:
     return sum(len(text.split()) for text in [*texts, *(t.string for t in tokens if t.type == tokenize.COMMENT)])
 
 
+def minutes(source: str) -> float:
+    """To read a module once: its prose at 200 words a minute, its code at 15 lines a minute."""
+    return prose_words(source) / 200 + code_lines(source) / 15
+
+
 def functions(source: str) -> list[tuple[int, str]]:
     """(lines from the first statement after the docstring to the end, name) of every function."""
     lengths = []
@@ -148,11 +153,12 @@ def describe(root: Path) -> str:
     groups = circles({name: imports_of(name, path, known) for name, path in known.items()})
     lines += ["", f"circles of imports: {len(groups)}", *(f"  {', '.join(sorted(group))}" for group in groups)]
     reference = [source for path, source in sources.items() if path.parts[0] == "reference"]
-    words, checks = sum(map(prose_words, reference)), sum(source.count("raise ") for source in reference)
-    total = sum(code[path] for path in sources if path.parts[0] == "reference")
+    words, lines_of_code = sum(map(prose_words, reference)), sum(map(code_lines, reference))
+    checks, to_read = sum(source.count("raise ") for source in reference), sum(map(minutes, reference))
     lines += [
         "",
-        f"reference: {words:,} words of docstrings and comments, {total:,} lines of code, {checks} errors that are raised",
+        f"reference: {words:,} words of docstrings and comments, {lines_of_code:,} lines of code, {to_read:.0f} minutes to read; "
+        f"{checks} errors that are raised",
     ]
     return "\n".join(lines)
 

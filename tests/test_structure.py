@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -41,9 +42,23 @@ def test_a_checkout_is_described(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     text = STRUCTURE["describe"](tmp_path)
     assert "circles of imports: 1\n  smca.gpu.b, smca.gpu.c" in text
-    assert "reference: 11 words of docstrings and comments, 7 lines of code, 0 errors" in text
+    assert "reference: 11 words of docstrings and comments, 7 lines of code, 1 minutes to read; 0 errors" in text
     assert any(line.split() == ["gpu/", "2", "2", "2"] for line in text.splitlines())
 
 
 def test_this_checkout_is_described() -> None:
     assert "circles of imports: 0" in STRUCTURE["describe"](STRUCTURE["ROOT"])
+
+
+def test_the_tour_names_the_minutes_that_the_files_take() -> None:
+    tour = (STRUCTURE["ROOT"] / "docs" / "tour.md").read_text(encoding="utf-8")
+    named, total = set(), 0.0
+    for minutes, links in re.findall(r"^\| (\d+) \| (\[.+?) \|", tour, re.MULTILINE):
+        files = re.findall(r"\.\./(reference/\w+\.py)", links)
+        takes = sum(STRUCTURE["minutes"]((STRUCTURE["ROOT"] / file).read_text(encoding="utf-8")) for file in files)
+        assert int(minutes) == round(takes), f"{files} take {takes:.1f} minutes"
+        named |= set(files)
+        total += takes
+    every = {f"reference/{path.name}" for path in (STRUCTURE["ROOT"] / "reference").glob("*.py")}
+    assert named == every - {"reference/__init__.py"}
+    assert f"about {round(total, -1):.0f} minutes" in tour

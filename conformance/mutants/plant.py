@@ -46,7 +46,7 @@ _ATTENTION = (
 )
 CONCERNS = {
     "gaussian": _ATTENTION[:3],
-    **dict.fromkeys(("attention", "dispatch", "eager", "lifted"), _ATTENTION),
+    **dict.fromkeys(("attention_forward", "attention_backward", "dispatch", "eager", "lifted"), _ATTENTION),
     "fused_kernels": ("smca_attention", "smca_attention_vjp"),
     "boxes": ("generalized_box_iou", "match_cost", "set_loss", "set_loss_vjp"),
     "matching": ("match_cost", "assign", "set_loss"),
@@ -124,6 +124,22 @@ def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
 
 
 @contextmanager
+def planted_package(mutant: Mutant) -> Iterator[str]:
+    """The name under which, for the time being, the mutant's package can be imported with the bug in it."""
+    name = f"_smca_mutant_{next(_count)}"
+    package, finder = types.ModuleType(name), _Finder(name, mutant)
+    package.__path__ = []
+    sys.modules[name] = package
+    sys.meta_path.insert(0, finder)
+    try:
+        yield name
+    finally:
+        sys.meta_path.remove(finder)
+        for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+            del sys.modules[loaded]
+
+
+@contextmanager
 def planted(mutant: Mutant) -> Iterator[list[Any]]:
     """Implementations with the bug in them.
 
@@ -134,12 +150,7 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
         with _in_kernels(mutant) as implementations:
             yield implementations
         return
-    name = f"_smca_mutant_{next(_count)}"
-    package, finder = types.ModuleType(name), _Finder(name, mutant)
-    package.__path__ = []
-    sys.modules[name] = package
-    sys.meta_path.insert(0, finder)
-    try:
+    with planted_package(mutant) as name:
         if mutant.package == "reference":
             oracle: Any = Oracle()
             oracle.share, oracle.is_oracle = 1.0, False
@@ -148,10 +159,6 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
             yield [oracle]
         else:
             yield _production(name, mutant)
-    finally:
-        sys.meta_path.remove(finder)
-        for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
-            del sys.modules[loaded]
 
 
 def _production(name: str, mutant: Mutant) -> list[Any]:

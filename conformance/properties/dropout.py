@@ -22,7 +22,7 @@ Mask = npt.NDArray[np.bool_]
 PROPERTIES: list[Property] = []
 
 DROPOUT = (
-    "O = (A∘m/(1 − p))·V with m ∈ {0, 1}, P(m = 0) = p; backwards reference/attention.py (7) to (12) with the same m: "
+    "O = (A∘m/(1 − p))·V with m ∈ {0, 1}, P(m = 0) = p; backwards reference/attention_backward.py (7) to (12) with the same m: "
     "V̄ = (A∘m/(1 − p))ᵀ·Ō, Ā = (Ō·Vᵀ)∘m/(1 − p)"
 )
 WIDE = ("float64", "float32", "bfloat16")

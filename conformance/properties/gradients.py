@@ -1,4 +1,4 @@
-"""What must be true of the gradients of smca_attention (reference/attention.py, equations (7) to (12))."""
+"""What must be true of the gradients of smca_attention (reference/attention_backward.py, equations (7) to (12))."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float64]
 
 PROPERTIES: list[Property] = []
 
-BACKWARD = "reference/attention.py, equations (7) to (12)"
+BACKWARD = "reference/attention_backward.py, equations (7) to (12)"
 GRADIENTS = ("dq", "dk", "dv", "dcenter_xy", "dprecision_xy")
 
 
@@ -99,7 +99,7 @@ def padded_keys_get_no_gradient(impl: Any, recipe: AttentionInputs, dtype: str, 
 @property_of(
     "smca_attention_vjp.flat_prior_has_no_center",
     "a centre feels nothing where the precision is 0, and no value where all are alike",
-    "reference/attention.py (9) and (11): S̄ sums to 0 over the keys; c̄ is λ times a sum",
+    "reference/attention_backward.py (9) and (11): S̄ sums to 0 over the keys; c̄ is λ times a sum",
     attention_inputs(precision=0.0),
     into=PROPERTIES,
 )

@@ -20,7 +20,7 @@ PROPERTIES: list[Property] = []
 MIXED = (
     "method.md §4: O = Σ_j α_j·softmax over the keys of level j(QK_jᵀ/√d + log G_j)·V_j; α per query, shared by heads"
 )
-BACKWARD = "reference/attention.py, equations (14) and (15): Ō_j = α_j·Ō, ᾱ_j = Σ over heads Ō·O_j"
+BACKWARD = "reference/attention_backward.py, equations (14) and (15): Ō_j = α_j·Ō, ᾱ_j = Σ over heads Ō·O_j"
 
 
 def forward(impl: Any, x: LevelsArrays, dtype: str) -> Array:

@@ -1,7 +1,7 @@
 """Triton kernels of spatially modulated co-attention, forward and backward (docs/method.md §2, §6).
 
-They compute equations (4) to (12) of ``smca.reference.attention`` block by block; nothing of size N × L is stored, and neither
-is the prior. What is kept from the forward pass is, per query,
+They compute equations (4) to (12) of ``smca.reference``'s ``attention_forward`` and ``attention_backward`` block by block; nothing
+of size N × L is stored, and neither is the prior. What is kept from the forward pass is, per query,
 
     LSE_n = log₂ Σ_l 2^(S_nl·log₂e)            so that (5) is A_nl = 2^(S_nl·log₂e − LSE_n)
 

@@ -1,7 +1,7 @@
 """Proof that the tests of smca.reference can fail: each mutant is one deliberate error, and a named test must go red.
 
-A mutant is a module of the specification with one piece of its source replaced. Its functions take the place of the
-true ones in every module that uses them, the test's own included, while that test runs.
+A mutant is the specification with one piece of the source of one module replaced (``smca.conformance.mutants``). Its functions
+take the place of the true ones in the test while that runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from smca.conformance.mutants import Mutant, planted_package
 
 LEVELS = {"strides": (8, 16, 32), "cross_level_blocks": (1,)}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -30,34 +32,34 @@ MUTANTS: list[tuple[str, str, str, str, str, tuple[Any, ...]]] = [
     ("gaussian", "key % width + 0.5", "key % width + 0.0", "attention", "attention_equals_loops", ((3, 4), False)),
     ("gaussian", "[key % width + 0.5, key // width + 0.5]", "[key // height + 0.5, key % height + 0.5]",
      "attention", "attention_equals_loops", ((3, 4), False)),
-    ("attention", "-0.5 * np.einsum(\"bhna,bhnla->bhnl\"", "-1.0 * np.einsum(\"bhna,bhnla->bhnl\"",
+    ("attention_forward", "-0.5 * np.einsum(\"bhna,bhnla->bhnl\"", "-1.0 * np.einsum(\"bhna,bhnla->bhnl\"",
      "attention", "attention_equals_torch", ()),
-    ("attention", "log_prior = -0.5", "log_prior = 0.5", "attention", "prior_enters_as_the_weight_map", ()),
+    ("attention_forward", "log_prior = -0.5", "log_prior = 0.5", "attention", "prior_enters_as_the_weight_map", ()),
     ("gaussian", "key_xy - center_xy[..., None, :]", "key_xy - center_xy[..., None, ::-1]",
      "attention", "attention_equals_loops", ((4, 3), True)),
-    ("attention", "/ q.shape[-1] ** 0.5 +", "/ q.shape[-1] +", "attention", "precision_of_zero_is_plain_attention", ()),
+    ("attention_forward", "/ q.shape[-1] ** 0.5 +", "/ q.shape[-1] +", "attention", "precision_of_zero_is_plain_attention", ()),
     ("gaussian", "-distance_x[..., None, :] - distance_y[..., :, None]",
      "-0.5 * distance_x[..., None, :] - 0.5 * distance_y[..., :, None]",
      "attention", "weight_map_is_the_papers_equation", ()),
     ("gaussian", "2.0 / (beta * scale_xy**2)", "1.0 / (beta * scale_xy**2)",
      "attention", "weight_map_equals_its_precision_form", ()),
-    ("attention", " - np.max(logits, axis=-1, keepdims=True)", "", "attention",
+    ("attention_forward", " - np.max(logits, axis=-1, keepdims=True)", "", "attention",
      "a_distant_narrow_prior_does_not_overflow", ()),
-    ("attention", "np.where(key_padding_mask[:, None, None, :], -np.inf, logits)", "logits + 0.0",
+    ("attention_forward", "np.where(key_padding_mask[:, None, None, :], -np.inf, logits)", "logits + 0.0",
      "attention", "padding_is_the_same_as_a_smaller_map", ()),
-    ("attention", "np.where(key_padding_mask[:, None, :, None], 0.0, keys)", "keys",
+    ("attention_forward", "np.where(key_padding_mask[:, None, :, None], 0.0, keys)", "keys",
      "attention", "padded_keys_are_never_read", (float("nan"),)),
     ("gaussian", "key = np.arange(height * width, like=center_xy)", "key = np.arange(height * width)",
      "attention", "runs_on_foreign_arrays_through_numpys_protocols", ()),
     # The backward pass, equation by equation.
-    ("attention", "np.swapaxes(weights, -1, -2) @ grad_out", "np.swapaxes(weights, -1, -2) @ (0.5 * grad_out)",
+    ("attention_backward", "np.swapaxes(weights, -1, -2) @ grad_out", "np.swapaxes(weights, -1, -2) @ (0.5 * grad_out)",
      "attention", "vjp_equals_central_differences", ()),
-    ("attention", "(dweights - np.sum(weights * dweights, axis=-1, keepdims=True))", "dweights",
+    ("attention_backward", "(dweights - np.sum(weights * dweights, axis=-1, keepdims=True))", "dweights",
      "attention", "vjp_equals_central_differences", ()),
-    ("attention", "dq = dlogits @ k / root_d", "dq = dlogits @ k", "attention", "vjp_equals_autograd", (1.0, False)),
-    ("attention", "dcenter_xy = precision_xy *", "dcenter_xy = -precision_xy *",
+    ("attention_backward", "dq = dlogits @ k / root_d", "dq = dlogits @ k", "attention", "vjp_equals_autograd", (1.0, False)),
+    ("attention_backward", "dcenter_xy = precision_xy *", "dcenter_xy = -precision_xy *",
      "attention", "vjp_equals_central_differences", ()),
-    ("attention", "dlogits, -0.5 * difference_xy**2", "dlogits, -difference_xy**2",
+    ("attention_backward", "dlogits, -0.5 * difference_xy**2", "dlogits, -difference_xy**2",
      "attention", "vjp_equals_autograd", (1.0, True)),
     # Boxes.
     ("boxes", "_ratio(intersection, union) - _ratio(hull - union, hull)", "_ratio(intersection, union)",
@@ -128,25 +130,25 @@ MUTANTS: list[tuple[str, str, str, str, str, tuple[Any, ...]]] = [
     ("layers", "height * width).transpose(0, 2, 1)", "height * width).transpose(0, 2, 1)[:, ::-1]",
      "model", "forward_equals_torch", ("post",)),
     # Attention over several levels, forward and backward.
-    ("attention", "level_weights[:, None, :, j, None]", "level_weights[:, None, :, 0, None]",
+    ("attention_forward", "level_weights[:, None, :, j, None]", "level_weights[:, None, :, 0, None]",
      "scales", "one_hot_weights_pick_a_level", ()),
-    ("attention", "np.sum(np.stack(weighted), axis=0)", "np.mean(np.stack(weighted), axis=0)",
+    ("attention_forward", "np.sum(np.stack(weighted), axis=0)", "np.mean(np.stack(weighted), axis=0)",
      "scales", "by_hand", ()),
-    ("attention", "_of_level(level_weights, j) * smca_attention(q, *level) for",  # one softmax over all levels
-     "_of_level(level_weights, j) * smca_attention(q, *level) * np.exp(q @ level.k.swapaxes(2, 3)).sum(-1)[..., None] "
+    ("attention_forward", "of_level(level_weights, j) * smca_attention(q, *level) for",  # one softmax over all levels
+     "of_level(level_weights, j) * smca_attention(q, *level) * np.exp(q @ level.k.swapaxes(2, 3)).sum(-1)[..., None] "
      "/ sum(np.exp(q @ x.k.swapaxes(2, 3)).sum(-1)[..., None] for x in levels) for",
      "scales", "each_softmax_is_over_its_own_level", ()),
-    ("attention", "_of_level(level_weights, j) * smca_attention(q, *level) for",
-     "_of_level(level_weights, j) * smca_attention(q, *level[:5]) for",
+    ("attention_forward", "of_level(level_weights, j) * smca_attention(q, *level) for",
+     "of_level(level_weights, j) * smca_attention(q, *level[:5]) for",
      "scales", "padded_keys_are_never_read", (float("nan"),)),
-    ("attention", "_of_level(level_weights, j) * smca_attention(q, *level) for",
-     "_of_level(level_weights, j) * smca_attention(q, *level._replace(center_xy=levels[0].center_xy)) for",
+    ("attention_forward", "of_level(level_weights, j) * smca_attention(q, *level) for",
+     "of_level(level_weights, j) * smca_attention(q, *level._replace(center_xy=levels[0].center_xy)) for",
      "scales", "attention_equals_torch", ()),
-    ("attention", "grad_of_level = _of_level(level_weights, j) * grad_out", "grad_of_level = grad_out",
+    ("attention_backward", "grad_of_level = of_level(level_weights, j) * grad_out", "grad_of_level = grad_out",
      "scales", "vjp_equals_central_differences", ()),
-    ("attention", "np.einsum(\"bhnd,bhnd->bn\", grad_out", "np.einsum(\"bhnd,bhnd->bn\", grad_of_level",
+    ("attention_backward", "np.einsum(\"bhnd,bhnd->bn\", grad_out", "np.einsum(\"bhnd,bhnd->bn\", grad_of_level",
      "scales", "vjp_equals_central_differences", ()),
-    ("attention", "np.sum(np.stack(dqs), axis=0)", "dqs[0]", "scales", "vjp_equals_autograd", ()),
+    ("attention_backward", "np.sum(np.stack(dqs), axis=0)", "dqs[0]", "scales", "vjp_equals_autograd", ()),
     # Weights, offsets and scales of the levels.
     ("decoder", "softmax(linear(state, params, f\"{name}.level_head\"))",
      "softmax(linear(state, params, f\"{name}.level_head\").swapaxes(1, 2)).swapaxes(1, 2)",
@@ -222,13 +224,13 @@ def arguments(tests: types.ModuleType, given: tuple[Any, ...]) -> tuple[Any, ...
     return tuple(configs.get(item, item) if isinstance(item, str) else item for item in given)
 
 
-def put_in_place(mutant: types.ModuleType, true: types.ModuleType, tests: types.ModuleType, patch: Any) -> None:
-    """Wherever a public name of the true module is used, use the mutant's."""
-    users = [module for name, module in sys.modules.items() if name.startswith("smca.reference.")]
-    for user in [*users, tests]:
-        for name, value in list(vars(user).items()):
-            if callable(value) and getattr(value, "__module__", None) == true.__name__ and hasattr(mutant, name):
-                patch.setattr(user, name, getattr(mutant, name))
+def use(package: str, tests: types.ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """Whatever of the specification a test calls, let it call that of `package`."""
+    for name, value in list(vars(tests).items()):
+        module = getattr(value, "__module__", None) or ""
+        if callable(value) and module.startswith("smca.reference."):
+            planted = importlib.import_module(module.replace("smca.reference", package, 1))
+            patch.setattr(tests, name, getattr(planted, value.__name__))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -239,17 +241,10 @@ def test_mutant_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module, source, replacement, test_file, test, given = entry
-    true = importlib.import_module(f"smca.reference.{module}")
-    text = Path(str(true.__file__)).read_text(encoding="utf-8")
-    assert text.count(source) == 1, f"{source!r} is no longer in {module}.py exactly once: update this mutant"
-    mutant = types.ModuleType(f"mutant_{module}")
-    mutant.__file__ = true.__file__
-    monkeypatch.setitem(sys.modules, mutant.__name__, mutant)
-    exec(compile(text.replace(source, replacement), f"<mutant of {module}>", "exec"), mutant.__dict__)
-
     tests = test_modules[test_file]
     run = getattr(tests, f"test_{test}")
     run(*arguments(tests, given))  # green on the true module
-    put_in_place(mutant, true, tests, monkeypatch)
-    with pytest.raises((AssertionError, pytest.fail.Exception, TypeError)):
-        run(*arguments(tests, given))
+    with planted_package(Mutant(f"{source} → {replacement}", "reference", module, source, replacement)) as package:
+        use(package, tests, monkeypatch)
+        with pytest.raises((AssertionError, pytest.fail.Exception, TypeError)):
+            run(*arguments(tests, given))
