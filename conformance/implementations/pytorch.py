@@ -34,6 +34,12 @@ BACKBONE = BackboneConfig(
 )
 """With which a model is built whose features the inputs hold."""
 
+
+def production_config(config: reference_config.ModelConfig) -> ModelConfig:
+    """The model that the specification means, with a small backbone."""
+    return ModelConfig(backbone=BACKBONE, **dataclasses.asdict(config))
+
+
 ALL = ("float64", "float32", "float16", "bfloat16")
 LIFTED = dict.fromkeys(ALL, float("inf"))
 AUTO = {**dict.fromkeys(ALL, dispatch.LIFTED_LOGIT_LIMIT), "float64": float("inf")}
@@ -249,8 +255,7 @@ def _built(model: Any, config: reference_config.ModelConfig, backend: str) -> SM
     """Building a model costs more than running it; its weights are loaded anew for each example. All share one backbone for
     each choice of levels: what is tested begins at its features, and it costs the most."""
     with mock.patch.object(sys.modules[model.__module__], "Backbone", _backbone):
-        ours = ModelConfig(backbone=BACKBONE, **dataclasses.asdict(config))
-        return model(ours, attention_backend=backend)  # type: ignore[no-any-return]
+        return model(production_config(config), attention_backend=backend)  # type: ignore[no-any-return]
 
 
 _backbones: dict[tuple[str, tuple[int, ...]], Backbone] = {}

@@ -29,8 +29,9 @@ START_SIZE_LOGIT = -1.5
 class DecoderLayer(nn.Module):
     """Self-attention among the queries, (modulated) cross-attention into the image, feed-forward."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, attention_backend: str) -> None:
         super().__init__()
+        self.attention_backend = attention_backend
         dim, levels = config.hidden_dim, len(config.strides)
         self.pre_norm = config.pre_norm
         self.self_attn, self.cross_attn = Attention(config), Attention(config)
@@ -63,9 +64,8 @@ class DecoderLayer(nn.Module):
         grids: Sequence[Grid],
         state: Tensor | None,
         reference_xy: Tensor,
-        backend: str,
     ) -> Tensor:
-        """The second and third block.
+        """The second block.
 
         Args:
             t, position: [B, N, C] content and learned position of the queries.
@@ -73,7 +73,6 @@ class DecoderLayer(nn.Module):
             grids: the levels' cells.
             state: O of ``state``.
             reference_xy: [B, N, 2] reference centres in 0–1 of the unpadded image.
-            backend: of ``smca_attention``.
 
         Returns:
             [B, N, C].
@@ -88,17 +87,20 @@ class DecoderLayer(nn.Module):
                 Level(key, value, center, precision, grid.size, grid.key_padding_mask)
                 for key, value, (center, precision), grid in zip(keys, values, priors, grids, strict=True)
             ]
-            found = multi_scale_smca_attention(q, levels, weights, backend=backend)
+            attended = multi_scale_smca_attention(q, levels, weights, backend=self.attention_backend)
         else:
             each = [
                 plain_attention(q, key, value, grid.key_padding_mask)
                 for key, value, grid in zip(keys, values, grids, strict=True)
             ]
-            found = torch.einsum("jbhnd,bnj->bhnd", torch.stack(each), weights)
-        t = t + self.dropout(self.cross_attn.merge(found))
+            attended = torch.einsum("jbhnd,bnj->bhnd", torch.stack(each), weights)
+        t = t + self.dropout(self.cross_attn.merge(attended))
+        return t if self.pre_norm else cast(Tensor, self.norm2(t))
+
+    def feed_forward(self, t: Tensor) -> Tensor:
+        """The third block: [B, N, C] → [B, N, C]."""
         if self.pre_norm:
             return t + feed_forward_block(self.norm3(t), self.linear1, self.linear2, self.dropout)
-        t = self.norm2(t)
         return cast(Tensor, self.norm3(t + feed_forward_block(t, self.linear1, self.linear2, self.dropout)))
 
     def _level_weights(self, state: Tensor | None, like: Tensor, levels: int) -> Tensor:
@@ -111,12 +113,13 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Object queries to logits and boxes, after every layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, attention_backend: str = "auto") -> None:
+        """`attention_backend`: of ``smca.gpu.attention.smca_attention``."""
         super().__init__()
         dim = config.hidden_dim
         self.box_refinement = config.box_refinement
         self.query_position = nn.Parameter(torch.empty(config.num_queries, dim))
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, attention_backend) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(dim)
         self.class_head = nn.Linear(dim, config.num_classes)
         # One head for all layers, as published. Under refinement a layer's question changes from "where is the box" to "what is
@@ -157,9 +160,7 @@ class Decoder(nn.Module):
             nn.init.zeros_(self.center_head.last.weight)
             nn.init.zeros_(self.center_head.last.bias)
 
-    def forward(
-        self, memory: Tensor, pos: Tensor, grids: Sequence[Grid], backend: str = "auto"
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, memory: Tensor, pos: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
         """memory and pos [B, ΣL, C] → logits [M, B, N, K], boxes [M, B, N, 4] (cxcywh in 0–1 of the unpadded image)."""
         position = self.query_position.expand(len(memory), -1, -1)
         dtype = grids[0].valid_cells.dtype  # of boxes and centres: at least float32, also under autocast
@@ -176,7 +177,8 @@ class Decoder(nn.Module):
                     center_logits = center_logits + self.query_center
                 reference_logits = functional.pad(center_logits, (0, 2))  # [ĉ_x, ĉ_y, 0, 0]
             reference_xy = reference_logits[..., :2].sigmoid()
-            t = layer.attend_image(t, position, memory, memory_pos, grids, state, reference_xy, backend)
+            t = layer.attend_image(t, position, memory, memory_pos, grids, state, reference_xy)
+            t = layer.feed_forward(t)
             states.append(self.norm(t))
             if self.box_refinement:
                 refined.append((self.box_heads[index](states[-1]).to(dtype) + reference_logits)[None])

@@ -50,13 +50,12 @@ class SMCADETR(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.attention_backend = attention_backend
         self.backbone = Backbone(config.backbone, config.strides, download=download)
         self.input_proj = _projections(self.backbone.channels, config)
         # Read by the encoder's attention alone: in the decoder it would add the same to all keys of a softmax.
         levels, read = len(config.strides), config.encoder == "attention" and config.encoder_layers > 0
         self.level_embed = nn.Parameter(torch.zeros(levels, config.hidden_dim)) if levels > 1 and read else None
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config, attention_backend)
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
         for module in (self.encoder, self.decoder):
@@ -120,7 +119,7 @@ class SMCADETR(nn.Module):
             positions.append(pos if self.level_embed is None else pos + self.level_embed[level])
         x, pos = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
         memory = self.encoder(x, pos, grids)
-        logits, boxes = self.decoder(memory, pos, grids, self.attention_backend)
+        logits, boxes = self.decoder(memory, pos, grids)
         return {"logits": logits, "boxes": boxes}
 
     @torch.inference_mode()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from smca.conformance.inputs.model import configuration
+from smca.conformance.implementations.pytorch import production_config
+from smca.conformance.inputs.model import SMALL
 from smca.datasets import Targets
 from smca.gpu.config import LossConfig
 from smca.gpu.loss import NonFiniteError, SetCriterion, matcher
@@ -17,7 +18,7 @@ from smca.reference.model import forward
 
 def model(dtype: torch.dtype) -> SMCADETR:
     torch.manual_seed(0)
-    made = SMCADETR(configuration(())).to(torch.float64).eval()
+    made = SMCADETR(production_config(SMALL)).to(torch.float64).eval()
     with torch.no_grad():
         for parameter in made.parameters():  # zeros at the start would hide what multiplies them
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -35,7 +36,7 @@ def test_images_to_boxes_equal_the_oracle_behind_the_backbone() -> None:
         got = made(images, mask)
         features = [f.numpy() for f in made.backbone(made.normalize(images, mask))]
     params = {name: value.numpy() for name, value in made.state_dict().items()}
-    expected = forward(params, features, np.array(sizes), made.config)
+    expected = forward(params, features, np.array(sizes), SMALL)
     for name in ("logits", "boxes"):
         np.testing.assert_allclose(got[name].numpy(), expected[name], rtol=1e-10, atol=1e-12)
 
