@@ -51,7 +51,7 @@ class ConformanceArgs:
     report: Path | None = None
     """Write the worst errors of all comparisons with the oracle to this Markdown file (docs/numerics.md is made so)."""
     examples: int = 10_000
-    """With --report: examples an operation, at least, over all implementations and dtypes."""
+    """With --report: examples per operation, at least, over all implementations and dtypes."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

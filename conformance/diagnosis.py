@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from smca.conformance.contrast import contrast
 from smca.conformance.mutants.plant import CONCERNS, planted
 from smca.conformance.mutants.table import ORACLE
 from smca.conformance.property import Judge
 from smca.conformance.protocol import name_of
 from smca.conformance.runner import Outcome
+from smca.conformance.simplify import describe_simplifications
 from smca.conformance.tolerances import UNIT_ROUNDOFF
 
 
@@ -33,7 +33,7 @@ class _Recorder(Judge):
 
 def explain(outcome: Outcome) -> str:
     """What can be said of a failure: what it hangs on, and which known bug makes the specification fail alike."""
-    return "\n".join(filter(None, [contrast(outcome), known_bugs(outcome)]))
+    return "\n".join(filter(None, [describe_simplifications(outcome), known_bugs(outcome)]))
 
 
 def known_bugs(outcome: Outcome) -> str:
@@ -44,7 +44,7 @@ def known_bugs(outcome: Outcome) -> str:
     prop = outcome.case.prop
     if outcome.status != "failed" or not prop.oracle or not outcome.failing:
         return ""
-    found = []
+    names = []
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         wrong = [_outputs(outcome.case.implementation, outcome, recipe) for recipe in outcome.failing]
@@ -54,10 +54,10 @@ def known_bugs(outcome: Outcome) -> str:
             with planted(mutant) as (oracle,):
                 pairs = zip(outcome.failing, wrong, strict=True)
                 if all(_same(_outputs(oracle, outcome, recipe), seen, outcome.case.dtype) for recipe, seen in pairs):
-                    found.append(f"{mutant.bug} (as in {mutant.module})")
+                    names.append(f"{mutant.bug} (as in {mutant.module})")
     return (
-        f"    likely: the specification gives the same numbers with this bug in it: {'; or '.join(found)}"
-        if found
+        f"    likely: the specification gives the same numbers with this bug in it: {'; or '.join(names)}"
+        if names
         else ""
     )
 

@@ -129,7 +129,7 @@ class Property:
     """Those it is meant for; None = all that the implementation has."""
     needs: tuple[str, ...] = ()
     """Operations it calls beside its own."""
-    share: float = 1.0
+    examples_factor: float = 1.0
     """Part of a profile's number of examples: below 1 where one costs much, above where few of them tell anything."""
     always: tuple[Any, ...] = ()
     """Recipes tried first in every run, whatever the profile: what few random examples would miss."""
@@ -157,14 +157,16 @@ def property_of(
     into: list[Property],
     dtypes: Sequence[str] | None = None,
     needs: Sequence[str] = (),
-    share: float = 1.0,
+    examples_factor: float = 1.0,
     always: Sequence[Any] = (),
 ) -> Callable[[Check], Check]:
     """Decorator: the function becomes the check of a property, which is appended to `into`."""
 
     def register(check: Check) -> Check:
         only = tuple(dtypes) if dtypes else None
-        into.append(Property(name, sentence, equation, recipes, check, only, tuple(needs), share, tuple(always)))
+        into.append(
+            Property(name, sentence, equation, recipes, check, only, tuple(needs), examples_factor, tuple(always))
+        )
         return check
 
     return register

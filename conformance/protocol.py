@@ -6,7 +6,7 @@ the object lists in ``dtypes``. Inputs arrive in float64 but hold only values th
 precisions: float32, where dtype is a half precision), so converting them loses nothing. What it doesn't have, or has
 as None, is reported as not implemented. ``example_adapter.py`` is a template, docs/conformance.md a guide.
 
-Shape letters: B images, N queries, h heads, d channels a head, J levels, L = H·W keys, M decoder layers, K classes,
+Shape letters: B images, N queries, h heads, d channels per head, J levels, L = H·W keys, M decoder layers, K classes,
 T targets.
 
     smca_attention(q, k, v, center_xy, precision_xy, size, key_padding_mask, *, dtype) → [B, h, N, d]
@@ -86,7 +86,7 @@ def address_of(implementation: Any) -> str:
 def expanded_up_to(implementation: Any, dtype: str) -> float:
     """Largest λ·(extent/2)² up to which it forms log G in the expanded form (docs/method.md §6), from x²·λ and x·λ·c apart.
 
-    That form cancels, and so is held to a bound of its own (`tolerances`). An implementation says so by an attribute
+    That form cancels, and so is held to a bound of its own (`tolerances`). An implementation declares it by an attribute
     ``expanded_up_to``, dtype → limit; what it doesn't list is formed from the difference (x − c)², a limit of 0.
     """
     limits: dict[str, float] = getattr(implementation, "expanded_up_to", {})
@@ -96,7 +96,7 @@ def expanded_up_to(implementation: Any, dtype: str) -> float:
 def skips_below(implementation: Any) -> float:
     """What the weights that it passes over unread may add up to, as a part of all of them.
 
-    An implementation that skips keys too far off to show says so by an attribute ``skips_below``, and is held to it.
+    An implementation that skips keys too far off to show declares it by an attribute ``skips_below``, and is held to it.
     """
     return float(getattr(implementation, "skips_below", 0.0))
 

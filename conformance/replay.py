@@ -46,12 +46,12 @@ def replay(property_name: str, implementation: Any, dtype: str, recipe: Any) -> 
         Mismatch: the property does not hold.
         ValueError: no property or implementation of that name.
     """
-    found = [prop for prop in PROPERTIES if prop.name == property_name]
-    if not found:
+    matching = [prop for prop in PROPERTIES if prop.name == property_name]
+    if not matching:
         raise ValueError(f"no property {property_name!r}; there are {', '.join(prop.name for prop in PROPERTIES)}")
     made = implementation_of(implementation) if isinstance(implementation, str) else implementation
-    judge = Judge(found[0], name_of(made), dtype, recipe, address=address_of(made))
-    found[0].check(made, recipe, dtype, judge)
+    judge = Judge(matching[0], name_of(made), dtype, recipe, address=address_of(made))
+    matching[0].check(made, recipe, dtype, judge)
     return judge
 
 

@@ -59,14 +59,17 @@ def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Pr
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=sum(map(len, by_operation.values())))
         for found in by_operation.values():
-            shares = {case: case.prop.share * float(getattr(case.implementation, "share", 1.0)) for case in found}
+            factors = {
+                case: case.prop.examples_factor * float(getattr(case.implementation, "examples_factor", 1.0))
+                for case in found
+            }
             quick = [case for case in found if not getattr(case.implementation, "slow", False)]
-            number = int(np.ceil(examples / sum(shares[case] for case in quick))) if quick else 0
+            number = int(np.ceil(examples / sum(factors[case] for case in quick))) if quick else 0
             for case in found:
                 progress.update(task, description=f"{case.prop.operation} {case.dtype}")
-                wanted = number or round(ONLY_SLOW_EXAMPLES / shares[case])
+                wanted = number or round(ONLY_SLOW_EXAMPLES / factors[case])
                 if quick and case not in quick:
-                    wanted = round(SLOW_EXAMPLES / shares[case])
+                    wanted = round(SLOW_EXAMPLES / factors[case])
                 outcomes.append(run(case, PROFILES["deep"], examples=wanted))
                 progress.advance(task)
     path.write_text("\n".join([INTRODUCTION, *_numerics_lines(outcomes), ""]), encoding="utf-8")
@@ -123,12 +126,12 @@ def short(recipe: Any) -> str:
     if not dataclasses.is_dataclass(recipe):
         return repr(recipe)
     values = {field.name: (getattr(recipe, field.name), field.default) for field in dataclasses.fields(recipe)}
-    given = ", ".join(f"{name}={short(value)}" for name, (value, default) in values.items() if value != default)
-    return f"{type(recipe).__name__}({given})"
+    changed = ", ".join(f"{name}={short(value)}" for name, (value, default) in values.items() if value != default)
+    return f"{type(recipe).__name__}({changed})"
 
 
 def mutants_table(results: Sequence[MutantResult]) -> list[str]:
-    """Markdown: a row a mutant, and how many are dead."""
+    """Markdown: one row per mutant, and how many were found."""
     lines = [
         "| bug | where | killed by | after examples | seconds | also without the oracle, by |",
         "|---|---|---|---:|---:|---|",

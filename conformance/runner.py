@@ -21,7 +21,7 @@ class Profile:
 
     name: str
     examples: int
-    """Examples of a property, for each implementation and dtype (times the property's own share)."""
+    """Examples of a property, for each implementation and dtype (times the property's own factor)."""
     random: bool
     """New examples in every run, found failures kept in .hypothesis/; otherwise the same in every run."""
     patient: bool
@@ -75,7 +75,7 @@ class Outcome:
 def cases(properties: Iterable[Property], implementations: Iterable[Any], profile: Profile) -> Iterator[Case]:
     """All combinations, implementation by implementation; what is not implemented once, not once a dtype.
 
-    An implementation that is slow to try (it compiles every new shape, or is interpreted) says so by a true ``slow``, and may
+    An implementation that is slow to try (it compiles every new shape, or is interpreted) declares it by a true ``slow``, and may
     name in ``quick_operations`` the operations that are enough of it in the quick profile.
     """
     everything = sorted(properties, key=lambda prop: OPERATIONS.index(prop.operation))
@@ -110,8 +110,8 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
     judge = Judge(case.prop, name_of(case.implementation), case.dtype, address=address_of(case.implementation))
     if case.missing is not None:
         return Outcome(case, "not implemented", "", judge.worst, 0.0)
-    share = case.prop.share * float(getattr(case.implementation, "share", 1.0))
-    number = round((examples or profile.examples) * share)
+    factor = case.prop.examples_factor * float(getattr(case.implementation, "examples_factor", 1.0))
+    number = round((examples or profile.examples) * factor)
     database = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples") if profile.random else None
     tried, failing = 0, dict[str, Any]()
 

@@ -1,7 +1,7 @@
 """`CocoDetection`: a folder of images and an annotation file in COCO's format, checked once when it is opened.
 
 Whatever is wrong with the annotation file, and every image file that is missing, is found in the constructor, before a
-training run has spent an hour; the pixels themselves are checked when they are read. What a user can only mend in the
+training run has spent an hour; the pixels themselves are checked when they are read. What a user can only fix in the
 data raises an error that names file and entry; what has one sane answer (a box without area, a box reaching out of its
 image) is done, counted and shown in `report`.
 """
@@ -25,7 +25,7 @@ class CocoDetection:
 
     images_dir: the folder that the file's `file_name` entries are relative to.
     annotations_file: the JSON file.
-    cache: keep decoded images in memory as they are read (`cache_bytes` in all: 3 bytes a pixel; 640×480: 0.92 MB an
+    cache: keep decoded images in memory as they are read (`cache_bytes` in all: 3 bytes per pixel; 640×480: 0.92 MB per
         image). Worth it for a few thousand small images on a machine with few cores.
 
     Raises FileNotFoundError if the folder, the annotation file or images are missing, ValueError for an annotation file
@@ -126,8 +126,8 @@ def _require_images(images_dir: Path, file_names: list[str], annotations_file: P
         return
     expected = images_dir / missing[0]
     alike = [name for name in present[expected.parent] if name.lower() == expected.name.lower()]
-    mend = f"{alike[0]!r} is there: correct 'file_name'" if alike else "copy them there, or remove their entries"
+    remedy = f"{alike[0]!r} is there: correct 'file_name'" if alike else "copy them there, or remove their entries"
     raise FileNotFoundError(
         f"{len(missing):,} of {len(file_names):,} images of {annotations_file} are missing in {images_dir}: "
-        f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}; {mend}"
+        f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}; {remedy}"
     )

@@ -40,20 +40,20 @@ def find_split(root: str | os.PathLike[str], split: Split) -> tuple[Path, Path]:
     for name in names:
         candidates.append((root / name / _ROBOFLOW_FILE, [root / name]))
 
-    found = [(folders, file) for file, folders in candidates if file.is_file()]
-    if not found:
+    present = [(folders, file) for file, folders in candidates if file.is_file()]
+    if not present:
         wanted = [str(file.relative_to(root)) for file, _ in candidates]
         wanted.append(f"annotations/instances_{split}YEAR.json")
         raise FileNotFoundError(
             f"no annotation file of the split {split!r} in {root}; looked for {', '.join(wanted)}; "
             f"found {_contents(root)}. Arrange the folder so, or use CocoDetection(images_dir, annotations_file)"
         )
-    if len(by_year) > 1 and found[0][1] in by_year:
+    if len(by_year) > 1 and present[0][1] in by_year:
         raise ValueError(
             f"{root / 'annotations'} holds several years of the split {split!r}: {', '.join(f.name for f in by_year)}; "
             "keep one, or use CocoDetection(images_dir, annotations_file)"
         )
-    folders, file = found[0]
+    folders, file = present[0]
     for folder in folders:
         if folder.is_dir():
             return folder, file

@@ -58,7 +58,7 @@ def spread(values: list[float]) -> str:
 
 
 def ap_table(runs: Runs, columns: tuple[str, ...] = ("ap", "ap50")) -> str:
-    """Markdown: a row an epoch, the columns of every kind of run."""
+    """Markdown: one row per epoch, the columns of every kind of run."""
     lines = ["| epoch | " + " | ".join(f"{kind} {HEADS[c]}" for kind in runs for c in columns) + " |"]
     lines.append("|" + "---|" * (1 + len(columns) * len(runs)))
     for epoch in sorted({line["epoch"] for seeds in runs.values() for run in seeds for line in run}):
@@ -71,7 +71,7 @@ def ap_table(runs: Runs, columns: tuple[str, ...] = ("ap", "ap50")) -> str:
 
 
 def last_table(runs: Runs, columns: tuple[str, ...]) -> str:
-    """Markdown: a row a kind of run, its columns after the last epoch."""
+    """Markdown: one row per kind of run, its columns after the last epoch."""
     lines = ["| | " + " | ".join(HEADS[c] for c in columns) + " | seeds |", "|" + "---|" * (2 + len(columns))]
     for kind, seeds in runs.items():
         cells = [spread([run[-1][c] for run in seeds]) for c in columns]

@@ -48,12 +48,12 @@ def main() -> None:
         print(f"error: no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     # By entry point (pyproject.toml): the suite sees all packages and so lives above this one.
-    found = importlib.metadata.entry_points(group="smca.commands", name=argv[0])
-    if not found:
+    points = importlib.metadata.entry_points(group="smca.commands", name=argv[0])
+    if not points:
         print(f"error: this installation knows no {argv[0]!r}: install it anew (make setup)", file=sys.stderr)
         raise SystemExit(1)
     try:
-        command = next(iter(found)).load()
+        command = next(iter(points)).load()
     except ModuleNotFoundError as error:
         if argv[0] != "conformance" or error.name not in ("hypothesis", "pytest"):
             raise

@@ -137,12 +137,12 @@ class ModelConfig:
             self.image_short_side,
         )
         for name in ("class_names", "category_ids"):
-            given = len(getattr(self, name))
+            length = len(getattr(self, name))
             require(
-                given in (0, self.num_classes),
+                length in (0, self.num_classes),
                 f"model.{name}",
                 f"empty or num_classes = {self.num_classes} long",
-                given,
+                length,
             )
         if self.cross_attention == "dense":
             for name in ("prior_scale", "prior_heads"):
@@ -315,15 +315,15 @@ class RunConfig:
     max_steps: int | None = None
     """End (and let the schedule end) after this many steps even if `epochs` would take longer."""
     batch_size: int = 16
-    """Images a step, over all processes."""
+    """Images per step, over all processes."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     eval_batch_size: int = 16
-    """Images a forward pass at evaluation."""
+    """Images per forward pass at evaluation."""
     workers: int = 4
     """Processes that load images; 0 loads in the training process."""
     cache_images: bool = False
-    """Keep decoded images in memory (3 bytes a pixel): worth it for small data on a CPU."""
+    """Keep decoded images in memory (3 bytes per pixel): worth it for small data on a CPU."""
     device: str = "auto"
     """"cuda", "cpu", "mps" …; "auto" takes a GPU if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -41,7 +41,7 @@ class EvaluateArgs:
     split: Split = "val"
     """Which part of the data."""
     batch_size: int = 8
-    """Images a forward pass."""
+    """Images per forward pass."""
     workers: int = 1
     """Processes that load images."""
     device: str = "auto"

@@ -39,7 +39,7 @@ class PredictArgs:
     threshold: float = DRAW_THRESHOLD
     """Least score that is drawn and written."""
     max_detections: int = 100
-    """Most detections an image."""
+    """Most detections per image."""
     device: str = "auto"
     """"cuda", "cpu" …"""
 
@@ -52,20 +52,20 @@ class PredictArgs:
 
 def find_images(paths: tuple[Path, ...]) -> list[Path]:
     """The files named, and every image file below the folders named, in order."""
-    found: list[Path] = []
+    files: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise ValueError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-            found += inside
+            files += inside
         elif path.is_file():
-            found.append(path)
+            files.append(path)
         else:
             raise FileNotFoundError(f"no image or folder at {path}")
-    if not found:
+    if not files:
         raise ValueError("no images given: name image files or folders after the model")
-    return found
+    return files
 
 
 def open_upright(path: Path) -> Image.Image:
@@ -92,9 +92,13 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             skipped.append(str(error))
             continue
-        found = model.predict([image], max_detections=args.max_detections)[0]
-        keep = found.scores >= args.threshold
-        scores, labels, boxes = found.scores[keep].cpu(), found.labels[keep].cpu(), found.boxes_xyxy[keep].cpu()
+        detected = model.predict([image], max_detections=args.max_detections)[0]
+        keep = detected.scores >= args.threshold
+        scores, labels, boxes = (
+            detected.scores[keep].cpu(),
+            detected.labels[keep].cpu(),
+            detected.boxes_xyxy[keep].cpu(),
+        )
         for result in coco_results(scores, labels, boxes, image_id, category_ids):
             results.append({**result, "file_name": str(path)})
         picture = draw_detections(

@@ -23,7 +23,7 @@ Correct, complete and readable come before fast here. Nothing in this package kn
 "Fast Convergence of DETR with Spatially Modulated Co-Attention" (cited by the heading of the passage), and "DETR" is
 arXiv 2005.12872.
 
-Shape letters: B images, N queries, h heads, d channels a head, C = h·d, K classes, M decoder layers, T targets
+Shape letters: B images, N queries, h heads, d channels per head, C = h·d, K classes, M decoder layers, T targets
 (padded), F hidden channels of a feed-forward network, J feature levels, finest first. A map has H × W cells and
 L = H·W keys, row-major (index = row·W + column). The cell in column i and row j has its centre at (i + ½, j + ½). A
 `size` is (height, width); a point is (x, y).

@@ -168,13 +168,13 @@ def check_attention_shapes(
     require_shape("q", q, (None, None, None, None), "Give it as [B, h, N, d].")
     b, h, n, d = q.shape
     keys = height * width
-    mend = f"size is (H, W) = {(height, width)}, so there are {keys} keys, and q is [B, h, N, d] = {(b, h, n, d)}."
-    require_shape("k", k, (b, h, keys, d), mend)
-    require_shape("v", v, (b, h, keys, d), mend)
-    require_shape("center_xy", center_xy, (b, h, n, 2), mend)
-    require_shape("precision_xy", precision_xy, (b, h, n, 2), mend)
+    remedy = f"size is (H, W) = {(height, width)}, so there are {keys} keys, and q is [B, h, N, d] = {(b, h, n, d)}."
+    require_shape("k", k, (b, h, keys, d), remedy)
+    require_shape("v", v, (b, h, keys, d), remedy)
+    require_shape("center_xy", center_xy, (b, h, n, 2), remedy)
+    require_shape("precision_xy", precision_xy, (b, h, n, 2), remedy)
     if key_padding_mask is not None:
-        require_padding_mask(key_padding_mask, (b, keys), mend)
+        require_padding_mask(key_padding_mask, (b, keys), remedy)
 
 
 def of_level(level_weights: FloatArray, j: int) -> FloatArray:
@@ -193,5 +193,5 @@ def check_levels(q: FloatArray, levels: Sequence[Level], level_weights: FloatArr
             raise ValueError(f"levels[{j}]: {error}") from error
     expected = (q.shape[0], q.shape[2], len(levels))
     require_shape(
-        "level_weights", level_weights, expected, "Give [B, N, J]: a weight a query and level, for all heads."
+        "level_weights", level_weights, expected, "Give [B, N, J]: one weight per query and level, for all heads."
     )

@@ -11,7 +11,7 @@ is
                      O = state_norm(t + p)
                      y = norm2(t);   t = t + X(y + p, x + pos, x);   t = t + ffn(norm3(t))
 
-With SMCA, X is modulated by a Gaussian a query, head i and level j, made from the query's state O (method.md §1, §3):
+With SMCA, X is modulated by one Gaussian per query, head i and level j, made from the query's state O (method.md §1, §3):
 
     (2)  ref    = [ĉ_x, ĉ_y, 0, 0],   ĉ = center_head(O of the first layer) (+ query_center)      logits, for all layers
     (3)  c_ij   = σ(ref_xy)·(w_j, h_j) + offset_ij(O)        in cells; (w_j, h_j): the unpadded image in cells of level j

@@ -86,7 +86,7 @@ def sigmoid_focal_loss(
     >>> sigmoid_focal_loss(np.array([0.0, 0.0, -800.0]), np.array([1.0, 0.0, 1.0])).round(4).tolist()
     [0.0433, 0.13, 200.0]
     """
-    require_shape("targets", targets, tuple(logits.shape), "Give one target a logit.")
+    require_shape("targets", targets, tuple(logits.shape), "Give one target per logit.")
     if not np.all((targets == 0) | (targets == 1)):
         raise ValueError("targets: expected 0 or 1 each, got another value. Give a one-hot array, not labels.")
     positive, negative = focal_terms(logits, alpha, gamma)
@@ -167,7 +167,7 @@ def set_loss(
 
     terms: dict[str, float] = {}
     for layer in range(logits.shape[0]):
-        image, target = np.nonzero(query_of_target[layer] >= 0)  # one entry a matched pair
+        image, target = np.nonzero(query_of_target[layer] >= 0)  # one entry per matched pair
         query = query_of_target[layer, image, target]
         present = np.zeros(logits.shape[1:])  # [B, N, K]
         present[image, query, labels[image, target]] = 1.0  # (2)

@@ -102,9 +102,9 @@ def match_cost(
     check_weights(weights)
     require_shape("logits", logits, (None, None), "Give those of one image: [N, K].")
     queries, classes = logits.shape
-    require_shape("boxes_cxcywh", boxes_cxcywh, (queries, 4), "Give one box a query, as many as logits has rows.")
+    require_shape("boxes_cxcywh", boxes_cxcywh, (queries, 4), "Give one box per query, as many as logits has rows.")
     require_shape("labels", labels, (None,), "Give those of one image: [T].")
-    require_shape("target_boxes_cxcywh", target_boxes_cxcywh, (labels.shape[0], 4), "Give one box a label.")
+    require_shape("target_boxes_cxcywh", target_boxes_cxcywh, (labels.shape[0], 4), "Give one box per label.")
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
         raise ValueError(

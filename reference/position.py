@@ -1,6 +1,6 @@
 """Where the cells of a feature level are: which of them hold the image, and the 2D sine encoding of their places.
 
-For an image whose unpadded part is H_px × W_px pixels, and a level with a stride of S pixels a cell:
+For an image whose unpadded part is H_px × W_px pixels, and a level with a stride of S pixels per cell:
 
     (1)  (h, w) = (H_px, W_px) / S                                            the unpadded image in cells, fractional
     (2)  the cell in column i and row j is padded if i ≥ w or j ≥ h           it holds no pixel of the image
@@ -83,7 +83,7 @@ def sine_position_encoding(size: tuple[int, int], valid_cells: FloatArray, chann
     """
     if channels < 4 or channels % 4 != 0:
         raise ValueError(f"channels: expected a multiple of 4 (sine and cosine of y and of x), got {channels}.")
-    require_shape("valid_cells", valid_cells, (None, 2), "Give (height, width) in cells, one row an image.")
+    require_shape("valid_cells", valid_cells, (None, 2), "Give (height, width) in cells, one row per image.")
     height, width = size
     half = channels // 2
     batch = valid_cells.shape[0]

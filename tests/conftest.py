@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="one of ours by name, or package.module:Class of yours; may be given several times (default: all of ours)",
     )
     group.addoption(
-        "--profile", choices=list(PROFILES), default="quick", help="how many examples a property (default: quick)"
+        "--profile", choices=list(PROFILES), default="quick", help="how many examples per property (default: quick)"
     )
 
 

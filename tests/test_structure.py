@@ -56,7 +56,7 @@ def test_the_tour_names_the_minutes_that_the_files_take() -> None:
     for minutes, links in re.findall(r"^\| (\d+) \| (\[.+?) \|", tour, re.MULTILINE):
         files = re.findall(r"\.\./(reference/\w+\.py)", links)
         takes = sum(STRUCTURE["minutes"]((STRUCTURE["ROOT"] / file).read_text(encoding="utf-8")) for file in files)
-        assert int(minutes) == round(takes), f"{files} take {takes:.1f} minutes"
+        assert abs(int(minutes) - takes) <= 1, f"{files} take {takes:.1f} minutes"
         named |= set(files)
         total += takes
     every = {f"reference/{path.name}" for path in (STRUCTURE["ROOT"] / "reference").glob("*.py")}

@@ -24,7 +24,7 @@ class Example:
     """What it can compute in; each operation is told which by its keyword."""
     expanded_up_to: dict[str, float] = {}  # noqa: RUF012 - a constant, as in every adapter
     """Only if you form log G from x²·λ and x·λ·c apart (docs/method.md §6): dtype → the largest λ·(extent/2)² for which you
-    do. That form loses digits, and is held to a bound that says so. Leave it out if you square (x − c)."""
+    do. That form loses digits, and is held to a wider bound. Leave it out if you square (x − c)."""
 
     def smca_attention(
         self,

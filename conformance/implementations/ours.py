@@ -40,7 +40,7 @@ class Oracle:
 
     name = "oracle"
     dtypes = ("float64",)
-    share = 0.5
+    examples_factor = 0.5
     is_oracle = True
     """Compared with nobody: equality with itself cannot fail."""
     attention: Any = reference_attention
@@ -149,8 +149,8 @@ class Criterion:
         self, logits: Array, boxes: Array, labels: Array, target_boxes: Array, weights: Any, *, dtype: str
     ) -> Array:
         targets = self._targets(labels[None], target_boxes[None], np.ones((1, len(labels)), dtype=bool), dtype)
-        found = self._tensor(logits, dtype)[None, None], self._tensor(boxes, dtype)[None, None]
-        return numpy_of(self.matcher.match_costs(*found, targets, weights)[0, 0])
+        outputs = self._tensor(logits, dtype)[None, None], self._tensor(boxes, dtype)[None, None]
+        return numpy_of(self.matcher.match_costs(*outputs, targets, weights)[0, 0])
 
     def generalized_box_iou(self, boxes1: Array, boxes2: Array, *, dtype: str) -> Array:
         one, two = self._tensor(boxes1, dtype), self._tensor(boxes2, dtype)
@@ -169,10 +169,10 @@ class Criterion:
 
     def _loss(self, logits: Any, boxes: Any, targets: Any, weights: Any, dtype: str) -> tuple[dict[str, Tensor], Any]:
         leaves = self._tensor(logits, dtype, True), self._tensor(boxes, dtype, True)
-        there = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
+        padded_targets = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
         loss = LossConfig(class_weight=weights["class"], l1_weight=weights["l1"], giou_weight=weights["giou"])
         module = self.criterion.SetCriterion(loss, matcher_backend=self.backend)
-        return module({"logits": leaves[0], "boxes": leaves[1]}, there), leaves
+        return module({"logits": leaves[0], "boxes": leaves[1]}, padded_targets), leaves
 
 
 class SciPyAssignment:
@@ -187,7 +187,7 @@ class SciPyAssignment:
 
 
 class CudaAssignment:
-    """`smca.gpu.loss.assignment`, one problem a launch."""
+    """`smca.gpu.loss.assignment`, one problem per launch."""
 
     name = "cuda-assignment"
     dtypes = ("float32",)
@@ -200,11 +200,11 @@ class CudaAssignment:
     def assign(self, cost: Array, *, dtype: str) -> tuple[Array, Array]:
         rows, cols = cost.shape
         valid = torch.ones(1, cols, dtype=torch.bool, device="cuda")
-        there = torch.tensor(cost, dtype=torch.float32, device="cuda").reshape(1, 1, rows, cols)
-        query = assignment.assign(there, valid)[0][0, 0].cpu().numpy()
-        found = np.flatnonzero(query >= 0)
-        order = np.argsort(query[found])
-        return query[found][order], found[order]
+        costs = torch.tensor(cost, dtype=torch.float32, device="cuda").reshape(1, 1, rows, cols)
+        query = assignment.assign(costs, valid)[0][0, 0].cpu().numpy()
+        matched = np.flatnonzero(query >= 0)
+        order = np.argsort(query[matched])
+        return query[matched][order], matched[order]
 
 
 IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {

@@ -123,10 +123,10 @@ class TorchAttention:
         self, grad_out: Array, q: Array, levels: Sequence[Level], level_weights: Array, *, dtype: str
     ) -> Any:
         coarse = prior_dtype(dtype)
-        there = self._levels(levels, dtype, True)
+        level_leaves = self._levels(levels, dtype, True)
         tensors = self._tensor(q, dtype, True), self._tensor(level_weights, coarse, True)
-        out = self._attend_to_levels(tensors[0], there, tensors[1])
-        leaves = [tensors[0], tensors[1], *(x for level in there for x in level[:4])]
+        out = self._attend_to_levels(tensors[0], level_leaves, tensors[1])
+        leaves = [tensors[0], tensors[1], *(x for level in level_leaves for x in level[:4])]
         dq, dweights, *rest = map(
             numpy_of, torch.autograd.grad(out, leaves, self._tensor(grad_out, dtype).to(out.dtype))
         )
@@ -136,7 +136,7 @@ class TorchAttention:
 class Auto(TorchAttention):
     """What ``auto`` chooses: each of the others, so that fewer examples tell as much."""
 
-    share = 0.25
+    examples_factor = 0.25
 
     def __init__(self, device: str) -> None:
         super().__init__("auto", device, ALL, AUTO if device == "cpu" else {"float64": float("inf")})
@@ -165,7 +165,7 @@ class Autocast(Auto):
 class Triton(TorchAttention):
     """The fused kernels: on a GPU, or in Triton's interpreter on the CPU."""
 
-    slow, share = True, 0.05
+    slow, examples_factor = True, 0.05
 
     def __init__(self, device: str) -> None:
         if device == "cpu" and torch.cuda.is_available():
@@ -214,8 +214,8 @@ class TorchModel(TorchAttention):
     def forward(self, params: Any, features: Any, valid_sizes: Array, config: Any, *, dtype: str) -> dict[str, Array]:
         model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
         with torch.no_grad():
-            found = model.detect([self._tensor(x, dtype) for x in features], sizes)
-        return {name: numpy_of(value) for name, value in found.items()}
+            outputs = model.detect([self._tensor(x, dtype) for x in features], sizes)
+        return {name: numpy_of(value) for name, value in outputs.items()}
 
     def forward_vjp(
         self,
@@ -229,11 +229,11 @@ class TorchModel(TorchAttention):
         dtype: str,
     ) -> dict[str, Array]:
         model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
-        found = model.detect([self._tensor(x, dtype) for x in features], sizes)
+        outputs = model.detect([self._tensor(x, dtype) for x in features], sizes)
         leaves = {name: value for name, value in model.named_parameters() if name in params}
         seeds = [self._tensor(grad_logits, dtype), self._tensor(grad_boxes, dtype)]
         gradients = torch.autograd.grad(
-            [found["logits"], found["boxes"]], list(leaves.values()), seeds, allow_unused=True
+            [outputs["logits"], outputs["boxes"]], list(leaves.values()), seeds, allow_unused=True
         )
         return {
             name: np.zeros(tuple(leaf.shape)) if gradient is None else numpy_of(gradient)
@@ -244,7 +244,7 @@ class TorchModel(TorchAttention):
 class Lifted(TorchModel):
     """The lifted form; what ``auto`` chooses most of the time, so that fewer examples tell as much."""
 
-    share = 0.35
+    examples_factor = 0.35
 
     def __init__(self, device: str) -> None:
         super().__init__("lifted", device, ALL, LIFTED)
@@ -271,7 +271,7 @@ def _backbone(config: BackboneConfig, strides: tuple[int, ...], **options: Any) 
 class Compiled(TorchAttention):
     """`torch.compile` of the module's attention."""
 
-    slow, share = True, 0.02  # each new shape is compiled: seconds
+    slow, examples_factor = True, 0.02  # each new shape is compiled: seconds
     quick_operations = ("smca_attention", "smca_attention_vjp")  # several levels are a loop over what these compile
 
     def __init__(self) -> None:

@@ -94,7 +94,7 @@ class DeformableDetr:
             torch.tensor(logits, dtype=kind, requires_grad=True),
             torch.tensor(boxes, dtype=kind, requires_grad=True),
         )
-        layers = [{"logits": self.columns(scores), "pred_boxes": found} for scores, found in zip(*leaves, strict=True)]
+        layers = [{"logits": self.columns(scores), "pred_boxes": boxes} for scores, boxes in zip(*leaves, strict=True)]
         wanted = [
             {
                 "class_labels": torch.tensor(targets.labels[b, valid]),
@@ -103,10 +103,10 @@ class DeformableDetr:
             for b, valid in enumerate(targets.valid)
         ]
         loss = self.loss(logits.shape[-1], weights).to(kind)
-        found = loss({**layers[-1], "auxiliary_outputs": layers[:-1]}, wanted)
+        their_terms = loss({**layers[-1], "auxiliary_outputs": layers[:-1]}, wanted)
         theirs, last = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}, len(layers) - 1
         terms = {
-            f"{name}/{m}": weights[name] * found[theirs[name] + ("" if m == last else f"_{m}")]
+            f"{name}/{m}": weights[name] * their_terms[theirs[name] + ("" if m == last else f"_{m}")]
             for m in range(len(layers))
             for name in theirs
         }

@@ -157,7 +157,7 @@ class LossInputs:
         """Shapes, and the values worth reading."""
         x = self.arrays("float64")
         return (
-            f"logits {x.logits.shape} up to {np.abs(x.logits).max():.3g}, objects an image {x.targets.valid.sum(1).tolist()} "
+            f"logits {x.logits.shape} up to {np.abs(x.logits).max():.3g}, objects per image {x.targets.valid.sum(1).tolist()} "
             f"of {self.targets} (the first image's valid: {x.targets.valid[0].astype(int).tolist()}), "
             f"boxes[0,0,0] = {x.boxes[0, 0, 0].round(4).tolist()}"
         )

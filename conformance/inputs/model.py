@@ -73,13 +73,13 @@ class ModelInputs:
         """With values that `dtype` represents; what stands in padded cells is drawn like the rest."""
         rng, config = np.random.default_rng(self.seed), configuration(self.options)
         valid_sizes = np.array(self.sizes, dtype=np.float64)
-        given = [stride for stride in config.strides if stride in STAGES]
+        backbone_strides = [stride for stride in config.strides if stride in STAGES]
         features = []
-        for stride in given:
+        for stride in backbone_strides:
             rows, columns = (-(-int(side) // stride) for side in valid_sizes.max(0))
             features.append(round_to(rng.normal(size=(len(self.sizes), STAGES[stride], rows, columns)), dtype))
         params = {}
-        for name, shape in parameter_shapes(config, [STAGES[stride] for stride in given]).items():
+        for name, shape in parameter_shapes(config, [STAGES[stride] for stride in backbone_strides]).items():
             spread = 0.3 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5
             values = rng.normal(size=shape) * spread
             if (".norm" in name and name.endswith("weight")) or "state_norm.weight" in name:

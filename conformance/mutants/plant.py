@@ -108,7 +108,7 @@ def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
     """The fused kernels with the bug in them. Triton reads the source of what it compiles: it has to be in a file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels: Any = Triton(device)
-    kernels.share = 0.25 if mutant in DROPOUT else 1.0
+    kernels.examples_factor = 0.25 if mutant in DROPOUT else 1.0
     kernels.dtypes = ("float16",) if mutant in LIFTING else ("float32",)
     text = (FOLDERS["smca.gpu"] / "attention/fused_kernels.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +153,7 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
     with planted_package(mutant) as name:
         if mutant.package == "reference":
             oracle: Any = Oracle()
-            oracle.share, oracle.is_oracle = 1.0, False
+            oracle.examples_factor, oracle.is_oracle = 1.0, False
             for module in ("attention", "boxes", "matching", "losses", "model"):
                 setattr(oracle, module, importlib.import_module(f"{name}.{module}"))
             yield [oracle]
@@ -169,7 +169,7 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
             backend = TorchModel("lifted", "cpu", ("float64", "float16"), LIFTED)
         elif mutant.bug.startswith("auto"):
             backend = Auto("cpu")
-            backend.share, backend.dtypes = 1.0, ("float32", "float16")
+            backend.examples_factor, backend.dtypes = 1.0, ("float32", "float16")
         backend.attention = importlib.import_module(f"{name}.attention")
         backend.forward = backend.forward_vjp = None
         return [backend]

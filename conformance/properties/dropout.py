@@ -30,8 +30,8 @@ WIDE = ("float64", "float32", "bfloat16")
 
 
 def result(impl: Any, x: AttentionArrays, recipe: DropoutInputs, dtype: str, seed: int) -> list[Array]:
-    found = impl.smca_attention_dropout(x.grad_out, *x.arguments, recipe.rate, seed, dtype=dtype)
-    return [np.asarray(array, dtype=np.float64) for array in found]
+    results = impl.smca_attention_dropout(x.grad_out, *x.arguments, recipe.rate, seed, dtype=dtype)
+    return [np.asarray(array, dtype=np.float64) for array in results]
 
 
 def weights_by(attend: Callable[[AttentionArrays], Array], x: AttentionArrays) -> Array:
@@ -61,12 +61,12 @@ def kept_by(impl: Any, x: AttentionArrays, recipe: DropoutInputs, dtype: str, se
 def dropout_equals_the_oracle(impl: Any, recipe: DropoutInputs, dtype: str, judge: Judge) -> None:
     x, rate = recipe.arrays(dtype), recipe.rate
     seen, kept = kept_by(impl, x, recipe, dtype, recipe.seed)
-    weights = weights_by(lambda there: oracle.smca_attention(*there.arguments), x)
-    there, limits = real_keys(x)[:, None, :, None], bounds(impl, x, dtype)
+    weights = weights_by(lambda changed: oracle.smca_attention(*changed.arguments), x)
+    real, limits = real_keys(x)[:, None, :, None], bounds(impl, x, dtype)
     reach = weights_by(lambda one: bounds(impl, one, dtype).out, x) / (1 - rate)
     judge.close(seen, weights * kept / (1 - rate), reach, "A with dropout,")
 
-    k, v = (np.where(there, array, 0.0) for array in (x.level.k, x.level.v))
+    k, v = (np.where(real, array, 0.0) for array in (x.level.k, x.level.v))
     dropped, root_d = weights * kept / (1 - rate), x.q.shape[-1] ** 0.5
     dweights = x.grad_out @ np.swapaxes(v, -1, -2) * kept / (1 - rate)
     dlogits = weights * (dweights - np.sum(weights * dweights, axis=-1, keepdims=True))
@@ -79,8 +79,8 @@ def dropout_equals_the_oracle(impl: Any, recipe: DropoutInputs, dtype: str, judg
         x.level.precision_xy * np.einsum("bhnl,bhnla->bhna", dlogits, difference),
         np.einsum("bhnl,bhnla->bhna", dlogits, -0.5 * difference**2),
     )
-    found, names = result(impl, x, recipe, dtype, recipe.seed), ("output", *GRADIENTS)
-    for name, got, want, limit in zip(names, found, expected, (limits.out, *limits.gradients), strict=True):
+    results, names = result(impl, x, recipe, dtype, recipe.seed), ("output", *GRADIENTS)
+    for name, got, want, limit in zip(names, results, expected, (limits.out, *limits.gradients), strict=True):
         judge.close(got, want, limit / (1 - rate), f"for the weights kept, {name}")
 
 

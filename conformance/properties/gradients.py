@@ -67,8 +67,8 @@ def agrees_with_central_differences(impl: Any, recipe: AttentionInputs, dtype: s
         def along(t: float, name: str = name, moved: Array = direction, leaf: Array = leaf) -> float:
             changed: dict[str, Any] = {name: leaf + t * moved}
             q = changed.pop("q", x.q)
-            there = AttentionArrays(q, x.level._replace(**changed), x.grad_out)
-            return float((forward(impl, there, dtype) * x.grad_out).sum())
+            arrays = AttentionArrays(q, x.level._replace(**changed), x.grad_out)
+            return float((forward(impl, arrays, dtype) * x.grad_out).sum())
 
         wanted = (along(step) - along(-step)) / (2 * step)
         coarse = (along(2 * step) - along(-2 * step)) / (4 * step)

@@ -32,8 +32,8 @@ CONTINUOUS = loss_inputs(logit=st.sampled_from([1.0, 0.1, 10.0]))
 
 
 def terms_of(impl: Any, x: LossArrays, dtype: str) -> dict[str, float]:
-    found = impl.set_loss(x.logits, x.boxes, x.targets, WEIGHTS, dtype=dtype)
-    return {name: float(value) for name, value in found.items()}
+    terms = impl.set_loss(x.logits, x.boxes, x.targets, WEIGHTS, dtype=dtype)
+    return {name: float(value) for name, value in terms.items()}
 
 
 def gradients_of(impl: Any, x: LossArrays, dtype: str) -> tuple[Array, Array]:
@@ -170,12 +170,12 @@ def perfect_boxes_cost_nothing(impl: Any, recipe: LossInputs, dtype: str, judge:
     targets = recipe.targets
     boxes, logits = x.boxes.copy(), np.full_like(x.logits, -12.0)
     boxes[:, :, :targets], logits[:, :, :targets] = x.targets.boxes, 12.0
-    found, limits = terms_of(impl, LossArrays(logits, boxes, x.targets), dtype), bounds(x, dtype)
+    terms, limits = terms_of(impl, LossArrays(logits, boxes, x.targets), dtype), bounds(x, dtype)
     for m in range(recipe.layers):
-        judge.close([found[f"l1/{m}"]], [0.0], 2 * limits[f"l1/{m}"] + 1e-30, f"l1/{m}")
-        judge.close([found[f"giou/{m}"]], [0.0], 2 * limits[f"giou/{m}"] + 100 * UNIT_ROUNDOFF[dtype], f"giou/{m}")
+        judge.close([terms[f"l1/{m}"]], [0.0], 2 * limits[f"l1/{m}"] + 1e-30, f"l1/{m}")
+        judge.close([terms[f"giou/{m}"]], [0.0], 2 * limits[f"giou/{m}"] + 100 * UNIT_ROUNDOFF[dtype], f"giou/{m}")
         # The focal loss of a logit of ±12 on the right side: at most e⁻³⁶ and its rounding.
-        judge.close([found[f"class/{m}"]], [0.0], 1e-12, f"class/{m}")
+        judge.close([terms[f"class/{m}"]], [0.0], 1e-12, f"class/{m}")
 
 
 CORNERS = loss_inputs(filled=st.sampled_from([0.0, 1.0]), logit=st.sampled_from([1e4, 1.0, 0.0]))

@@ -55,10 +55,10 @@ def giou_equals_the_oracle(impl: Any, recipe: BoxInputs, dtype: str, judge: Judg
 )
 def symmetric_and_bounded(impl: Any, recipe: BoxInputs, dtype: str, judge: Judge) -> None:
     one, two = recipe.arrays(dtype)
-    found, bound = giou(impl, one, two, dtype), giou_bound(one, two, dtype)
-    judge.finite(found, "GIoU")
-    judge.close(found, np.clip(found, -1, 1), bound, "GIoU against the nearest value in [−1, 1],")
-    judge.close(giou(impl, two, one, dtype).T, found, 2 * bound, "GIoU(b, a)")
+    values, bound = giou(impl, one, two, dtype), giou_bound(one, two, dtype)
+    judge.finite(values, "GIoU")
+    judge.close(values, np.clip(values, -1, 1), bound, "GIoU against the nearest value in [−1, 1],")
+    judge.close(giou(impl, two, one, dtype).T, values, 2 * bound, "GIoU(b, a)")
     areas = (one[:, 2:] - one[:, :2]).prod(-1)
     itself = np.diagonal(giou(impl, one, one, dtype))
     judge.close(
@@ -214,7 +214,7 @@ def total_bound(matrix: Array, dtype: str) -> float:
     ASSIGNED,
     cost_inputs(),
     into=PROPERTIES,
-    share=4,
+    examples_factor=4,
 )
 def assignment_is_optimal(impl: Any, recipe: CostInputs, dtype: str, judge: Judge) -> None:
     matrix = recipe.array(dtype)

@@ -26,8 +26,8 @@ PERTURBATION = 2.0**-30
 
 
 def forward(impl: Any, x: ModelArrays, dtype: str) -> dict[str, Array]:
-    found = impl.forward(x.params, x.features, x.valid_sizes, x.config, dtype=dtype)
-    return {name: np.asarray(found[name], dtype=np.float64) for name in NAMES}
+    outputs = impl.forward(x.params, x.features, x.valid_sizes, x.config, dtype=dtype)
+    return {name: np.asarray(outputs[name], dtype=np.float64) for name in NAMES}
 
 
 def bounds(x: ModelArrays, seed: int, dtype: str, expected: dict[str, Array] | None = None) -> dict[str, Array]:
@@ -43,10 +43,10 @@ def bounds(x: ModelArrays, seed: int, dtype: str, expected: dict[str, Array] | N
             return values * (1 + PERTURBATION * rng.choice([-1, 1], values.shape))
 
         params = {name: nudge(value) for name, value in x.params.items()}
-        there = oracle.forward(params, [nudge(f) for f in x.features], x.valid_sizes, x.config)
+        nudged = oracle.forward(params, [nudge(f) for f in x.features], x.valid_sizes, x.config)
         for name in NAMES:
             # The largest entry of an image: single entries can happen to stand still.
-            change = np.abs(there[name] - expected[name]).max(axis=(0, 2, 3), keepdims=True) / PERTURBATION
+            change = np.abs(nudged[name] - expected[name]).max(axis=(0, 2, 3), keepdims=True) / PERTURBATION
             moved[name] = np.maximum(moved[name], change)
     layers = x.config.encoder_layers + x.config.decoder_layers + 1
     return {name: UNIT_ROUNDOFF[dtype] * layers * (moved[name] + np.abs(expected[name]) + 1) for name in NAMES}
@@ -66,7 +66,7 @@ def compare(
     model_inputs(),
     into=PROPERTIES,
     dtypes=WHOLE,
-    share=0.5,
+    examples_factor=0.5,
     always=CONFIGURATIONS,
 )
 def model_equals_the_oracle(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
@@ -82,7 +82,7 @@ def model_equals_the_oracle(impl: Any, recipe: ModelInputs, dtype: str, judge: J
     model_inputs(),
     into=PROPERTIES,
     dtypes=WHOLE,
-    share=0.25,
+    examples_factor=0.25,
 )
 def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
@@ -113,7 +113,7 @@ def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: J
     model_inputs(),
     into=PROPERTIES,
     dtypes=WHOLE,
-    share=0.25,
+    examples_factor=0.25,
 )
 def batch_equals_singles(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
@@ -132,7 +132,7 @@ def batch_equals_singles(impl: Any, recipe: ModelInputs, dtype: str, judge: Judg
     model_inputs(),
     into=PROPERTIES,
     dtypes=WHOLE,
-    share=0.25,
+    examples_factor=0.25,
 )
 def reordering_queries(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
@@ -154,7 +154,7 @@ def reordering_queries(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge)
     model_inputs(box_refinement=False, decoder_layers=st.integers(1, 2), encoder_layers=st.integers(0, 1)),
     into=PROPERTIES,
     dtypes=["float64"],
-    share=0.1,
+    examples_factor=0.1,
     always=[recipe for recipe in CONFIGURATIONS if ("box_refinement", True) not in recipe.options],
 )
 def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
@@ -175,8 +175,8 @@ def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judg
         direction = rng.normal(size=values.shape)
 
         def along(t: float, name: str = name, values: Array = values, moved: Array = direction) -> float:
-            there = oracle.forward({**x.params, name: values + t * moved}, x.features, x.valid_sizes, x.config)
-            return float(sum((seed * there[key]).sum() for seed, key in zip(seeds, NAMES, strict=True)))
+            nudged = oracle.forward({**x.params, name: values + t * moved}, x.features, x.valid_sizes, x.config)
+            return float(sum((seed * nudged[key]).sum() for seed, key in zip(seeds, NAMES, strict=True)))
 
         ahead, behind = along(step), along(-step)
         far_ahead, far_behind = along(2 * step), along(-2 * step)

@@ -41,9 +41,9 @@ def bound(impl: Any, x: LevelsArrays, dtype: str) -> Array:
     total, a = np.zeros(x.q.shape), accumulation_roundoff(dtype)
     for j, level in enumerate(of_levels(impl, x, dtype)):
         alpha = np.abs(x.level_weights)[:, None, :, j, None]
-        found = np.abs(oracle.smca_attention(x.q, *x.levels[j]))
+        magnitudes = np.abs(oracle.smca_attention(x.q, *x.levels[j]))
         rounding = (len(x.levels) + 2) * (2 * a if dtype in ("float64", "float32") else 2.0**-8)
-        total += alpha * (level.out + rounding * found)
+        total += alpha * (level.out + rounding * magnitudes)
     return total
 
 

@@ -8,7 +8,7 @@
             channels of bfloat16 that lose nothing, beside q and k as they are. For CUDA, and for tests in Triton's
             interpreter. The fastest and most exact on the GPU that it was measured on (docs/benchmarks).
 
-Shape letters: B images, N queries, h heads, d channels a head, size = (H, W) of the map, L = H·W keys, row-major.
+Shape letters: B images, N queries, h heads, d channels per head, size = (H, W) of the map, L = H·W keys, row-major.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def multi_scale_smca_attention(
         )
     out: Tensor | None = None
     for level, weight in zip(levels, level_weights.unbind(-1), strict=True):
-        found = smca_attention(
+        attended = smca_attention(
             q,
             level.k,
             level.v,
@@ -124,7 +124,7 @@ def multi_scale_smca_attention(
             level.key_padding_mask,
             backend=backend,
         )
-        weighted = found * weight[:, None, :, None].to(found.dtype)
+        weighted = attended * weight[:, None, :, None].to(attended.dtype)
         out = weighted if out is None else out + weighted
     assert out is not None
     return out
@@ -148,5 +148,5 @@ def _choose_backend(q: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> s
 @functools.cache
 def _runs_triton(device: torch.device) -> bool:
     """Whether the kernels run here: on NVIDIA GPUs from Ampere on. (What is compiled needs Triton anyway.)"""
-    found = importlib.util.find_spec("triton") is not None and torch.version.cuda is not None
-    return found and torch.cuda.get_device_capability(device) >= (8, 0)
+    installed = importlib.util.find_spec("triton") is not None and torch.version.cuda is not None
+    return installed and torch.cuda.get_device_capability(device) >= (8, 0)

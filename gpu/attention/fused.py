@@ -32,7 +32,7 @@ heads with a narrow Gaussian on a large map, the prior comes from differences, w
 _MODULE = "smca.gpu.attention.fused_kernels"
 _KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 
-# Of each kernel in turn: (queries a block, keys a block, warps, stages of the loads' pipeline), by (bytes of a number, padded d).
+# For each kernel: (queries per block, keys per block, warps, stages of the loads' pipeline), by (bytes per number, padded d).
 # For d ≤ 32 the fastest of some fifteen on an H200 at 300 queries and 50×84 keys (of k̄ and v̄ in half precision one within 3% of it,
 # which spills no registers), in half precision also of some seven at 25×42 and at 100×168. For wider heads, not measured, those of
 # which the compiler spills next to none.

@@ -29,7 +29,7 @@ part), ξ² (two), λ (two: it moves by 2⁻¹⁶ of itself, and the centre does
 ξ², from which those over u follow. What cancels costs 2⁻²⁴·λ·ξ² in a logit, so a head with a Gaussian that is too narrow for the
 map (``_is_wide``) goes by differences.
 
-Letters: N queries, L keys of a map W cells wide, D channels a head (BLOCK_D: a power of two ≥ D), bh = b·heads + h. Strides are
+Letters: N queries, L keys of a map W cells wide, D channels per head (BLOCK_D: a power of two ≥ D), bh = b·heads + h. Strides are
 in elements, over (b, h, row); channels are adjacent. DOT is the dtype of the matrix products' operands, LIFTED that of the lifted
 prior's; all accumulate in float32. The launches, with the reasons for the block sizes, are in ``fused_attention``, which also
 checks the inputs.
@@ -75,12 +75,12 @@ def _head(pointer, strides, b, h):
 
 
 @triton.jit
-def _there(key, mask_ptr, first, L, HAS_MASK: tl.constexpr):
+def _real_keys(key, mask_ptr, first, L, HAS_MASK: tl.constexpr):
     """Which of these keys there are: within the map and not padded."""
-    there = key < L
+    real_keys = key < L
     if HAS_MASK:
-        there = there & (tl.load(mask_ptr + first + key, mask=there, other=1) == 0)
-    return there
+        real_keys = real_keys & (tl.load(mask_ptr + first + key, mask=real_keys, other=1) == 0)
+    return real_keys
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def _unit(scale, LIFT: tl.constexpr):
 # fmt: off
 @triton.jit
 def _with_prior(
-    logits, rows, columns, key, there, px, tx, lx, py, ty, ly, W, scale, LIFT: tl.constexpr, HAS_MASK: tl.constexpr
+    logits, rows, columns, key, real_keys, px, tx, lx, py, ty, ly, W, scale, LIFT: tl.constexpr, HAS_MASK: tl.constexpr
 ):
     # fmt: on
     """Equation (4) from q·k, less a constant of the query, in units of `_unit`: by more channels, or from differences."""
@@ -172,7 +172,7 @@ def _with_prior(
         ux, uy = _cell_x(key, W) - px, _cell_y(key, W) - py
         logits = logits * (scale * LOG2_E) - (0.5 * LOG2_E) * (lx * ux * (ux + tx) + ly * uy * (uy + ty))
     if HAS_MASK or not LIFT:
-        logits = tl.where(there, logits, float("-inf"))
+        logits = tl.where(real_keys, logits, float("-inf"))
     return logits
 
 
@@ -218,13 +218,13 @@ def _attend(
     summed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, L, BLOCK_L):
         key = start + tl.arange(0, BLOCK_L)
-        there = _there(key, mask_ptr, b * L, L, HAS_MASK)
-        k = _rows(k_head, key, k_stride, there, D, BLOCK_D, DOT)
-        v = _rows(v_head, key, v_stride, there, D, BLOCK_D, DOT)
+        real_keys = _real_keys(key, mask_ptr, b * L, L, HAS_MASK)
+        k = _rows(k_head, key, k_stride, real_keys, D, BLOCK_D, DOT)
+        v = _rows(v_head, key, v_stride, real_keys, D, BLOCK_D, DOT)
         positions = _positions(positions_ptr, key, LIFT)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = _with_prior(
-            logits, lift, positions, key[None, :], there[None, :], px[:, None], tx[:, None], lx[:, None],
+            logits, lift, positions, key[None, :], real_keys[None, :], px[:, None], tx[:, None], lx[:, None],
             py[:, None], ty[:, None], ly[:, None], W, scale, LIFT, HAS_MASK,
         )  # fmt: skip
         raised = tl.maximum(largest, tl.max(logits, axis=1) * unit)
@@ -308,13 +308,13 @@ def _query_gradients(
     sum_y, sum_yy = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, L, BLOCK_L):
         key = start + tl.arange(0, BLOCK_L)
-        there = _there(key, mask_ptr, b * L, L, HAS_MASK)
-        k = _rows(k_head, key, k_stride, there, D, BLOCK_D, DOT)
-        v = _rows(v_head, key, v_stride, there, D, BLOCK_D, DOT)
+        real_keys = _real_keys(key, mask_ptr, b * L, L, HAS_MASK)
+        k = _rows(k_head, key, k_stride, real_keys, D, BLOCK_D, DOT)
+        v = _rows(v_head, key, v_stride, real_keys, D, BLOCK_D, DOT)
         positions = _positions(positions_ptr, key, LIFT)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = _with_prior(
-            logits, lift, positions, key[None, :], there[None, :], px[:, None], tx[:, None], lx[:, None],
+            logits, lift, positions, key[None, :], real_keys[None, :], px[:, None], tx[:, None], lx[:, None],
             py[:, None], ty[:, None], ly[:, None], W, scale, LIFT, HAS_MASK,
         )  # fmt: skip
         weights = tl.exp2(logits * unit - lse[:, None])
@@ -400,7 +400,7 @@ def backward_query_kernel(
 # fmt: off
 @triton.jit
 def _key_gradients(
-    k, v, positions, key, there, q_head, q_stride, grad_head, grad_stride, center_ptr, precision_ptr, seed_ptr,
+    k, v, positions, key, real_keys, q_head, q_stride, grad_head, grad_stride, center_ptr, precision_ptr, seed_ptr,
     lse_ptr, lift_ptr, delta_ptr, bh, N, L, W, scale, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, LIFTED: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -428,7 +428,7 @@ def _key_gradients(
             lift = tl.load(lift_ptr + at, mask=real[:, None], other=0.0).to(LIFTED)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         logits = _with_prior(
-            logits, positions, lift, key[:, None], there[:, None], px[None, :], tx[None, :], lx[None, :],
+            logits, positions, lift, key[:, None], real_keys[:, None], px[None, :], tx[None, :], lx[None, :],
             py[None, :], ty[None, :], ly[None, :], W, scale, LIFT, HAS_MASK,
         )  # fmt: skip
         weights = tl.exp2(logits * unit - lse[None, :])  # 1 beyond the last query: its grad and delta are 0
@@ -462,9 +462,9 @@ def backward_key_kernel(
     first = tl.program_id(0) % blocks * BLOCK_L
     key = first + tl.arange(0, BLOCK_L)
     b, h = bh // heads, bh % heads
-    there = _there(key, mask_ptr, b * L, L, HAS_MASK)
-    k = _rows(_head(k_ptr, k_strides, b, h), key, k_strides[2], there, D, BLOCK_D, DOT)
-    v = _rows(_head(v_ptr, v_strides, b, h), key, v_strides[2], there, D, BLOCK_D, DOT)
+    real_keys = _real_keys(key, mask_ptr, b * L, L, HAS_MASK)
+    k = _rows(_head(k_ptr, k_strides, b, h), key, k_strides[2], real_keys, D, BLOCK_D, DOT)
+    v = _rows(_head(v_ptr, v_strides, b, h), key, v_strides[2], real_keys, D, BLOCK_D, DOT)
     q_head, grad_head = _head(q_ptr, q_strides, b, h), _head(grad_ptr, grad_strides, b, h)
     positions = _positions(positions_ptr, key, LIFT)
     wide = False
@@ -473,13 +473,13 @@ def backward_key_kernel(
         wide = _is_wide(center_ptr, precision_ptr, bh, N, L, W, limit)
     if wide:
         dk, dv = _key_gradients(
-            k, v, positions, key, there, q_head, q_strides[2], grad_head, grad_strides[2], center_ptr, precision_ptr,
+            k, v, positions, key, real_keys, q_head, q_strides[2], grad_head, grad_strides[2], center_ptr, precision_ptr,
             seed_ptr, lse_ptr, lift_ptr, delta_ptr, bh, N, L, W, scale, dropout,
             D, BLOCK_D, BLOCK_N, BLOCK_L, DOT, PRECISION, LIFTED, LIFT, HAS_MASK, HAS_DROPOUT,
         )  # fmt: skip
     else:
         dk, dv = _key_gradients(
-            k, v, positions, key, there, q_head, q_strides[2], grad_head, grad_strides[2], center_ptr, precision_ptr,
+            k, v, positions, key, real_keys, q_head, q_strides[2], grad_head, grad_strides[2], center_ptr, precision_ptr,
             seed_ptr, lse_ptr, lift_ptr, delta_ptr, bh, N, L, W, scale, dropout,
             D, BLOCK_D, NARROW_N, BLOCK_L, DOT, PRECISION, LIFTED, False, HAS_MASK, HAS_DROPOUT,
         )  # fmt: skip

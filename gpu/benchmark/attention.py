@@ -1,6 +1,6 @@
 """Ways to compute SMCA attention that ``smca benchmark`` compares: the backends of ``smca_attention``, and others beside them.
 
-Shape letters: B images, N queries, h heads, d channels a head, L keys of a map.
+Shape letters: B images, N queries, h heads, d channels per head, L keys of a map.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Size:
     queries: int = 300
     """N, object queries."""
     channels: int = 32
-    """d, channels a head."""
+    """d, channels per head."""
     maps: tuple[tuple[int, int], ...] = ((50, 84), (25, 42), (13, 21))
     """(H, W) of each level, finest first: strides 16, 32 and 64 of an 800×1344 image. The single-scale part takes the
     first two, one at a time."""
@@ -80,17 +80,17 @@ def attention_case(name: str, dtype: torch.dtype, size: Size, device: str = "cpu
     def attend() -> Tensor:
         if name in ATTENTIONS:
             attention = ATTENTIONS[name]
-            found = [attention(inputs["q"], *level[:4], level.size) for level in levels]
+            outputs = [attention(inputs["q"], *level[:4], level.size) for level in levels]
             if len(levels) == 1:
-                return found[0]
-            parts = (o * w[:, None, :, None].to(o.dtype) for o, w in zip(found, weights.unbind(-1), strict=True))
+                return outputs[0]
+            parts = (o * w[:, None, :, None].to(o.dtype) for o, w in zip(outputs, weights.unbind(-1), strict=True))
             return functools.reduce(torch.add, parts)
-        q, given, wide = inputs["q"], levels, torch.float32
+        q, wide_levels, wide = inputs["q"], levels, torch.float32
         if name == "lifted" and dtype != wide:
-            q, given = q.to(wide), [level._replace(k=level.k.to(wide), v=level.v.to(wide)) for level in levels]
+            q, wide_levels = q.to(wide), [level._replace(k=level.k.to(wide), v=level.v.to(wide)) for level in levels]
         if len(levels) == 1:
-            return smca_attention(q, *given[0], backend=name).to(dtype)
-        return multi_scale_smca_attention(q, given, weights, backend=name).to(dtype)
+            return smca_attention(q, *wide_levels[0], backend=name).to(dtype)
+        return multi_scale_smca_attention(q, wide_levels, weights, backend=name).to(dtype)
 
     def forward() -> dict[str, Tensor]:
         # FlexAttention is compiled anew for the other grad mode; what it keeps for a backward pass is next to nothing.
@@ -175,17 +175,17 @@ def lifted_bf16_split(
 ) -> Tensor:
     """The lifted form in bfloat16, each extra factor a sum of bfloat16 parts, so that fused half-precision kernels apply.
 
-    Positions x relative to the middle are exact in one part and x² in two, on maps of up to 256 cells a side; −½λ and λc take
+    Positions x relative to the middle are exact in one part and x² in two, on maps of up to 256 cells per side; −½λ and λc take
     three parts. Products of bfloat16 are exact in the float32 that kernels sum in, so the forward logits are those of the
     lifted form in float32, but for the third part of −½λ times the second of x², about 2⁻²⁴ of the whole, which is left out:
-    eight channels an axis. The backward pass is not as exact: kernels round the logits' gradient to bfloat16 before they sum
+    eight channels per axis. The backward pass is not as exact: kernels round the logits' gradient to bfloat16 before they sum
     it times x and x², which cancel. (Factors by low rank: arXiv 2505.12044. Sums of bfloat16: arXiv 1904.06376.)
 
     Raises:
-        ValueError: a map of more than 256 cells a side.
+        ValueError: a map of more than 256 cells per side.
     """
     if max(size) > 256:
-        raise ValueError(f"lifted-bf16-split needs maps of at most 256 cells a side, got {size}")
+        raise ValueError(f"lifted-bf16-split needs maps of at most 256 cells per side, got {size}")
     channels, half = q.shape[-1], torch.bfloat16
     q_extra, k_extra = [], []
     for axis, positions in enumerate(cell_centers(size, center_xy.float())):
@@ -213,11 +213,11 @@ def lifted_bf16_split(
 
 def _split(value: Tensor, parts: int) -> list[Tensor]:
     """bfloat16 tensors whose sum is `value`, but for what the last rounds off. Gradients reach `value` through the first."""
-    found, rest = [], value
+    pieces, rest = [], value
     for _ in range(parts):
-        found.append(rest.to(torch.bfloat16))
-        rest = (rest - found[-1].to(rest.dtype)).detach()
-    return found
+        pieces.append(rest.to(torch.bfloat16))
+        rest = (rest - pieces[-1].to(rest.dtype)).detach()
+    return pieces
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, center_xy: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> Tensor:

@@ -69,9 +69,9 @@ class BenchmarkArgs:
     """(height, width) in pixels of the images of a step; if not given 800 1333 on a GPU, on a CPU 800 1216 and in a profile
     400 608."""
     batches: tuple[int, ...] = (2, 16)
-    """Images a step on a GPU, each measured; the most of them where one must do. A CPU takes two."""
+    """Images per step on a GPU, each measured; the most of them where one must do. A CPU takes two."""
     minutes: float = 7.5
-    """On a GPU, begin no case after so many minutes; what is left is reported as left out."""
+    """On a GPU, begin no case after this many minutes; what is left is reported as left out."""
     output: Path = Path("runs/benchmark")
     """Folder that receives the results."""
     name: str | None = None
@@ -237,7 +237,7 @@ def measure_profile(args: BenchmarkArgs, repeats: int, deadline: float, device: 
                 except TimeoutError:
                     for child in multiprocessing.active_children():
                         child.terminate()
-                except Exception as error:  # whatever it does, the rest is measured
+                except Exception as error:  # one that fails takes no other with it
                     result.add_error("", error)
         report.add_profile(f"profile {name}", f"Profile of {name}, training {_describe(work)}", result)
         print(f"Profile of {name}: done")

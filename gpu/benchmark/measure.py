@@ -44,7 +44,7 @@ class Part:
     reference: str | None = None
     """The case from which the differences of the others are reported."""
     images: int = 0
-    """Images a step, from which rates follow; 0 for none."""
+    """Images per step, from which rates follow; 0 for none."""
 
 
 @dataclass

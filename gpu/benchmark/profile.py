@@ -109,10 +109,10 @@ def profile_step(preset: str, work: Work, repeats: int, stem: Path, threads: int
 
     def step() -> None:
         cuts.enter("input")
-        there = pixels.to(work.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        on_device = pixels.to(work.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         cuts.enter("rest")
         with autocast(work):
-            outputs = model(there)
+            outputs = model(on_device)
         loss = criterion(cuts.cross("rest", "criterion", outputs), targets)["loss"]
         optimizer.zero_grad(set_to_none=True)
         cuts.enter("criterion", "backward")
@@ -153,14 +153,14 @@ def measured_rates(work: Work) -> dict[str, float]:
     n, size = (8192, 2**30) if cuda else (1024, 2**26)
     a, b = (torch.randn(n, n, device=work.device).to(work.dtype) for _ in range(2))
     here = torch.zeros(size, dtype=torch.uint8, device=work.device)
-    there = torch.empty_like(here)
+    target = torch.empty_like(here)
     host = torch.zeros(size // 4, dtype=torch.uint8, pin_memory=cuda)
 
     def best(step: Callable[[], Any]) -> float:
         return min(timed(step, work.device, 1) for _ in range(5))  # the first is slow, and so not the best
 
-    rates = {"flops": 2 * n**3 / best(lambda: torch.mm(a, b)), "bytes": 2 * size / best(lambda: there.copy_(here))}
-    return {**rates, "transfer": host.numel() / best(lambda: there[: host.numel()].copy_(host, non_blocking=True))}
+    rates = {"flops": 2 * n**3 / best(lambda: torch.mm(a, b)), "bytes": 2 * size / best(lambda: target.copy_(here))}
+    return {**rates, "transfer": host.numel() / best(lambda: target[: host.numel()].copy_(host, non_blocking=True))}
 
 
 @contextmanager

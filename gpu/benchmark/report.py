@@ -121,10 +121,10 @@ def profile_table(title: str, result: dict[str, Any]) -> str:
     for part, directions in result["parts"].items():
         cells, total, floor = [PARTS[part]], 0.0, 0.0
         for direction in ("forward", "backward"):
-            found = directions.get(direction, {"seconds": 0.0, "floor_seconds": 0.0})
-            total, floor = total + found["seconds"], floor + found["floor_seconds"]
-            there = direction in directions
-            cells += [f"{found[key] * 1e3:.3f}" if there else "" for key in ("seconds", "floor_seconds")]
+            spent = directions.get(direction, {"seconds": 0.0, "floor_seconds": 0.0})
+            total, floor = total + spent["seconds"], floor + spent["floor_seconds"]
+            measured = direction in directions
+            cells += [f"{spent[key] * 1e3:.3f}" if measured else "" for key in ("seconds", "floor_seconds")]
         times = f"{total / floor:.1f}×" if floor else ""
         lines.append(f"| {' | '.join([*cells, f'{total * 1e3:.2f}', f'{total / step:.1%}', times])} |")
     return "\n".join(

@@ -2,7 +2,7 @@
 
     AP      mean over classes and IoU thresholds 0.50, 0.55 … 0.95 of the area under the precision-recall curve
     AP50    the same at IoU 0.50 only, AP75 at 0.75 only
-    AR      recall reached with at most 1, 10 or 100 detections an image, mean over the same thresholds and classes
+    AR      recall reached with at most 1, 10 or 100 detections per image, mean over the same thresholds and classes
     small, medium, large    objects of area below 32², between, and above 96² square pixels of the original image
 
 A number that has nothing to average over (a class or a size without ground truth) is NaN here, "–" in the table and

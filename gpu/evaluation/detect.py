@@ -15,7 +15,7 @@ from smca.gpu.model import SMCADETR, decode
 def detect(model: SMCADETR, loader: Iterable[Batch]) -> list[dict[str, Any]]:
     """Run `model` over all batches; returns COCO results (image_id, category_id, bbox in xywh pixels, score).
 
-    As many detections an image as the model has queries, at least 100: COCO counts the best 100 of each class.
+    As many detections per image as the model has queries, at least 100: COCO counts the best 100 of each class.
     """
     training = model.training
     model.eval()
@@ -25,10 +25,10 @@ def detect(model: SMCADETR, loader: Iterable[Batch]) -> list[dict[str, Any]]:
     for host_batch in loader:
         batch = host_batch.to(device)
         outputs = model(batch.images, batch.padding_mask)
-        found = decode(
+        detected = decode(
             outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max(100, model.config.num_queries)
         )
-        for image_id, detections in zip(host_batch.image_ids.tolist(), found, strict=True):
+        for image_id, detections in zip(host_batch.image_ids.tolist(), detected, strict=True):
             results += coco_results(detections.scores, detections.labels, detections.boxes_xyxy, image_id, category_ids)
     model.train(training)
     return results

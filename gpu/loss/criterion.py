@@ -1,4 +1,4 @@
-"""The set loss (docs/method.md §5) on padded targets: one matching a layer, focal + L1 + GIoU, summed over all layers.
+"""The set loss (docs/method.md §5) on padded targets: one matching per layer, focal + L1 + GIoU, summed over all layers.
 
 Shape letters: M decoder layers, B images, N queries, K classes, T targets (padded).
 """
@@ -31,7 +31,7 @@ class SetCriterion(nn.Module):
             targets: labels [B, T], boxes [B, T, 4] cxcywh in 0–1, valid [B, T].
 
         Returns:
-            "class/0", "l1/0", "giou/0", "class/1" … one scalar a term and layer, and "loss", their sum.
+            "class/0", "l1/0", "giou/0", "class/1" … one scalar per term and layer, and "loss", their sum.
         """
         logits, boxes = outputs["logits"], outputs["boxes"]
         if logits.dtype != torch.float64:  # under autocast the network is bf16, the loss never

@@ -1,6 +1,6 @@
 """The decoder: DETR's with one change, each query steers its cross-attention by a Gaussian (docs/method.md §1 to §5).
 
-Shape letters: B images, N queries, h heads, d channels a head, C = h·d, J levels, ΣL keys of all levels, K classes, M layers.
+Shape letters: B images, N queries, h heads, d channels per head, C = h·d, J levels, ΣL keys of all levels, K classes, M layers.
 Names of parameters are the contract with ``smca.reference.model``, which runs on the same state dict.
 """
 

@@ -1,6 +1,6 @@
 """SMCA-DETR: images in, class logits and boxes out.
 
-    images → backbone → a projection a level → encoder → decoder (Gaussian-modulated cross-attention) → heads
+    images → backbone → one projection per level → encoder → decoder (Gaussian-modulated cross-attention) → heads
 
     model = SMCADETR.from_pretrained("runs/demo/model")
     detections = model.predict([PIL.Image.open("photo.jpg")])
@@ -133,7 +133,7 @@ class SMCADETR(nn.Module):
             max_detections: how many of the best to return for each.
 
         Returns:
-            Detections an image, boxes in pixels of that image. No threshold is applied.
+            One result per image, boxes in pixels of that image. No threshold is applied.
         """
         resize = Augmentation.evaluation(self.config.image_short_side, self.config.image_max_size)
         rng = np.random.default_rng(0)  # the evaluation transform draws nothing

@@ -1,6 +1,6 @@
 """The encoder: image features mix, within a level or across levels (docs/method.md §4).
 
-One set of parameters a layer serves all levels, so a single level is the case J = 1 and nothing else.
+One set of parameters per layer serves all levels, so a single level is the case J = 1 and nothing else.
 
 Shape letters: B images, C channels, J levels, ΣL cells of all levels, one level after the other.
 """

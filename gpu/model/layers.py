@@ -1,6 +1,6 @@
 """The parts of which encoder and decoder are made.
 
-Shape letters: B images, h heads, d channels a head, C = h·d; one level's map has size (H, W) and L = H·W cells, row-major;
+Shape letters: B images, h heads, d channels per head, C = h·d; one level's map has size (H, W) and L = H·W cells, row-major;
 tokens of several levels stand one level after the other, ΣL in all.
 """
 

@@ -105,7 +105,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
     Args:
         images: at least one; sizes may differ.
-        columns: images a row, at least 1; fewer images than that make one narrower row.
+        columns: images per row, at least 1; fewer images than that make one narrower row.
 
     Raises:
         ValueError: no images, or columns below 1.
@@ -169,7 +169,7 @@ def compare_curves(
     """Picture of several recipes: mean over the seeds by epoch as a line, from worst to best seed as a band.
 
     Args:
-        runs: recipe name → one entry a seed → the lines of that run's metrics.jsonl, each with ``epoch`` and `metric`.
+        runs: recipe name → one entry per seed → the lines of that run's metrics.jsonl, each with ``epoch`` and `metric`.
             Epochs that not all seeds of a recipe have reached are left out: a mean over fewer would jump.
         path: picture to write; its suffix names the format.
         metric: field of the lines that is drawn, "ap" or "ap50".

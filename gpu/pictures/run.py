@@ -25,12 +25,12 @@ def draw_run(model: SMCADETR, data: DetectionDataset, metrics: list[dict[str, An
     drawn = []
     for index in np.linspace(0, len(data) - 1, min(PICTURES, len(data))).round().astype(int).tolist():
         sample = data[index]
-        found = model.predict([sample.image])[0]
+        detected = model.predict([sample.image])[0]
         picture = draw_detections(
             sample.image,
-            found.boxes_xyxy.cpu().numpy(),
-            found.labels.cpu().numpy(),
-            found.scores.cpu().numpy(),
+            detected.boxes_xyxy.cpu().numpy(),
+            detected.labels.cpu().numpy(),
+            detected.scores.cpu().numpy(),
             model.config.names,
             DRAW_THRESHOLD,
             truth_xyxy=sample.boxes_xyxy,

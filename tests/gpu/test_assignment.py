@@ -61,7 +61,7 @@ def solve(tmp_path_factory: pytest.TempPathFactory) -> Solver:
 
 
 def check(cost: Costs, valid: Valid, query: Indices, status: Indices) -> None:
-    """Every problem complete, one query a target, at SciPy's total; non-finite ones reported at the right place."""
+    """Every problem complete, one query per target, at SciPy's total; non-finite ones reported at the right place."""
     layers, batch, queries, targets = cost.shape
     for layer in range(layers):
         for image in range(batch):

@@ -209,7 +209,7 @@ def test_half_precision_with_centers_far_off_the_map(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("size", [(2, 257), (130, 2)])
 def test_half_precision_on_maps_of_many_cells(size: tuple[int, int]) -> None:
-    """Beyond 256 cells a side bfloat16 does not hold the positions; and blocks that end before, at and after the map."""
+    """Beyond 256 cells per side bfloat16 does not hold the positions; and blocks that end before, at and after the map."""
     check(example(size, b=1, h=1, n=3, dtype=torch.bfloat16), size)
 
 

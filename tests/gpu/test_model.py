@@ -57,7 +57,7 @@ def test_non_finite_costs_are_reported_not_repaired() -> None:
 
 
 def test_a_matching_broken_on_the_gpu_makes_the_loss_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA backend cannot raise without waiting for the GPU: it marks the problem, and the loss says so."""
+    """The CUDA backend cannot raise without waiting for the GPU: it marks the problem, and the loss turns NaN."""
     broken = torch.tensor([[[matcher.BROKEN], [0]]])  # [M, B, T]
     monkeypatch.setattr("smca.gpu.loss.criterion.match", lambda *arguments, **options: broken)
     outputs = {"logits": torch.zeros(1, 2, 3, 2), "boxes": torch.full((1, 2, 3, 4), 0.5)}

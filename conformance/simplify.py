@@ -34,11 +34,11 @@ class _Changed:
         return self.change(self.recipe.arrays(dtype))
 
 
-def contrast(outcome: Outcome) -> str:
+def describe_simplifications(outcome: Outcome) -> str:
     """Lines that say with which simplifications the smallest failing example passes, and with which it still fails."""
     if outcome.status != "failed" or not outcome.failing:
         return ""
-    case, found = outcome.case, dict[bool, list[str]]()
+    case, by_result = outcome.case, dict[bool, list[str]]()
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         for words, recipe in simpler(outcome.failing[-1]):
@@ -48,11 +48,11 @@ def contrast(outcome: Outcome) -> str:
             except HypothesisException:
                 continue  # not an example of this property
             except Exception:  # a mismatch, or whatever the implementation raises
-                found.setdefault(False, []).append(words)
+                by_result.setdefault(False, []).append(words)
             else:
                 if judge.worst.ratio >= 0 or outcome.worst.ratio < 0:  # else there was nothing left to compare
-                    found.setdefault(True, []).append(words)
-    lines = [("    it passes with: ", found.get(True)), ("    it still fails with: ", found.get(False))]
+                    by_result.setdefault(True, []).append(words)
+    lines = [("    it passes with: ", by_result.get(True)), ("    it still fails with: ", by_result.get(False))]
     return "\n".join(start + ", ".join(words) for start, words in lines if words)
 
 
