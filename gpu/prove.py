@@ -19,6 +19,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -143,6 +144,8 @@ class Runner:
         self.out, self.total_seconds = out, total_seconds
         self.deadline = (time.monotonic() if began is None else began) + total_seconds
         self._groups: set[int] = set()
+        self._stopped = False
+        self._starting = threading.Lock()
 
     def run(self, parts: Sequence[Part], has: set[str]) -> list[Result]:
         """What became of each part, checks first. `has`: of "cuda", "triton" and "cupy" what this machine has."""
@@ -157,9 +160,11 @@ class Runner:
         return results
 
     def stop(self) -> None:
-        """End all that is running."""
-        for group in list(self._groups):
-            _kill_group(group)
+        """End all that is running; nothing starts after it."""
+        with self._starting:
+            self._stopped = True
+            for group in list(self._groups):
+                _kill_group(group)
 
     def _run(self, part: Part, has: set[str]) -> Result:
         if reasons := missing(part, has):
@@ -175,16 +180,19 @@ class Runner:
             environment["OMP_NUM_THREADS"] = "2"
         began = time.monotonic()
         with (self.out / f"{part.name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            self._groups.add(process.pid)
+            with self._starting:  # or stop() could miss a process that is about to start, and wait for it
+                if self._stopped:
+                    return Result(part.name, "left out", 0, "the run was stopped")
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                self._groups.add(process.pid)
             try:
                 status = process.wait(limit)
             except subprocess.TimeoutExpired:
@@ -343,9 +351,19 @@ def describe_environment(file: Path) -> None:
             out.flush()
 
 
-def run(out: Path, names: Sequence[str], wheels: Path, total_seconds: float) -> int:
-    """Install, run the parts, write the summary; the exit status."""
+def run(out: Path, names: Sequence[str], wheels: Path | None, total_seconds: float) -> int:
+    """Install, run the parts, write the summary; the exit status.
+
+    Raises:
+        ValueError: a name that no part has, or a folder of wheels that is not there. None: "wheels", if it is there.
+    """
     parts, began = chosen(names), time.monotonic()
+    if wheels is not None and not wheels.is_dir():
+        raise ValueError(
+            f"no folder {wheels}: make it with `python gpu/prove.py wheels {wheels}` on a machine with a network, "
+            "or leave --wheels out if all packages are installed"
+        )
+    wheels = wheels or Path("wheels")
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     results = [install(wheels, out / "install.log")]
@@ -381,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     go.add_argument("parts", nargs="*", help="the parts to run (default: all; `list` shows them)")
     go.add_argument(
-        "--wheels", type=Path, default=Path("wheels"), help="folder with wheels to install from (default: %(default)s)"
+        "--wheels", type=Path, help="folder with wheels to install from (default: the folder wheels, if there is one)"
     )
     go.add_argument("--total", type=float, default=TOTAL_SECONDS, help="seconds for the whole (default: %(default)s)")
     commands.add_parser("list", help="the parts of a run")

@@ -103,6 +103,32 @@ def test_a_run_goes_on_after_failures_and_reports_them(tmp_path: Path) -> None:
     assert alive.stat().st_mtime == last, "a child of a part that was stopped goes on"
 
 
+def test_checks_run_side_by_side(tmp_path: Path) -> None:
+    """Each of two waits for a file that the other writes."""
+    code = (
+        "import pathlib, sys, time\npathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(.05)"
+    )
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    parts = [script("a", code.format(a, b), seconds=6), script("b", code.format(b, a), seconds=6)]
+    assert [result.result for result in Runner(tmp_path, 60).run(parts, set())] == ["passed", "passed"]
+
+
+def test_nothing_starts_after_a_stop(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, 60)
+    runner.stop()
+    (result,) = runner.run([script("late", f"open({str(tmp_path / 'started')!r}, 'w')")], set())
+    assert (result.result, result.note) == ("left out", "the run was stopped")
+    assert not (tmp_path / "started").exists()
+
+
+def test_it_needs_the_standard_library_alone() -> None:
+    """Without site-packages, as on a machine where nothing is installed yet."""
+    command = [sys.executable, "-I", "-S", str(ROOT / "gpu/prove.py"), "list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert listed.returncode == 0, listed.stderr
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [part.name for part in PARTS]
+
+
 def test_what_the_whole_has_no_time_for_is_left_out(tmp_path: Path) -> None:
     parts = [script("first", "import time; time.sleep(60)"), script("second", "", phase="measure")]
     first, second = Runner(tmp_path, 5.5).run(parts, set())
@@ -207,6 +233,8 @@ def test_stopping_it_stops_what_it_started(sent: signal.Signals, tmp_path: Path)
 def test_mistakes_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert prove.main(["run", "out", "nonsense"]) == 2
     assert "error: no part 'nonsense': choose of kernels, " in capsys.readouterr().err
+    assert prove.main(["run", "out", "kernels", "--wheels", "nowhere"]) == 2
+    assert "error: no folder nowhere: make it with `python gpu/prove.py wheels nowhere`" in capsys.readouterr().err
     assert prove.main(["list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(PARTS)
     with pytest.raises(SystemExit) as ended:
