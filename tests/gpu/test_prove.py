@@ -129,11 +129,12 @@ def test_it_needs_the_standard_library_alone() -> None:
     assert [line.split()[0] for line in listed.stdout.splitlines()] == [part.name for part in PARTS]
 
 
-def test_what_the_whole_has_no_time_for_is_left_out(tmp_path: Path) -> None:
+def test_what_the_whole_has_no_time_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prove, "LEAST_SECONDS", 1)
     parts = [script("first", "import time; time.sleep(60)"), script("second", "", phase="measure")]
-    first, second = Runner(tmp_path, 5.5).run(parts, set())
-    assert (first.result, first.note) == ("timed out", "stopped after 5 s")
-    assert (second.result, second.note) == ("left out", "the 6 seconds of the whole are used up")
+    first, second = Runner(tmp_path, 1.5).run(parts, set())
+    assert (first.result, first.note) == ("timed out", "stopped after 1 s")
+    assert (second.result, second.note) == ("left out", "the 2 seconds of the whole are used up")
     assert not (tmp_path / "second.log").exists()
 
 
