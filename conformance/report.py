@@ -29,9 +29,9 @@ derived from each input (`conformance/tolerances.py`), entry by entry:
     bound = constant · roundings · unit roundoff · condition number of the input
 
 The table shows the worst error seen, as a multiple of that bound: 1 would be a failure. "Error" and "bound" are those of
-the entry with the worst ratio, in units of the output. Where the bound is loose the condition number is at work and not
-a tolerance: an entry that rounding hardly touches is held to its last digits in the same array. An example is made again by
-`from smca.conformance.replay import *`; its `arrays(dtype)` are the inputs, and `replay(property, implementation, dtype, example)`
+the entry with the worst ratio, in units of the output. Where the bound is loose, the reason is the condition number and
+not a tolerance: in the same array, an entry that rounding hardly touches is held to its last digits. To use an example again, run
+`from smca.conformance.replay import *`: its `arrays(dtype)` are the inputs, and `replay(property, implementation, dtype, example)`
 checks it.
 """
 
