@@ -13,7 +13,7 @@ class Augmented(torch.utils.data.Dataset[Sample]):
     """`dataset` with `augmentation` applied anew to every image in every epoch.
 
     The random numbers of an image come from (seed, epoch, index) alone: neither the number of loader workers nor the
-    order of the images matters, and a resumed run sees what the uninterrupted one would have seen. The epoch lies in
+    order of the images matters, and a resumed run sees what the uninterrupted one would have seen. The epoch is kept in
     shared memory, so that `set_epoch` reaches persistent workers.
     """
 
@@ -38,16 +38,16 @@ class Augmented(torch.utils.data.Dataset[Sample]):
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        """Of the dataset within."""
+        """Those of the wrapped dataset."""
         return self.dataset.categories
 
     @property
     def report(self) -> Report:
-        """Of the dataset within."""
+        """That of the wrapped dataset."""
         return self.dataset.report
 
     def ground_truth(self) -> CocoDict:
-        """Of the dataset within: in pixels of the stored images, not of the augmented ones."""
+        """That of the wrapped dataset: in pixels of the stored images, not of the augmented ones."""
         return self.dataset.ground_truth()
 
     def __len__(self) -> int:

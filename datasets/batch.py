@@ -115,7 +115,7 @@ class Report:
     classes: int
     """Classes, used or not."""
     empty_images: int = 0
-    """Images without a box to train on (kept: they teach the model what is background)."""
+    """Images without a box to train on (kept: they teach the model what background looks like)."""
     crowds: int = 0
     """Crowd regions: ignored in training, honoured by the evaluation."""
     degenerate: int = 0
@@ -150,10 +150,10 @@ class Report:
 
 
 class DetectionDataset(Protocol):
-    """What a trainer and an evaluation ask of a dataset: `CocoDetection`, `SyntheticShapes` and `Augmented` have it.
+    """What a trainer and an evaluation need of a dataset; `CocoDetection`, `SyntheticShapes` and `Augmented` provide it.
 
     A class of your own that inherits from this one needs `categories`, `__len__` and `__getitem__` (docs/extending.md). The other
-    two then come from its samples, and each reads every image once: write your own where that takes long.
+    two are then derived from its samples. Each reads every image once: write your own where that takes long.
     """
 
     @property
@@ -169,7 +169,7 @@ class DetectionDataset(Protocol):
 
     @property
     def report(self) -> Report:
-        """What was found while the dataset was opened."""
+        """What the dataset found while it was opened."""
         truth = self.ground_truth()
         with_boxes = {annotation["image_id"] for annotation in truth["annotations"]}
         return Report(len(self), len(truth["annotations"]), len(self.categories), len(self) - len(with_boxes))
@@ -214,7 +214,7 @@ def collate(samples: Sequence[Sample], size_divisor: int = 1, target_divisor: in
     """Pad images and targets of `samples` to common sizes.
 
     Height and width become the largest in the batch, rounded up to a multiple of `size_divisor`; the number of targets
-    becomes the largest in the batch, at least 1, rounded up to a multiple of `target_divisor`. Divisors above 1 make for
+    becomes the largest in the batch, at least 1, rounded up to a multiple of `target_divisor`. Divisors above 1 give
     fewer different shapes.
 
     Raises ValueError for an empty list and for a divisor below 1.

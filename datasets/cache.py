@@ -1,4 +1,4 @@
-"""Decoded images kept in memory: for data that fit there, on a machine whose cores are better used for training.
+"""Keeps decoded images in memory: for data that fit, on a machine whose cores are better used for training.
 
 The bytes live in anonymous shared memory (`mmap`), reserved once and filled as images are read, so that loader workers
 that were forked from this process share one copy. It is not under /dev/shm, whose size containers often limit to
@@ -33,7 +33,7 @@ class ImageCache:
         self._filled: UInt8Array = np.frombuffer(mmap.mmap(-1, max(1, len(self._sizes))), dtype=np.uint8)
 
     def get(self, index: int) -> UInt8Array | None:
-        """The image [H, W, 3] as a read-only view, or None where it was not put yet."""
+        """The image [H, W, 3] as a read-only view, or None if it has not been put in yet."""
         if not self._filled[index]:
             return None
         return self._view(index, writeable=False)

@@ -1,9 +1,9 @@
 """`CocoDetection`: a folder of images and an annotation file in COCO's format, checked once when it is opened.
 
-Whatever is wrong with the annotation file, and every image file that is missing, is found in the constructor, before a
-training run has spent an hour; the pixels themselves are checked when they are read. What a user can only fix in the
-data raises an error that names file and entry; what has one sane answer (a box without area, a box reaching out of its
-image) is done, counted and shown in `report`.
+The constructor finds every fault of the annotation file and every missing image file, before a training run has spent an
+hour; the pixels themselves are checked when they are read. A fault that only the user can fix raises an error that names
+file and entry. A fault with one sane answer (a box without area, a box reaching out of its image) is handled, counted and
+shown in `report`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class CocoDetection:
     Boxes are COCO's [x, y, width, height] in pixels of the image as stored: an EXIF orientation is not applied.
     Category ids may be any integers; `categories` is sorted by id and a label is an index into it.
 
-    images_dir: the folder that the file's `file_name` entries are relative to.
+    images_dir: the folder to which the file's `file_name` entries are relative.
     annotations_file: the JSON file.
     cache: keep decoded images in memory as they are read (`cache_bytes` in all: 3 bytes per pixel; 640×480: 0.92 MB per
         image). Worth it for a few thousand small images on a machine with few cores.
 
     Raises FileNotFoundError if the folder, the annotation file or images are missing, ValueError for an annotation file
-    that is not what COCO's format asks for. `dataset[i]` raises ValueError for an image that cannot be decoded or
+    that is not in COCO's format. `dataset[i]` raises ValueError for an image that cannot be decoded or
     whose size differs from the annotation file's.
     """
 
@@ -54,7 +54,7 @@ class CocoDetection:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that the cache takes once every image was read; 0 without a cache."""
+        """Memory that the cache takes once every image has been read; 0 without a cache."""
         return self._cache.nbytes if self._cache is not None else 0
 
     def __len__(self) -> int:
@@ -63,12 +63,12 @@ class CocoDetection:
     def __getitem__(self, index: int) -> Sample:
         """The image [H, W, 3] uint8 with its boxes in pixels; crowd regions are left out.
 
-        Raises IndexError beyond the end; ValueError if the image cannot be decoded or has another size than the
-        annotation file says; FileNotFoundError if it was removed since.
+        Raises IndexError beyond the end; ValueError if the image cannot be decoded or its size is not the one in
+        the annotation file; FileNotFoundError if it has been removed since.
         """
         data = self._annotations
         if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)} asked for")
+            raise IndexError(f"expected an image index from 0 to {len(self) - 1}, got {index}")
         image = self._cache.get(index) if self._cache is not None else None
         if image is None:
             path = self.images_dir / data.file_names[index]
@@ -90,7 +90,7 @@ class CocoDetection:
 
         Crowd regions are in it, dropped boxes are not, clipped boxes are clipped, segmentations are left out. A missing
         or impossible 'area' becomes width·height. Annotation ids are shifted to begin at 1 if the file's begin lower:
-        pycocotools takes a match with annotation 0 for no match, which would cost AP without a word.
+        pycocotools treats a match with annotation 0 as no match, which would silently cost AP.
         """
         return self._annotations.ground_truth()
 
@@ -126,7 +126,9 @@ def _require_images(images_dir: Path, file_names: list[str], annotations_file: P
         return
     expected = images_dir / missing[0]
     alike = [name for name in present[expected.parent] if name.lower() == expected.name.lower()]
-    remedy = f"{alike[0]!r} is there: correct 'file_name'" if alike else "copy them there, or remove their entries"
+    remedy = (
+        f"the folder has {alike[0]!r}: correct 'file_name'" if alike else "copy them there, or remove their entries"
+    )
     raise FileNotFoundError(
         f"{len(missing):,} of {len(file_names):,} images of {annotations_file} are missing in {images_dir}: "
         f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}; {remedy}"

@@ -4,8 +4,8 @@
      "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, width, height], "iscrowd"?, "area"?}, …],
      "categories":  [{"id", "name"}, …]}
 
-Annotations are kept in flat arrays sorted by image, without segmentations: COCO's training split takes 50 MB so instead
-of 3 GB, and loader workers do not copy it page by page as they would copy Python objects.
+Annotations are kept in flat arrays sorted by image, without segmentations: COCO's training split thus takes 50 MB
+instead of 3 GB, and loader workers do not copy it page by page as they would copy Python objects.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from smca.datasets.batch import Category, CocoDict, FloatArray, IntArray, Report
 
 ROUNDING_PX = 0.5
-"""A box may reach out of its image by so much (rounding) before it is counted as clipped."""
+"""A box may reach out of its image by this much (rounding) before it is counted as clipped."""
 _EXAMPLES = 3
 
 
@@ -104,7 +104,7 @@ def read_annotations(path: Path) -> CocoAnnotations:
         annotation_id = _integer(entry, "id", where)
         where = f"{where} (id {annotation_id})"
         if annotation_id in seen:
-            raise ValueError(f"{where}: this id was used before; number the annotations uniquely")
+            raise ValueError(f"{where}: this id was used before; give every annotation its own id")
         seen.add(annotation_id)
         image_id, category_id = _integer(entry, "image_id", where), _integer(entry, "category_id", where)
         if image_id not in position_of:
@@ -179,11 +179,13 @@ def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected an object with 'images', 'annotations' and 'categories', got a {type(content).__name__}"
-            "; a file of detection results cannot be trained on"
+            "; is it a file of detection results?"
         )
     for key in ("images", "annotations", "categories"):
         if key not in content:
-            raise ValueError(f"{path}: the key {key!r} is missing (found {sorted(content)}); export in COCO's format")
+            raise ValueError(
+                f"{path}: the key {key!r} is missing (the file has {sorted(content)}); export in COCO's format"
+            )
         if not isinstance(content[key], list):
             raise ValueError(f"{path}: {key!r} must be a list, got a {type(content[key]).__name__}")
         for number, entry in enumerate(content[key]):
@@ -227,7 +229,7 @@ def _images(entries: Sequence[dict[str, Any]], path: Path) -> tuple[list[int], l
 
 def _require(entry: dict[str, Any], key: str, where: str) -> Any:
     if key not in entry:
-        raise ValueError(f"{where}: the key {key!r} is missing (found {sorted(entry)}); COCO's format needs it")
+        raise ValueError(f"{where}: the key {key!r} is missing (the entry has {sorted(entry)}); COCO's format needs it")
     return entry[key]
 
 

@@ -28,17 +28,21 @@ def read_image(path: Path, size: tuple[int, int], image_id: int, annotations_fil
             turned = not fits and opened.getexif().get(_EXIF_ORIENTATION, 1) != 1
             pixels: UInt8Array = np.asarray(_to_rgb(opened) if fits else (), dtype=np.uint8)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} ({entry}) was there when the dataset was opened and is gone") from None
+        raise FileNotFoundError(
+            f"{path} ({entry}) existed when the dataset was opened, but is gone; restore it"
+        ) from None
     # Pillow reports damaged files as OSError (truncated, not an image), SyntaxError (broken PNG) or ValueError.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"cannot read {path} ({entry}): {error}; replace the file, or remove the entry from the annotation file"
         ) from error
     if not fits:
-        exif = "; its EXIF orientation turns it for viewing, COCO's boxes refer to the stored pixels" if turned else ""
+        exif = (
+            "; its EXIF orientation turns it for viewing, but COCO's boxes refer to the stored pixels" if turned else ""
+        )
         raise ValueError(
             f"{path} is {width}×{height} pixels, but {entry} says {size[1]}×{size[0]}{exif}; boxes would be misplaced: "
-            "correct 'width' and 'height', or use the image (turned upright and stored so) that was annotated"
+            "correct 'width' and 'height', or use the image that was annotated (turned upright before it was stored)"
         )
     return pixels
 

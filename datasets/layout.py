@@ -1,4 +1,4 @@
-"""Finding images and annotations of a split in the folder layouts that people have."""
+"""Finds the images and annotations of a split in the usual folder layouts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _ROBOFLOW_FILE = "_annotations.coco.json"
 def find_split(root: str | os.PathLike[str], split: Split) -> tuple[Path, Path]:
     """Return (images_dir, annotations_file) of `split` ("train" or "val") under `root`.
 
-    Looked for in this order ("val" is also found under the name "valid"; YEAR is any four digits):
+    Tries these layouts in order ("val" may also be named "valid"; YEAR is any four digits):
 
         annotations/train.json                 with  train/ or images/train/            (or images/ for both splits)
         annotations/instances_trainYEAR.json   with  trainYEAR/ or images/trainYEAR/    (COCO's own)
         train/_annotations.coco.json           with  the images beside it                (Roboflow's export)
 
-    Raises FileNotFoundError listing what was looked for and what is there; ValueError for another split, or if more
-    than one year is found.
+    Raises FileNotFoundError, listing what was looked for and what the folder holds; ValueError for another split, or if
+    the folder holds more than one year.
     """
     root = Path(root)
     if split not in ("train", "val"):
@@ -46,7 +46,7 @@ def find_split(root: str | os.PathLike[str], split: Split) -> tuple[Path, Path]:
         wanted.append(f"annotations/instances_{split}YEAR.json")
         raise FileNotFoundError(
             f"no annotation file of the split {split!r} in {root}; looked for {', '.join(wanted)}; "
-            f"found {_contents(root)}. Arrange the folder so, or use CocoDetection(images_dir, annotations_file)"
+            f"found {_contents(root)}. Name a file like one of these, or use CocoDetection(images_dir, annotations_file)"
         )
     if len(by_year) > 1 and present[0][1] in by_year:
         raise ValueError(
@@ -58,8 +58,9 @@ def find_split(root: str | os.PathLike[str], split: Split) -> tuple[Path, Path]:
         if folder.is_dir():
             return folder, file
     raise FileNotFoundError(
-        f"{file} is there, but no folder with its images; looked for "
-        f"{', '.join(str(folder.relative_to(root)) + '/' for folder in folders)} in {root}; found {_contents(root)}"
+        f"{file} exists, but no folder with its images; looked for "
+        f"{', '.join(str(folder.relative_to(root)) + '/' for folder in folders)} in {root}; found {_contents(root)}. "
+        "Move the images into one of these folders"
     )
 
 

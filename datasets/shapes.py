@@ -15,16 +15,16 @@ Float32Array = NDArray[np.float32]
 
 CLASSES = ("disc", "rectangle", "triangle", "ring", "cross")
 _RING_HOLE = 0.55
-"""Radius of a ring's hole, of its outer radius."""
+"""Radius of a ring's hole, as a fraction of its outer radius."""
 _CROSS_ARM = 0.34
-"""Half the width of a cross's arms, of half its length."""
+"""Half the width of a cross's arms, as a fraction of half its length."""
 _MAX_ASPECT = 2.0
 _MAX_TURN = np.pi / 6
-"""Objects are turned by up to 30° either way: enough that edges follow no axis, a box still says where an object is."""
+"""Objects are turned by up to 30° either way: enough that edges follow no axis, while a box still shows where an object is."""
 _MIN_SHORT_SIDE_PX = 8.0
-"""Below this a ring's hole and a cross's arms are no longer to be seen."""
+"""Below this, a ring's hole and a cross's arms can no longer be seen."""
 _MIN_CONTRAST = 55.0
-"""An object differs from what it lies on by at least this much, of 255, in some channel."""
+"""An object differs from what it lies on by at least this much (out of 255) in some channel."""
 _TRIES = 8
 
 
@@ -54,8 +54,8 @@ def place_shapes(
     """Up to `count` objects from front to back in an image of `size` × `size` pixels.
 
     sides: least and largest geometric mean of an object's sides, in pixels.
-    An object joins only if at least `min_visible` of all its pixels would be seen: inside the image and not
-    behind those before it. One that finds no room in a few tries is left out.
+    An object is added only if at least `min_visible` of all its pixels would be seen: inside the image and not
+    behind those before it. An object that finds no room in a few tries is left out.
     """
     covered: Mask = np.zeros((size, size), dtype=np.bool_)
     shapes: list[Shape] = []
@@ -113,7 +113,7 @@ def _inside(label: int, u: Float32Array, v: Float32Array) -> Mask:
 
 
 def paint(rng: np.random.Generator, size: int, shapes: list[Shape], noise: float) -> UInt8Array:
-    """The picture [size, size, 3]: background, distractors, `shapes` (given front to back), sensor noise."""
+    """The picture [size, size, 3]: background, distractors, `shapes` (ordered front to back), sensor noise."""
     canvas = np.asarray(_distract(rng, _background(rng, size)), dtype=np.float32).copy()
     for shape in reversed(shapes):
         under = canvas[shape.window]

@@ -1,4 +1,4 @@
-"""`SyntheticShapes`: pictures drawn by a program, to try, test and compare detectors without downloading anything.
+"""`SyntheticShapes`: pictures drawn by a program, for trying, testing and comparing detectors without a download.
 
 An image has a textured background with distractors that belong to no class (streaks, specks, soft spots), up to six
 objects of five classes, turned by up to 30°, with strong variation of scale and aspect, occlusion, and sensor noise.
@@ -25,13 +25,13 @@ from smca.datasets.shapes import CLASSES, Shape, paint, place_shapes
 class SyntheticShapes:
     """`count` images of `image_size` × `image_size` pixels; image i depends on (seed, i) and the size alone.
 
-    Objects are drawn from front to back. One of which less than `min_visible` would be seen, behind others or beyond
-    the border, is not drawn at all: there is no object without a label. A box is the tight extent of the
-    whole object's pixels inside the image, hidden ones included, in whole pixels.
+    Objects are drawn from front to back. If less than `min_visible` of an object would be seen, because it lies behind
+    others or beyond the border, it is not drawn at all: there is no object without a label. A box is the tight extent of
+    the whole object's pixels inside the image, hidden ones included, in whole pixels.
 
     count: number of images.  seed: at least 0; different seeds give different images.
     image_size: side in pixels, at least 32; object sizes grow with it.
-    max_objects: an image has 1 to `max_objects` (as many as there is room for), or none.
+    max_objects: an image has 1 to `max_objects` objects (as many as fit), or none.
     empty_fraction: fraction of images without an object.
     min_side, max_side: geometric mean of an object's sides as a fraction of the image's side, drawn evenly
         between the two.
@@ -88,7 +88,7 @@ class SyntheticShapes:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that the cache takes once every image was rendered; 0 without a cache."""
+        """Memory that the cache takes once every image has been rendered; 0 without a cache."""
         return self._cache.nbytes if self._cache is not None else 0
 
     @property
@@ -103,7 +103,7 @@ class SyntheticShapes:
     def __getitem__(self, index: int) -> Sample:
         """The image [S, S, 3] uint8 with its boxes in pixels; raises IndexError beyond the end."""
         if not 0 <= index < self.count:
-            raise IndexError(f"image {index} of {self.count} asked for")
+            raise IndexError(f"expected an image index from 0 to {self.count - 1}, got {index}")
         image = self._cache.get(index) if self._cache is not None else None
         if image is None:
             image = self._render(index)
@@ -144,7 +144,7 @@ class SyntheticShapes:
         """Write the images as PNG to root/`split`/ and the boxes to root/annotations/`split`.json.
 
         `CocoDetection` on the two returned paths (images_dir, annotations_file) gives the same samples. The
-        annotation file is written last: an export that was cut short is not taken for a complete one.
+        annotation file is written last, so that an interrupted export is not mistaken for a complete one.
         """
         images_dir = Path(root) / split
         annotations_file = Path(root) / "annotations" / f"{split}.json"
@@ -163,7 +163,7 @@ class SyntheticShapes:
         return place_shapes(rng, self.image_size, count, sides, self.min_visible)
 
     def _targets(self, index: int) -> tuple[FloatArray, IntArray]:
-        """Boxes [T, 4] and labels [T]; kept, because the evaluation asks for them again and again."""
+        """Boxes [T, 4] and labels [T]; kept, because the evaluation asks for them repeatedly."""
         if index not in self._known_targets:
             self._remember(index, self._shapes(index))
         return self._known_targets[index]

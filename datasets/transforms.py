@@ -22,7 +22,7 @@ from smca.datasets.batch import FloatArray, IntArray, Sample, UInt8Array
 from smca.datasets.settings import require
 
 _MEAN_STEP = 8
-"""The mean colour is taken over every 8th pixel of either axis: 1/64 of the work, and nobody sees the difference."""
+"""The mean colour is taken over every 8th pixel of either axis: 1/64 of the work, with no visible difference."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Augmentation:
     short_sides: tuple[int, ...] = ()
     """Resize so that the shorter side has one of these lengths in pixels, picked at random; empty: keep the size."""
     max_size: int | None = None
-    """The longer side is at most this many pixels, if need be with a shorter short side; None: no limit."""
+    """The longer side is at most this many pixels, with a shorter short side if necessary; None: no limit."""
     horizontal_flip: float = 0.0
     """Probability of exchanging left and right."""
     vertical_flip: float = 0.0
-    """Probability of exchanging top and bottom; for images without an up, such as from microscopes or satellites."""
+    """Probability of exchanging top and bottom; for images with no natural top, such as from microscopes or satellites."""
     crop_probability: float = 0.0
     """Probability of DETR's crop: as if resized to one of `crop_short_sides`, then cut at random to `crop_size`."""
     crop_short_sides: tuple[int, ...] = (400, 500, 600)
-    """Shorter side in pixels that the image is thought to have when it is cropped."""
+    """Shorter side in pixels that the image is treated as having when it is cropped."""
     crop_size: tuple[int, int] = (384, 600)
     """Least and largest side of the crop in pixels at that size; width and height are drawn separately."""
     zoom: tuple[float, float] = (1.0, 1.0)
@@ -52,9 +52,9 @@ class Augmentation:
     stretch: float = 0.0
     """The aspect ratio changes by a factor between 1/(1 + stretch) and 1 + stretch."""
     shift: float = 0.0
-    """Further move of the content along either axis, at most by this fraction of the smaller of canvas and content."""
+    """The content is moved further along either axis, by at most this fraction of the smaller of canvas and content."""
     min_visibility: float = 0.4
-    """A box cut by crop, zoom or shift is kept when at least this fraction of its area remains in view (0: when
+    """A box cut by crop, zoom or shift is kept if at least this fraction of its area remains in view (0: if
     anything remains, as in DETR)."""
     brightness: float = 0.0
     """All channels are multiplied by a factor between 1 − brightness and 1 + brightness."""
@@ -224,7 +224,7 @@ class _Axis:
 
     @classmethod
     def of(cls, view_start: float, view_length: float, source_length: int, length: int) -> _Axis:
-        """Where the border of the image is in view it is moved to the nearest output pixel, so that image and filling
+        """Where the border of the image is in view, it is moved to the nearest output pixel, so that image and filling
         meet at a pixel's edge; the scale changes by that fraction of a pixel, for pixels and boxes alike."""
         scale = length / view_length
         low, high = max(0.0, view_start), min(float(source_length), view_start + view_length)

@@ -46,7 +46,7 @@ def test_samples_labels_and_order(tmp_path: Path) -> None:
     assert (dataset.report.images, dataset.report.boxes, dataset.report.crowds) == (3, 3, 1)
     assert (dataset.report.empty_images, dataset.report.degenerate, dataset.report.clipped) == (1, 0, 0)
     for index in (3, -1):
-        with pytest.raises(IndexError, match=f"image {index} of 3"):
+        with pytest.raises(IndexError, match=f"from 0 to 2, got {index}"):
             dataset[index]
 
 

@@ -151,7 +151,7 @@ def test_only_the_first_missing_images_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_file_name_in_other_case_is_suggested(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"'b\.png' is there: correct 'file_name'"):
+    with pytest.raises(FileNotFoundError, match=r"the folder has 'b\.png': correct 'file_name'"):
         open_with(tmp_path, lambda d: d["images"][0].update(file_name="B.PNG"))
 
 

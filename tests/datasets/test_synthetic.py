@@ -166,5 +166,5 @@ def test_impossible_arguments_are_named(arguments: dict[str, float], message: st
 
 @pytest.mark.parametrize("index", [3, -1])
 def test_an_index_beyond_the_end(index: int) -> None:
-    with pytest.raises(IndexError, match=f"image {index} of 3"):
+    with pytest.raises(IndexError, match=f"from 0 to 2, got {index}"):
         SyntheticShapes(3)[index]

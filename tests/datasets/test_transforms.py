@@ -42,7 +42,7 @@ def extent(image: np.ndarray) -> list[int] | None:
 
 
 def assert_box_matches_pixels(sample: Sample) -> None:
-    found = extent(sample.image)
+    bright = extent(sample.image)
     if len(sample.boxes_xyxy) == 0:
         return
     assert len(sample.boxes_xyxy) == 1
@@ -52,8 +52,8 @@ def assert_box_matches_pixels(sample: Sample) -> None:
     assert 0 <= y0 < y1 <= height
     if min(x1 - x0, y1 - y0) < 1.5:
         return  # too thin for any pixel's centre to be surely inside
-    assert found is not None, f"box {sample.boxes_xyxy[0]} but nothing bright"
-    np.testing.assert_allclose(found, sample.boxes_xyxy[0], atol=EDGE_PX)
+    assert bright is not None, f"box {sample.boxes_xyxy[0]} but nothing bright"
+    np.testing.assert_allclose(bright, sample.boxes_xyxy[0], atol=EDGE_PX)
 
 
 CASES = {
