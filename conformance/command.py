@@ -1,7 +1,7 @@
 """Check implementations of SMCA against the specification.
 
     smca conformance                                     all of ours, quick profile
-    smca conformance --implementation mine.port:Port     yours (docs/conformance.md says how to write it)
+    smca conformance --implementation mine.port:Port     yours (docs/conformance.md shows how to write it)
     smca conformance --only smca_attention --profile ci  part of it, more examples
     smca conformance --mutants                           plant every known bug and see which property finds it
     smca conformance --report docs/numerics.md           the worst errors over many examples, as a table
@@ -39,17 +39,17 @@ class ConformanceArgs:
     """Check implementations of SMCA against the specification."""
 
     implementation: tuple[str, ...] = ()
-    """One of ours by name, or package.module:Class of yours; several if you like. None = all of ours that run here."""
+    """One of ours by name, or yours as package.module:Class; may be several. Default: all of ours that run here."""
     profile: Literal["quick", "ci", "deep"] = "quick"
-    """Examples of a property: quick 20 and the same each time, ci 100, deep 5000, new ones each time."""
+    """Examples per property: quick 20, the same each time; ci 100 and deep 5000, new ones each time."""
     only: str = ""
-    """Part of the name of the properties to check, as "smca_attention_vjp" or "padded"."""
+    """Part of the name of the properties to check, such as "smca_attention_vjp" or "padded"."""
     list: bool = False
     """Only list implementations and properties."""
     mutants: bool = False
     """Plant each known bug by itself and report which property finds it, after how many examples."""
     report: Path | None = None
-    """Write the worst errors of all comparisons with the oracle to this Markdown file (docs/numerics.md is made so)."""
+    """Write the worst errors of all comparisons with the oracle to this Markdown file (as docs/numerics.md)."""
     examples: int = 10_000
     """With --report: examples per operation, at least, over all implementations and dtypes."""
 
@@ -57,10 +57,10 @@ class ConformanceArgs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``smca conformance``."""
     args = tyro.cli(ConformanceArgs, args=argv, prog="smca conformance")
-    torch.set_num_threads(1)  # examples are small: more threads only wait for each other
+    torch.set_num_threads(1)  # examples are small: more threads would only wait for each other
     chosen = [prop for prop in PROPERTIES if args.only in prop.name]
     if not chosen:
-        raise ValueError(f"--only {args.only!r}: no property has that in its name; --list shows them")
+        raise ValueError(f"--only {args.only!r}: no property has that in its name; see --list for the names")
     if args.list:
         _list(chosen)
     elif args.mutants:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _made(args: ConformanceArgs) -> list[object]:
-    """The implementations asked for; of all of ours, those that this machine can run."""
+    """The implementations asked for; by default all of ours that this machine can run."""
     made = []
     for name in args.implementation or IMPLEMENTATIONS:
         try:
@@ -115,7 +115,7 @@ def _check(args: ConformanceArgs, chosen: Sequence[Property]) -> None:
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[str]:
-    """A line for each implementation, dtype and operation: what passed, what failed, what it lacks."""
+    """One line per implementation, dtype and operation: what passed, what failed, what is missing."""
     lines: list[str] = []
     groups: dict[tuple[str, str, str], list[Outcome]] = {}
     for outcome in outcomes:
@@ -124,14 +124,14 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
         key = name_of(case.implementation), "" if missing else case.dtype, case.prop.operation
         groups.setdefault(key, []).append(outcome)
     lines.append(f"{'implementation':18} {'dtype':9} {'operation':30} {'passed':>6} {'failed':>6}  worst error / bound")
-    for (name, dtype, operation), found in groups.items():
+    for (name, dtype, operation), group in groups.items():
         start = f"{name:18} {dtype:9} {operation:30}"
         if not dtype:
             lines.append(f"{start} not implemented")
             continue
-        passed, failed = (sum(o.status == status for o in found) for status in ("passed", "failed"))
-        worst = max(o.worst.ratio for o in found)
-        lacking = sum(o.status == "not implemented" for o in found)
+        passed, failed = (sum(o.status == status for o in group) for status in ("passed", "failed"))
+        worst = max(o.worst.ratio for o in group)
+        lacking = sum(o.status == "not implemented" for o in group)
         also = f" ({lacking} not checked: they need an operation that it lacks)" if lacking else ""
         lines.append(f"{start} {passed:6} {failed:6}  {f'{worst:.3g}' if worst >= 0 else 'exact'}{also}")
     examples, seconds = sum(o.worst.examples for o in outcomes), sum(o.seconds for o in outcomes)

@@ -1,4 +1,4 @@
-"""What is wrong, as far as it can be guessed: what it hangs on, and a known bug that gives the same wrong numbers."""
+"""A guess at what is wrong: what a failure depends on, and a known bug that gives the same wrong numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from smca.conformance.tolerances import UNIT_ROUNDOFF
 
 @dataclass
 class _Recorder(Judge):
-    """Keeps what an implementation gave, and judges nothing."""
+    """Records what an implementation returns, and judges nothing."""
 
     seen: list[npt.NDArray[np.float64]] = field(default_factory=list)
 
@@ -32,7 +32,7 @@ class _Recorder(Judge):
 
 
 def explain(outcome: Outcome) -> str:
-    """What can be said of a failure: what it hangs on, and which known bug makes the specification fail alike."""
+    """What a failure depends on, and which known bug makes the specification fail in the same way."""
     return "\n".join(filter(None, [describe_simplifications(outcome), known_bugs(outcome)]))
 
 
@@ -66,7 +66,7 @@ def _outputs(implementation: Any, outcome: Outcome, recipe: Any) -> list[npt.NDA
     judge = _Recorder(outcome.case.prop, name_of(implementation), outcome.case.dtype, recipe)
     try:
         outcome.case.prop.check(implementation, recipe, outcome.case.dtype, judge)
-    except Exception:  # whatever it raises, it gives no numbers
+    except Exception:  # an error of any kind: there are no numbers to compare
         return None
     return judge.seen
 

@@ -1,4 +1,4 @@
-"""A property: a sentence about an operation that is true of every correct implementation, and how it is judged."""
+"""A property: a statement about an operation that holds for every correct implementation, and how it is judged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Recipe(Protocol):
 
 
 class Mismatch(AssertionError):
-    """An implementation broke a property; the message is all that is needed to look into it."""
+    """An implementation broke a property; the message holds all that is needed to investigate."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Worst:
 
 @dataclass
 class Judge:
-    """Compares for one property, implementation and dtype, and remembers the worst."""
+    """Compares results for one property, implementation and dtype, and remembers the worst error."""
 
     of: Property
     implementation: str
@@ -49,7 +49,7 @@ class Judge:
     recipe: Any = None
     worst: Worst = field(default_factory=Worst)
     address: str = ""
-    """What `replay` finds the implementation by, if not by its name."""
+    """By what `replay` finds the implementation, if not by its name."""
     note: Callable[[tuple[int, ...]], str] | None = None
     """What else to print for the worst index: the parts that the expected number is made of."""
 
@@ -60,7 +60,7 @@ class Judge:
             got: array-like under test.
             expected: of the same shape.
             bound: broadcast to it; first order, in units of the entry, without the operation's constant.
-            what: of the two is compared, in words: "output", "gradient of k".
+            what: is compared, in words: "output", "gradient of k".
         """
         got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
         if got.shape != expected.shape:
@@ -85,19 +85,19 @@ class Judge:
             )
 
     def holds(self, condition: bool, message: str) -> None:
-        """Something that is true or false."""
+        """`condition` is true; otherwise `message` is the finding."""
         if not condition:
             raise self.mismatch(message)
 
-    def finite(self, got: Any, what: str) -> None:
-        """No NaN and no infinity."""
+    def all_finite(self, got: Any, what: str) -> None:
+        """`got` holds no NaN and no infinity."""
         got = np.asarray(got, dtype=np.float64)
         if not np.isfinite(got).all():
             index = ", ".join(str(int(i)) for i in np.argwhere(~np.isfinite(got))[0])
             raise self.mismatch(f"{what}[{index}] = {got[~np.isfinite(got)][0]}, expected a finite number")
 
     def mismatch(self, finding: str) -> Mismatch:
-        """The error for a finding: what, of whom, for which input, why it must hold, and how to see it again."""
+        """The error for a finding: what failed, for which implementation and input, why it must hold, and how to repeat it."""
         prop = self.of
         return Mismatch(
             f"{prop.operation}: {prop.sentence}\n"
@@ -120,19 +120,19 @@ class Property:
     sentence: str
     """In words."""
     equation: str
-    """Where it comes from, in docs/method.md or the reference, and what it says there."""
+    """Its source, in docs/method.md or the reference, and what the source says."""
     recipes: SearchStrategy[Any]
     """What to draw examples from."""
     check: Callable[[Any, Any, str, Judge], None]
     """Called with implementation, recipe, dtype and judge; raises Mismatch."""
     dtypes: tuple[str, ...] | None = None
-    """Those it is meant for; None = all that the implementation has."""
+    """Dtypes that it applies to; None = all that the implementation has."""
     needs: tuple[str, ...] = ()
-    """Operations it calls beside its own."""
+    """Operations that it calls besides its own."""
     examples_factor: float = 1.0
-    """Part of a profile's number of examples: below 1 where one costs much, above where few of them tell anything."""
+    """Multiplies a profile's number of examples: below 1 where an example is costly, above 1 where few are informative."""
     always: tuple[Any, ...] = ()
-    """Recipes tried first in every run, whatever the profile: what few random examples would miss."""
+    """Recipes tried first in every run and profile: cases that a few random examples would miss."""
 
     @property
     def operation(self) -> str:

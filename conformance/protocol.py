@@ -1,10 +1,10 @@
-"""What an implementation under test looks like, and how one is found by name.
+"""What an implementation under test looks like, and how to look one up by name.
 
 An implementation is any object with some of the methods below. Each takes and returns NumPy arrays, has the argument
 order of its namesake in `smca.reference`, and one keyword more, ``dtype``: the arithmetic to use, one of the names that
 the object lists in ``dtypes``. Inputs arrive in float64 but hold only values that this dtype represents (centres and
-precisions: float32, where dtype is a half precision), so converting them loses nothing. What it doesn't have, or has
-as None, is reported as not implemented. ``example_adapter.py`` is a template, docs/conformance.md a guide.
+precisions: float32, where dtype is a half precision), so converting them loses nothing. A method that is missing or
+None is reported as not implemented. ``example_adapter.py`` is a template, docs/conformance.md a guide.
 
 Shape letters: B images, N queries, h heads, d channels per head, J levels, L = H·W keys, M decoder layers, K classes,
 T targets.
@@ -12,7 +12,7 @@ T targets.
     smca_attention(q, k, v, center_xy, precision_xy, size, key_padding_mask, *, dtype) → [B, h, N, d]
     smca_attention_vjp(grad_out, *the same, dtype) → dq, dk, dv, dcenter_xy, dprecision_xy
     smca_attention_dropout(grad_out, *the same, rate, seed, dtype) → output and the five gradients, each weight of A dropped
-        with probability `rate` and the others divided by 1 − rate; `seed`, an int64, says which
+        with probability `rate` and the others divided by 1 − rate; `seed`, an int64, determines which
     multi_scale_smca_attention(q, levels, level_weights, *, dtype) → [B, h, N, d]
     multi_scale_smca_attention_vjp(grad_out, q, levels, level_weights, *, dtype)
         → dq, a list of (dk, dv, dcenter_xy, dprecision_xy) by level, dlevel_weights
@@ -45,10 +45,10 @@ OPERATIONS = (
     "forward",
     "forward_vjp",
 )
-"""All that an implementation may offer."""
+"""All operations that an implementation may offer."""
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-"""All that `dtypes` may name."""
+"""All names that `dtypes` may hold."""
 
 
 class Unavailable(Exception):
@@ -61,7 +61,7 @@ def implemented(implementation: Any, operation: str) -> bool:
 
 
 def dtypes_of(implementation: Any) -> tuple[str, ...]:
-    """The dtypes that the object lists, checked; ("float64",) where it lists none.
+    """The dtypes that the object lists, checked; ("float64",) if it lists none.
 
     Raises:
         ValueError: a name that is not in ``DTYPES``.
@@ -79,24 +79,24 @@ def name_of(implementation: Any) -> str:
 
 
 def address_of(implementation: Any) -> str:
-    """What `replay` finds the object by: "package.module:Class" of an outside one, else its name."""
+    """By what `replay` finds the object: "package.module:Class" for an outside one, else its name."""
     return str(getattr(implementation, "conformance_address", name_of(implementation)))
 
 
 def expanded_up_to(implementation: Any, dtype: str) -> float:
     """Largest λ·(extent/2)² up to which it forms log G in the expanded form (docs/method.md §6), from x²·λ and x·λ·c apart.
 
-    That form cancels, and so is held to a bound of its own (`tolerances`). An implementation declares it by an attribute
-    ``expanded_up_to``, dtype → limit; what it doesn't list is formed from the difference (x − c)², a limit of 0.
+    That form suffers from cancellation, so it is held to a bound of its own (`tolerances`). An implementation declares it
+    by an attribute ``expanded_up_to``, dtype → limit. A dtype that is not listed has a limit of 0: log G is formed from (x − c)².
     """
     limits: dict[str, float] = getattr(implementation, "expanded_up_to", {})
     return float(limits.get(dtype, 0.0))
 
 
 def skips_below(implementation: Any) -> float:
-    """What the weights that it passes over unread may add up to, as a part of all of them.
+    """What the weights of skipped keys may add up to, as a fraction of all weights.
 
-    An implementation that skips keys too far off to show declares it by an attribute ``skips_below``, and is held to it.
+    An implementation that skips keys too far away to matter declares it by an attribute ``skips_below``, and is held to it.
     """
     return float(getattr(implementation, "skips_below", 0.0))
 
@@ -119,9 +119,11 @@ def load_outside(target: str) -> Any:
             f"--implementation {target}: {error}. Run in the folder it is in, install it, or set PYTHONPATH."
         ) from error
     except AttributeError as error:
-        raise ValueError(f"--implementation {target}: {error}") from error
+        raise ValueError(f"--implementation {target}: {error}. Is the class named correctly?") from error
     if not any(implemented(made, operation) for operation in OPERATIONS):
-        raise ValueError(f"--implementation {target}: it has none of the operations {', '.join(OPERATIONS)}")
+        raise ValueError(
+            f"--implementation {target}: it has none of the operations {', '.join(OPERATIONS)}. Name a class that has some."
+        )
     dtypes_of(made)
     made.conformance_address = target
     return made

@@ -1,4 +1,4 @@
-"""One example again, from the snippet that a failure prints:
+"""Checks one example again, by the snippet that a failure prints:
 
 from smca.conformance.replay import *
 replay("smca_attention.equals_the_oracle", "eager", "float32", AttentionInputs(size=(2, 3), seed=7))
@@ -40,7 +40,7 @@ def replay(property_name: str, implementation: Any, dtype: str, recipe: Any) -> 
         recipe: as printed; `recipe.arrays(dtype)` gives its arrays.
 
     Returns:
-        What was compared; its `worst` holds the largest error as a multiple of the bound.
+        The judge of the comparison; its `worst` holds the largest error as a multiple of the bound.
 
     Raises:
         Mismatch: the property does not hold.
@@ -48,7 +48,7 @@ def replay(property_name: str, implementation: Any, dtype: str, recipe: Any) -> 
     """
     matching = [prop for prop in PROPERTIES if prop.name == property_name]
     if not matching:
-        raise ValueError(f"no property {property_name!r}; there are {', '.join(prop.name for prop in PROPERTIES)}")
+        raise ValueError(f"no property {property_name!r}: choose one of {', '.join(prop.name for prop in PROPERTIES)}")
     made = implementation_of(implementation) if isinstance(implementation, str) else implementation
     judge = Judge(matching[0], name_of(made), dtype, recipe, address=address_of(made))
     matching[0].check(made, recipe, dtype, judge)

@@ -36,9 +36,9 @@ checks it.
 """
 
 SLOW_EXAMPLES = 12
-"""Examples of a property where each takes seconds: of what is compiled for every shape, or interpreted."""
+"""Examples per property for implementations that take seconds each: compiled for every shape, or interpreted."""
 ONLY_SLOW_EXAMPLES = 150
-"""The same, of an operation that no other implementation has."""
+"""The same for an operation that no other implementation has."""
 
 
 def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Property], examples: int) -> None:
@@ -47,9 +47,9 @@ def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Pr
     Args:
         path: of the Markdown file.
         implementations: to compare.
-        properties: those that compare with the oracle are taken from these; where an operation has none (gradients of
-            the loss and of the model), those that compare with differences of the oracle.
-        examples: at least, for each operation, over all implementations and dtypes together; slow ones not counted.
+        properties: only those that compare with the oracle are used; for an operation without any (gradients of the loss
+            and of the model), those that compare with differences of the oracle.
+        examples: least number per operation, over all implementations and dtypes together, not counting slow ones.
     """
     by_operation: dict[str, list[Case]] = defaultdict(list)
     for case in cases([prop for prop in properties if _against_oracle(prop)], implementations, PROFILES["deep"]):
@@ -58,14 +58,14 @@ def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Pr
     outcomes: list[Outcome] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=sum(map(len, by_operation.values())))
-        for found in by_operation.values():
+        for operation_cases in by_operation.values():
             factors = {
                 case: case.prop.examples_factor * float(getattr(case.implementation, "examples_factor", 1.0))
-                for case in found
+                for case in operation_cases
             }
-            quick = [case for case in found if not getattr(case.implementation, "slow", False)]
+            quick = [case for case in operation_cases if not getattr(case.implementation, "slow", False)]
             number = int(np.ceil(examples / sum(factors[case] for case in quick))) if quick else 0
-            for case in found:
+            for case in operation_cases:
                 progress.update(task, description=f"{case.prop.operation} {case.dtype}")
                 wanted = number or round(ONLY_SLOW_EXAMPLES / factors[case])
                 if quick and case not in quick:
@@ -102,7 +102,7 @@ def _numerics_lines(outcomes: Sequence[Outcome]) -> list[str]:
             f"## `{operation}`",
             "",
             f"{total:,} examples; {rows[0].case.prop.sentence}. Constant {constant:g}: {reason}.",
-            *(["Here each example takes a second, in Triton's interpreter or compiled: hence few."] if slow else []),
+            *(["Few examples, because each takes a second, in Triton's interpreter or compiled."] if slow else []),
             "",
             "| implementation | dtype | examples | worst error / bound | error | bound | of |",
             "|---|---|---:|---:|---:|---:|---|",
@@ -122,7 +122,7 @@ def _numerics_lines(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def short(recipe: Any) -> str:
-    """Python that makes a recipe again, without the fields that stand at their defaults."""
+    """Python that makes a recipe again, without the fields that have their default values."""
     if not dataclasses.is_dataclass(recipe):
         return repr(recipe)
     values = {field.name: (getattr(recipe, field.name), field.default) for field in dataclasses.fields(recipe)}

@@ -1,4 +1,4 @@
-"""Runs properties against implementations: how many examples, in what order, and what came of it."""
+"""Runs properties against implementations: how many examples, in which order, and with what outcome."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from smca.conformance.protocol import OPERATIONS, address_of, dtypes_of, impleme
 
 @dataclass(frozen=True)
 class Profile:
-    """How thorough a run is."""
+    """How thoroughly to test."""
 
     name: str
     examples: int
-    """Examples of a property, for each implementation and dtype (times the property's own factor)."""
+    """Examples per property, implementation and dtype (times the property's own factor)."""
     random: bool
-    """New examples in every run, found failures kept in .hypothesis/; otherwise the same in every run."""
+    """Whether every run draws new examples and keeps failures in .hypothesis/; otherwise every run draws the same."""
     patient: bool
-    """All properties of slow implementations too; otherwise only their equality with the oracle."""
+    """Whether slow implementations get all properties; otherwise only equality with the oracle."""
 
 
 PROFILES = {
@@ -41,7 +41,7 @@ PROFILES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A property to be checked of an implementation in a dtype."""
+    """A property to check for an implementation and a dtype."""
 
     prop: Property
     implementation: Any
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def missing(self) -> str | None:
-        """What the implementation lacks for it; None if nothing."""
+        """The operation that the implementation lacks for it; None if it lacks none."""
         for operation in (self.prop.operation, *self.prop.needs):
             if not implemented(self.implementation, operation):
                 return operation
@@ -58,13 +58,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case."""
+    """The result of a case."""
 
     case: Case
     status: str
     """"passed", "failed" or "not implemented"."""
     message: str
-    """Of the failure, for the smallest example found; else empty."""
+    """The failure, for the smallest example that was found; empty if there is none."""
     worst: Worst
     """The largest error, as a multiple of its bound; its `examples` is how many were tried."""
     seconds: float
@@ -73,7 +73,7 @@ class Outcome:
 
 
 def cases(properties: Iterable[Property], implementations: Iterable[Any], profile: Profile) -> Iterator[Case]:
-    """All combinations, implementation by implementation; what is not implemented once, not once a dtype.
+    """All combinations, implementation by implementation; what is not implemented comes once, not once per dtype.
 
     An implementation that is slow to try (it compiles every new shape, or is interpreted) declares it by a true ``slow``, and may
     name in ``quick_operations`` the operations that are enough of it in the quick profile.
@@ -102,9 +102,9 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
     """Draw examples until one fails or the profile's number is reached.
 
     Args:
-        case: what to check of whom.
+        case: which property to check, for which implementation and dtype.
         profile: how thoroughly.
-        examples: in place of the profile's number.
+        examples: number of examples, in place of the profile's.
         shrink: look for the smallest failing example; False = report the first.
     """
     judge = Judge(case.prop, name_of(case.implementation), case.dtype, address=address_of(case.implementation))
@@ -152,7 +152,7 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
 
     begun = time.perf_counter()
     message, smallest = attempt(Phase.explicit) if case.prop.always else ("", None)
-    # The first that Hypothesis draws is the simplest and says next to nothing: no use in drawing it alone.
+    # Hypothesis's first example is the simplest and tells next to nothing: drawing it alone is useless.
     if (number > 0 or not case.prop.always) and not (message and not shrink):
         drawn = attempt(Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else []))
         message, smallest = drawn if drawn[0] else (message, smallest)

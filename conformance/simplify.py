@@ -1,4 +1,4 @@
-"""What a failure hangs on: the smallest failing example again, one thing about it made simpler at a time."""
+"""What a failure depends on: tries the smallest failing example again, made simpler in one way at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Changed:
 
 
 def describe_simplifications(outcome: Outcome) -> str:
-    """Lines that say with which simplifications the smallest failing example passes, and with which it still fails."""
+    """Lines that list the simplifications with which the smallest failing example passes or still fails."""
     if outcome.status != "failed" or not outcome.failing:
         return ""
     case, by_result = outcome.case, dict[bool, list[str]]()
@@ -47,17 +47,17 @@ def describe_simplifications(outcome: Outcome) -> str:
                 case.prop.check(case.implementation, recipe, case.dtype, judge)
             except HypothesisException:
                 continue  # not an example of this property
-            except Exception:  # a mismatch, or whatever the implementation raises
+            except Exception:  # a mismatch, or an error of the implementation
                 by_result.setdefault(False, []).append(words)
             else:
-                if judge.worst.ratio >= 0 or outcome.worst.ratio < 0:  # else there was nothing left to compare
+                if judge.worst.ratio >= 0 or outcome.worst.ratio < 0:  # otherwise nothing was left to compare
                     by_result.setdefault(True, []).append(words)
     lines = [("    it passes with: ", by_result.get(True)), ("    it still fails with: ", by_result.get(False))]
     return "\n".join(start + ", ".join(words) for start, words in lines if words)
 
 
 def simpler(recipe: Any) -> Iterator[tuple[str, Any]]:
-    """In words, and as a recipe: what differs from this recipe in one thing, and is simpler in it."""
+    """Recipes that are simpler than this one in one way, each after its description in words."""
     if isinstance(recipe, AttentionInputs):
         yield from _simpler_shapes(recipe)
         x = recipe.arrays("float64")
@@ -138,7 +138,7 @@ _CHANGES: list[tuple[str, Callable[[Any], Any], Callable[[Level], Level]]] = [
         lambda level: level if level.key_padding_mask is None else level._replace(key_padding_mask=None),
     ),
 ]
-"""In words; of q and of a level, each given back as it is where there is nothing to change."""
+"""(Description, change of q, change of a level); a change returns its argument itself if it has nothing to do."""
 
 
 def _of_attention(of_q: Callable[[Any], Any], of_level: Callable[[Level], Level], x: AttentionArrays) -> Any:

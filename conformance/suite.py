@@ -1,4 +1,4 @@
-"""Everything there is to check: the properties of all operations."""
+"""All properties of all operations."""
 
 from __future__ import annotations
 

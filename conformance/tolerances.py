@@ -2,8 +2,8 @@
 
     bound = CONSTANTS[operation] · roundings · unit roundoff · condition number of the input,       entry by entry
 
-Two unit roundoffs appear: u, of the dtype that holds the inputs and the result, and a, of the dtype that sums are
-accumulated in (float32 for half precision, else u). The condition number is what the equations of the reference give
+Two unit roundoffs appear: u, of the dtype that holds the inputs and the result, and a, of the dtype in which
+sums are accumulated (float32 for half precision, else u). The condition number is what the equations of the reference give
 when every term is replaced by its magnitude and every error by its worst sign; so entries that the
 arithmetic determines well are held tightly, in the same array as entries that it does not.
 
@@ -11,7 +11,7 @@ Attention (reference/attention_….py, equations (4) to (12)). The error of a lo
 
     (16) κ_l = (|q|·|k_l|/√d)·(2u + u² + (d + 2)·a) + g_l·8a
 
-(q is scaled and q·k stored: two roundings, and in bfloat16 at logits of 10⁴ their product counts)
+(q is scaled and q·k is stored: two roundings, whose product matters in bfloat16 at logits of 10⁴)
 
 with g_l = ½λ_x·X² + ½λ_y·Y², where X = |x − c| if the prior is formed from the difference, or X = |x| + |c| (from the
 middle of the map) in the expanded form, whose terms of that size cancel. A weight A_l then has the relative error
@@ -19,9 +19,9 @@ middle of the map) in the expanded form, whose terms of that size cancel. A weig
     (17) ε_l = κ_l + log Σ_l' A_l'·exp(κ_l') + (L + 8)·a + 2u,      an absolute one of α_l = min(1, A_l·(exp(ε_l) − 1))
 
 and the output at most Σ_l (α_l + 2u·A_l)·|v_l|. The backward pass propagates α through (7) to (12) likewise.
-Besides, every stored number may be off by η, half the dtype's smallest number above 0: what is smaller underflows.
+In addition, every stored number may be off by η, half the dtype's smallest number above 0: smaller numbers underflow.
 
-Where that says more than is possible (a bound above twice the largest value), twice the largest value is the bound.
+A bound above twice the largest value is more than an error can be; there, twice the largest value is the bound.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, 
 """u: the largest relative error of rounding to nearest."""
 
 UNDERFLOW = {"float64": 2.0**-1075, "float32": 2.0**-127, "float16": 2.0**-25, "bfloat16": 2.0**-127}
-"""η: the largest absolute error of rounding a number that underflows. In float32 and bfloat16 that of a number flushed
-to 0, which processors may do below 2⁻¹²⁶ and vector units do."""
+"""η: the largest absolute error of rounding a number that underflows. In float32 and bfloat16, that of a number flushed
+to 0: processors may flush below 2⁻¹²⁶, and vector units do."""
 
 CONSTANTS: dict[str, tuple[float, str]] = {
     "smca_attention": (1.0, "every rounding is counted"),
@@ -60,16 +60,16 @@ CONSTANTS: dict[str, tuple[float, str]] = {
 """Operation → (constant, its reason): 1 where the bound counts every rounding."""
 
 TINY = 1e-290
-"""Added to every bound: 0 would ask for exact equality of numbers that underflow."""
+"""Added to every bound: a bound of 0 would demand exact equality of numbers that underflow."""
 
 
 def prior_dtype(dtype: str) -> str:
-    """Of centres, precisions and level weights beside queries and keys in `dtype`: at least float32."""
+    """The dtype of centres, precisions and level weights that go with queries and keys in `dtype`: at least float32."""
     return "float32" if dtype in ("float16", "bfloat16") else dtype
 
 
 def accumulation_roundoff(dtype: str) -> float:
-    """a: of the dtype that sums are accumulated in."""
+    """a: the unit roundoff of the dtype in which sums are accumulated."""
     return UNIT_ROUNDOFF["float64" if dtype == "float64" else "float32"]
 
 
@@ -111,7 +111,7 @@ def attention_bounds(
         q: [B, h, N, d]. level: keys, values, priors. grad_out: [B, h, N, d] (anything, if only `out` is wanted).
         dtype: of the arithmetic.
         expanded_up_to: largest λ·(extent/2)² at which log G is in the expanded form; 0 = never.
-        skips_below: what the weights that are passed over may add up to: none of them is larger than this / L.
+        skips_below: what the weights of skipped keys may add up to; none of them is larger than this / L.
     """
     u, a, eta = UNIT_ROUNDOFF[dtype], accumulation_roundoff(dtype), UNDERFLOW[dtype]
     mask = level.key_padding_mask

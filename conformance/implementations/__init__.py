@@ -1,4 +1,4 @@
-"""What is held to the specification: ours, an example of yours, and transformers'."""
+"""Implementations held to the specification: ours, an example for yours, and those of transformers."""
 
 from smca.conformance.implementations.ours import IMPLEMENTATIONS
 

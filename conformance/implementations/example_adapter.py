@@ -19,9 +19,9 @@ class Example:
     """One head after the other, in plain NumPy."""
 
     name = "example"
-    """What reports call it."""
+    """Its name in reports."""
     dtypes = ("float64", "float32")
-    """What it can compute in; each operation is told which by its keyword."""
+    """The dtypes that it can compute in; each operation gets one by its keyword."""
     expanded_up_to: dict[str, float] = {}  # noqa: RUF012 - a constant, as in every adapter
     """Only if you form log G from x²·λ and x·λ·c apart (docs/method.md §6): dtype → the largest λ·(extent/2)² for which you
     do. That form loses digits, and is held to a wider bound. Leave it out if you square (x − c)."""
@@ -38,7 +38,7 @@ class Example:
         *,
         dtype: str,
     ) -> Array:
-        """[B, h, N, d]. What you are given is float64 that `dtype` represents: convert it as you like."""
+        """[B, h, N, d]. Inputs are float64 with values that `dtype` represents: convert them as you like."""
         q, k, v, center_xy, precision_xy = (x.astype(dtype) for x in (q, k, v, center_xy, precision_xy))
         row, column = np.divmod(np.arange(size[0] * size[1]), size[1])
         key_xy = np.stack([column, row], axis=-1).astype(dtype) + q.dtype.type(0.5)

@@ -32,7 +32,7 @@ BACKBONE = BackboneConfig(
     options={"embedding_size": 8, "hidden_sizes": list(STAGES.values()), "depths": [1, 1], "layer_type": "basic"},
     frozen_norm=False,
 )
-"""With which a model is built whose features the inputs hold."""
+"""The backbone of a model whose features come from the inputs."""
 
 
 def production_config(config: reference_config.ModelConfig) -> ModelConfig:
@@ -134,7 +134,7 @@ class TorchAttention:
 
 
 class Auto(TorchAttention):
-    """What ``auto`` chooses: each of the others, so that fewer examples tell as much."""
+    """What ``auto`` chooses: one of the other backends, so that fewer examples are as informative."""
 
     examples_factor = 0.25
 
@@ -143,7 +143,7 @@ class Auto(TorchAttention):
 
 
 class Autocast(Auto):
-    """What ``auto`` makes of float32 tensors under autocast, held to what the lower dtype may cost."""
+    """``auto`` on float32 tensors under autocast, held to the bounds of the lower dtype."""
 
     def __init__(self, device: str) -> None:
         super().__init__(device)
@@ -169,7 +169,7 @@ class Triton(TorchAttention):
 
     def __init__(self, device: str) -> None:
         if device == "cpu" and torch.cuda.is_available():
-            raise Unavailable("where there is a GPU the kernels run on it: triton-cuda")
+            raise Unavailable("on a machine with a GPU the kernels run there: use triton-cuda")
         super().__init__("triton", device, ("float32", "float16", "bfloat16"), {})
         missing = fused.available(device)
         if missing is not None:
@@ -197,7 +197,7 @@ class Triton(TorchAttention):
 
 
 class TorchModel(TorchAttention):
-    """A backend that the whole model can be run with, besides attention alone."""
+    """A backend that can run the whole model as well as attention alone."""
 
     model: Any = SMCADETR
 
@@ -242,7 +242,7 @@ class TorchModel(TorchAttention):
 
 
 class Lifted(TorchModel):
-    """The lifted form; what ``auto`` chooses most of the time, so that fewer examples tell as much."""
+    """The lifted form; ``auto`` chooses it most of the time, so that fewer examples are as informative."""
 
     examples_factor = 0.35
 
@@ -252,8 +252,8 @@ class Lifted(TorchModel):
 
 @functools.lru_cache(maxsize=64)
 def _built(model: Any, config: reference_config.ModelConfig, backend: str) -> SMCADETR:
-    """Building a model costs more than running it; its weights are loaded anew for each example. All share one backbone for
-    each choice of levels: what is tested begins at its features, and it costs the most."""
+    """A model, kept because building it costs more than running it; its weights are loaded anew for each example. All models
+    with the same levels use one backbone: it costs the most, and the tested part begins at its features."""
     with mock.patch.object(sys.modules[model.__module__], "Backbone", _backbone):
         return model(production_config(config), attention_backend=backend)  # type: ignore[no-any-return]
 
@@ -277,7 +277,7 @@ class Compiled(TorchAttention):
     def __init__(self) -> None:
         super().__init__("auto", "cpu", ("float32",), AUTO)
         self.name = "compiled"
-        # That a cached graph is of no use, for whatever reason, costs a compilation and nothing else.
+        # A cached graph that cannot be used costs one more compilation and nothing else.
         logging.getLogger("torch._inductor.codecache").setLevel(logging.ERROR)
         torch._dynamo.config.recompile_limit = 1000  # past it, what runs is no longer the compiled code
         compiled: Any = torch.compile(dynamic=True, fullgraph=True)

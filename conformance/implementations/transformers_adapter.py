@@ -3,9 +3,9 @@
     smca conformance --implementation smca.conformance.implementations.transformers_adapter:DeformableDetr
     smca conformance --implementation smca.conformance.implementations.transformers_adapter:Detr
 
-DETR scores classes by a softmax with one column more, for "no object", and its loss is a weighted cross-entropy;
-Deformable DETR uses the focal loss that SMCA uses too. What differs from docs/method.md, and why, is in
-docs/conformance.md. The adapter is also an example: everything that an adapter needs is here.
+DETR scores classes by a softmax with one more column, for "no object", and its loss is a weighted cross-entropy;
+Deformable DETR uses the focal loss that SMCA uses too. docs/conformance.md lists
+what differs from docs/method.md, and why. This file is also an example: it holds everything that an adapter needs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLAIN: Any = loss_for_object_detection
 
 
 class DeformableDetr:
-    """Matcher and loss of `transformers`' Deformable DETR: sigmoid and focal loss, as SMCA's."""
+    """Matcher and loss of `transformers`' Deformable DETR: sigmoid and focal loss, as in SMCA."""
 
     name = "transformers-deformable-detr"
     dtypes = ("float64", "float32")
@@ -56,7 +56,7 @@ class DeformableDetr:
         *,
         dtype: str,
     ) -> Array:
-        """The matcher keeps its costs to itself: they are read where it hands them to SciPy."""
+        """The matcher does not return its costs: they are read where it passes them to SciPy."""
         kind = getattr(torch, dtype)
         outputs = {
             "logits": self.columns(torch.tensor(logits, dtype=kind)[None]),
@@ -103,12 +103,12 @@ class DeformableDetr:
             for b, valid in enumerate(targets.valid)
         ]
         loss = self.loss(logits.shape[-1], weights).to(kind)
-        their_terms = loss({**layers[-1], "auxiliary_outputs": layers[:-1]}, wanted)
-        theirs, last = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}, len(layers) - 1
+        loss_terms = loss({**layers[-1], "auxiliary_outputs": layers[:-1]}, wanted)
+        term_names, last = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}, len(layers) - 1
         terms = {
-            f"{name}/{m}": weights[name] * their_terms[theirs[name] + ("" if m == last else f"_{m}")]
+            f"{name}/{m}": weights[name] * loss_terms[term_names[name] + ("" if m == last else f"_{m}")]
             for m in range(len(layers))
-            for name in theirs
+            for name in term_names
         }
         return {**terms, "loss": torch.stack([value.reshape(()) for value in terms.values()]).sum()}, leaves
 

@@ -1,10 +1,10 @@
 """Inputs of attention: recipes of a few numbers, drawn by Hypothesis, and the arrays that follow from them.
 
 Bounds, with their reasons: maps of 1 × 1 to 9 × 9 cells, because a wrong index shows on two cells and shrinks to one,
-and a few of some hundred cells, past a block of any kernel; 1 to 3 images and heads, because mixing needs two; 33
+and a few maps of some hundred cells, past a block of any kernel; 1 to 3 images and heads, because mixing needs two; 33
 queries, past two blocks of 16; widths of 1 to 128 channels, at and past the powers of two that a kernel pads to; logits
 to 1e4, where a softmax without its maximum overflows even in float64; precisions to 1e3, where a Gaussian is far narrower
-than a cell; centres up to one map outside. Every number is drawn from few values: corners come often.
+than a cell; centres up to one map outside. Every number is drawn from a few values, so that corner cases are frequent.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class AttentionInputs:
     precision: float = 0.5
     """Largest λ, cells⁻²."""
     spread: str = "even"
-    """Of λ: "even", within a factor of 5; "wide", over four orders of magnitude; "one axis", the other's being 0."""
+    """Of λ: "even", within a factor of 5; "wide", over four orders of magnitude; "one axis", with 0 for the other axis."""
     centers: str = "inside"
     """"inside" the map, "outside" by up to a map, or on a "cell" centre."""
     padding: str = "none"
@@ -155,7 +155,7 @@ def attention_inputs(draw: st.DrawFn, /, **fixed: Any) -> AttentionInputs:
 
 
 USUAL = [AttentionInputs(2, 2, 5, 8, (3, 5), 10.0, 0.5, "even", "outside", "some", 1)]
-"""Nothing about it is simple: what is slow may get to see few others, and Hypothesis begins with the simplest."""
+"""A case with nothing simple about it: slow implementations see few others, and Hypothesis begins with the simplest."""
 
 
 class LevelsArrays(NamedTuple):
@@ -196,7 +196,7 @@ class LevelsInputs:
         return LevelsArrays(q, levels, round_to(weights, coarse), grad_out)
 
     def _scaled(self, q: Array, k: Array, dtype: str) -> Array:
-        """Keys of a level with which the common q has the largest logit that is wanted: they were drawn beside another q."""
+        """Keys of a level, scaled so that the largest logit with the common q is as wanted: they were drawn with another q."""
         largest = np.abs(q @ np.swapaxes(k, -1, -2)).max() / q.shape[-1] ** 0.5
         return round_to(k * (self.first.logit / largest), dtype) if largest > 0 else k
 
@@ -217,4 +217,4 @@ def levels_inputs(draw: st.DrawFn, /, **fixed: Any) -> LevelsInputs:
 
 
 USUAL_LEVELS = [LevelsInputs(USUAL[0], ((3, 5), (2, 3)), "softmax")]
-"""As USUAL; maps that do not nest."""
+"""As USUAL, with maps that do not nest."""

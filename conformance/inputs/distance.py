@@ -1,4 +1,4 @@
-"""More inputs of attention: keys that are far off and yet count, and weights that are dropped."""
+"""More inputs of attention: distant keys that matter, and weights that are dropped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smca.reference.gaussian import key_minus_center
 
 @dataclass(frozen=True)
 class DistantInputs:
-    """One map, and on it a key that is as far from a query as can be, but which q·k favours."""
+    """One map with a key that is as far from a query as possible, but that q·k favours."""
 
     first: AttentionInputs
     gap: float = 100.0
@@ -54,12 +54,12 @@ class DistantInputs:
 
 
 BEHIND = st.one_of(st.integers(4, 20), st.integers(-4, 48))
-"""Mostly weights that show in float32, and down to far too light for it."""
+"""Mostly weights that are visible in float32, down to ones far too light for it."""
 
 
 @st.composite
 def distant_inputs(draw: st.DrawFn, /) -> DistantInputs:
-    """Maps of several blocks of keys, narrow priors, favoured keys from the heaviest to far too light to show."""
+    """Maps of several blocks of keys, narrow priors, favoured keys from the heaviest to ones too light to be visible."""
     maps = attention_inputs(
         size=st.sampled_from([(9, 17), (1, 64), (64, 1), (17, 9), (3, 40), (40, 3)]),
         queries=st.sampled_from([1, 3]),
@@ -86,8 +86,8 @@ TIGHT = [
     _tight((40, 3), 100.0, 13, 10, queries=3, centers="outside"),
     _tight((3, 40), 400.0, 12, 15, spread="one axis"),
 ]
-"""Where a bound on what is skipped is just met, each in another way: of blocks within a row and over several, of either axis,
-of queries that share a block, of a key on the edge of what shows. Random examples come near to that too seldom."""
+"""Cases that just meet a bound on what is skipped, each in another way: blocks within a row and over several rows, either axis,
+several queries in one block, a key on the edge of being visible. Random examples too seldom come near these."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class DropoutInputs:
     first: AttentionInputs
     rate: float = 0.3
     seed: int = 0
-    """Of the dropout, 64 bits with a sign."""
+    """Seed of the dropout, a signed 64-bit integer."""
 
     def arrays(self, dtype: str) -> AttentionArrays:
         """With values that `dtype` represents."""
@@ -110,7 +110,7 @@ class DropoutInputs:
 
 @st.composite
 def dropout_inputs(draw: st.DrawFn, /) -> DropoutInputs:
-    """Small maps, whose weights are all read off one by one, and logits at which none of them underflows."""
+    """Small maps, whose weights are all read off one by one, with logits at which none of the weights underflows."""
     sides = st.integers(1, 6)
     maps = attention_inputs(
         size=st.tuples(sides, sides),
@@ -128,4 +128,4 @@ def dropout_inputs(draw: st.DrawFn, /) -> DropoutInputs:
 
 
 MANY_WEIGHTS = [DropoutInputs(AttentionInputs(batch=2, heads=2, queries=17, channels=8, size=(4, 5)), 0.3, 5)]
-"""Enough of them in every image, head and query for chance to be told from the same dropout."""
+"""Enough weights in every image, head and query to tell chance agreement from equal dropout."""

@@ -1,8 +1,8 @@
 """Inputs of boxes, matching and loss: recipes of a few numbers, and the arrays that follow from them.
 
-Bounds, with their reasons: up to 7 queries and 9 targets, so that there are more of either, and every assignment could
-be counted by hand; boxes within [0, 1] as the method's, of sides from 0.01 to 0.8, since the width of a box of a
-thousandth is known to three digits fewer; kinds of boxes for the corners (no area, the same box twice, apart, nested);
+Bounds, with their reasons: up to 7 queries and 9 targets, so that either may outnumber the other and every assignment could
+be enumerated by hand; boxes within [0, 1] as in the method, with sides from 0.01 to 0.8, since a width of a
+thousandth has three digits fewer; kinds of boxes for the corner cases (no area, the same box twice, apart, nested);
 logits to 1e4, where a probability is 0 or 1 and its logarithm must not be.
 """
 
@@ -23,7 +23,7 @@ from smca.reference.losses import Targets
 Array = npt.NDArray[np.float64]
 
 WEIGHTS = {"class": 2.0, "l1": 5.0, "giou": 2.0}
-"""Of the method (docs/method.md §5)."""
+"""The method's weights (docs/method.md §5)."""
 
 
 def random_boxes(rng: np.random.Generator, *shape: int) -> Array:
@@ -136,7 +136,7 @@ class LossInputs:
     targets: int = 1
     """T, columns of the padded targets."""
     filled: float = 1.0
-    """Part of them that are objects and not padding."""
+    """Fraction of them that are objects and not padding."""
     logit: float = 1.0
     """Standard deviation of the logits."""
     seed: int = 0

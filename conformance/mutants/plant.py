@@ -35,7 +35,7 @@ MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING]
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
     "reference": r"smca\.reference",
-    # Of the production package only what the mutants are in or what uses them: the rest, with its registrations, is shared.
+    # In the production package, only what holds mutants or uses them is replaced: the rest, with its registrations, is shared.
     "gpu": r"smca\.gpu(?=\.(?:attention|loss|model)\b)",
 }
 _ATTENTION = (
@@ -54,7 +54,7 @@ CONCERNS = {
     "losses": ("set_loss",),
     "criterion": ("set_loss", "set_loss_vjp"),
 }
-"""File → the operations that a bug in it can reach; of any other file, the whole model."""
+"""File → the operations that a bug in it can reach; for any other file, the whole model."""
 
 _count = itertools.count()
 
@@ -97,15 +97,15 @@ class _Loader(importlib.abc.Loader):
 def _changed(text: str, mutant: Mutant) -> str:
     if text.count(mutant.source) != 1:
         raise ValueError(
-            f"mutant {mutant.bug!r}: its source stands {text.count(mutant.source)} times in {mutant.module}.py, expected "
-            "once: bring the table up to date"
+            f"mutant {mutant.bug!r}: expected its source once in {mutant.module}.py, got it {text.count(mutant.source)} times: "
+            "update the table"
         )
     return text.replace(mutant.source, mutant.replacement)
 
 
 @contextmanager
 def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
-    """The fused kernels with the bug in them. Triton reads the source of what it compiles: it has to be in a file."""
+    """The fused kernels with the bug in them. Triton reads the source of what it compiles, so it has to be in a file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels: Any = Triton(device)
     kernels.examples_factor = 0.25 if mutant in DROPOUT else 1.0
@@ -125,7 +125,7 @@ def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
 
 @contextmanager
 def planted_package(mutant: Mutant) -> Iterator[str]:
-    """The name under which, for the time being, the mutant's package can be imported with the bug in it."""
+    """Within the context, the mutant's package with the bug in it can be imported under the name that this gives."""
     name = f"_smca_mutant_{next(_count)}"
     package, finder = types.ModuleType(name), _Finder(name, mutant)
     package.__path__ = []
@@ -144,7 +144,7 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
     """Implementations with the bug in them.
 
     Raises:
-        Unavailable: what it is in cannot run on this machine.
+        Unavailable: the code that holds the bug cannot run on this machine.
     """
     if mutant.module == "attention.fused_kernels":
         with _in_kernels(mutant) as implementations:
@@ -163,7 +163,7 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
 
 def _production(name: str, mutant: Mutant) -> list[Any]:
     if mutant.module.startswith("attention."):
-        # The backend that the bug is named after; what is none's shows in any.
+        # The backend that the bug is named after; any other bug shows in every backend.
         backend: Any = TorchModel("eager", "cpu", ("float64", "float16"), {})
         if mutant.bug.startswith("lifted"):
             backend = TorchModel("lifted", "cpu", ("float64", "float16"), LIFTED)
@@ -185,28 +185,28 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
 
 @dataclass(frozen=True)
 class MutantResult:
-    """What killed a mutant, and when."""
+    """Which property killed a mutant, and when."""
 
     mutant: Mutant
     killer: str
     """Name of the first property that failed; empty if none did: the mutant lives."""
     examples: int
-    """Tried by that property until it failed."""
+    """Examples that the property tried until it failed."""
     without_oracle: tuple[str, ...]
-    """Properties that fail and compare with nothing but the implementation itself; looked for only if asked to."""
+    """Properties that fail without the oracle, by comparing the implementation only with itself; filled in on request."""
     first_seconds: float
-    """From planting it to the first property that failed."""
+    """Seconds from planting the bug to the first property that failed."""
     message: str
 
 
 def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, thorough: bool = False) -> MutantResult:
-    """Run the properties that a bug there can reach: first equality with the oracle, then the others.
+    """Run the properties that the bug can reach: first equality with the oracle, then the others.
 
     Args:
         mutant: what to plant.
-        properties: all there are.
+        properties: all properties.
         profile: how many examples of each.
-        thorough: don't stop at the first that fails; find all that fail without the oracle.
+        thorough: do not stop at the first that fails; find all that fail without the oracle.
     """
     operations = CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))
     operations = ("smca_attention_dropout",) if mutant in DROPOUT else operations

@@ -1,11 +1,11 @@
 """Plausible bugs, each one line of the specification changed; those of the production code are in `table_gpu`.
 
 Left out because they change nothing, or nothing that is specified:
-- softmax without the maximum taken off, in float64 and below logits of 700: the same numbers (above, it is in the table);
+- softmax without subtracting the maximum, in float64 and below logits of 700: the same numbers (above, it is in the table);
 - −10⁹ in place of −∞ for padded keys beside logits that are finite: exp gives the same 0;
 - ties of the assignment broken the other way: the specification leaves them open;
-- the square in r² taken of |r|: the same; cos and sine swapped in the position encoding together with their weights;
-- the sum over heads in the gradient of level weights taken before that over channels: the same;
+- |r|² for r², and sine and cosine swapped in the position encoding together with the weights that read them: the same function;
+- in the gradient of the level weights, the sum over heads taken before the sum over channels: the same sum;
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A bug: in `module` of smca.`package`, `source` stands exactly once and becomes `replacement`."""
+    """A bug: in `module` of smca.`package`, `source` occurs exactly once and becomes `replacement`."""
 
     bug: str
     package: str

@@ -43,7 +43,7 @@ def poisoned(x: AttentionArrays) -> AttentionArrays:
 
 
 def framed(x: AttentionArrays, before: tuple[int, int], after: tuple[int, int]) -> AttentionArrays:
-    """The map inside a larger one, whose further cells are padded and hold NaN; centres move with the map."""
+    """The map inside a larger one, whose additional cells are padded and hold NaN; centres move with the map."""
     rows, columns = x.level.size
     size = (before[0] + rows + after[0], before[1] + columns + after[1])
     inner = (slice(before[0], before[0] + rows), slice(before[1], before[1] + columns))
@@ -64,7 +64,7 @@ def framed(x: AttentionArrays, before: tuple[int, int], after: tuple[int, int]) 
 
 
 def plain_attention(x: AttentionArrays) -> Array:
-    """Attention as everybody knows it, without a prior."""
+    """Standard attention, without a prior."""
     logits = x.q @ np.swapaxes(x.level.k, -1, -2) / np.sqrt(x.q.shape[-1])
     if x.level.key_padding_mask is not None:
         logits[np.broadcast_to(x.level.key_padding_mask[:, None, None], logits.shape)] = -np.inf
@@ -73,7 +73,7 @@ def plain_attention(x: AttentionArrays) -> Array:
 
 
 def real_keys(x: AttentionArrays) -> npt.NDArray[np.bool_]:
-    """[B, L]."""
+    """[B, L] bool, True where the key is not padded."""
     mask = x.level.key_padding_mask
     return np.ones((x.q.shape[0], x.level.k.shape[2]), dtype=np.bool_) if mask is None else ~mask
 
@@ -120,7 +120,7 @@ def equal_keys_leave_the_gaussian(impl: Any, recipe: AttentionInputs, dtype: str
     weight = oracle.gaussian_weight_map(x.level.center_xy, scale, beta, x.level.size)
     weight = weight.reshape(*weight.shape[:3], -1) * real_keys(x)[:, None, None]
     total = weight.sum(-1, keepdims=True)
-    # A Gaussian underflows where its logarithm doesn't: all padded but far keys. Those are not compared.
+    # A Gaussian can underflow where its logarithm does not (all keys but far ones padded): not compared.
     usable = total > 1e-200
     expected = np.where(usable, weight @ x.level.v / np.where(usable, total, 1.0), 0.0)
     got = np.where(usable, forward(impl, x, dtype), 0.0)
@@ -163,7 +163,7 @@ def padding_a_map_changes_nothing(impl: Any, recipe: AttentionInputs, dtype: str
 def output_inside_the_hull(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     got, keep = forward(impl, x, dtype), real_keys(x)[:, None, :, None]
-    judge.finite(got, "output")
+    judge.all_finite(got, "output")
     low = np.where(keep, x.level.v, np.inf).min(axis=2, keepdims=True)
     high = np.where(keep, x.level.v, -np.inf).max(axis=2, keepdims=True)
     u = UNIT_ROUNDOFF[dtype]

@@ -1,4 +1,4 @@
-"""What must be true of smca_attention where distances are large: what is far is light, but no lighter than it is."""
+"""What must be true of smca_attention where distances are large: far keys get exactly the weight they are due."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Array = npt.NDArray[np.float64]
 PROPERTIES: list[Property] = []
 
 FAVOURED = (
-    "method.md §2: the weight of a key is exp(QKᵀ/√d + log G), however large −log G is. A kernel that passes over far keys "
-    "must bound the whole logit, and says in `skips_below` what it may leave out"
+    "method.md §2: the weight of a key is exp(QKᵀ/√d + log G), however large −log G is. A kernel that skips far keys "
+    "must bound the whole logit, and declares in `skips_below` what it may leave out"
 )
 
 
@@ -41,8 +41,8 @@ def far_centers(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) ->
 
 @property_of(
     "smca_attention.infinite_precision_picks_the_nearest_key",
-    "a precision without bounds picks the value of the nearest key that is not padded",
-    "method.md §2: as λ → ∞, log G of every key but the nearest falls behind without bounds",
+    "a precision that grows without bound picks the value of the nearest key that is not padded",
+    "method.md §2: as λ → ∞, log G of every key but the nearest falls behind without bound",
     attention_inputs(
         logit=st.sampled_from([0.0, 1.0, 10.0]),
         precision=1e3,
@@ -57,7 +57,7 @@ def infinite_precision_picks_the_nearest_key(impl: Any, recipe: AttentionInputs,
     behind = 0.5 * np.einsum("bhna,bhnla->bhnl", x.level.precision_xy, squared)  # −log G
     behind = np.where(real_keys(x)[:, None, None], behind, np.inf)
     expected = np.take_along_axis(x.level.v, behind.argmin(-1)[..., None], axis=2)
-    # Compared where the second is behind by more than q·k can make up for, and by 50 more: e⁻⁵⁰ is left of it.
+    # Compared where the second key is behind by more than q·k can make up for, and by 50 more: its weight is then e⁻⁵⁰.
     nearest, second = np.sort(np.pad(behind, [(0, 0)] * 3 + [(0, 1)], constant_values=np.inf), axis=-1)[..., :2].T
     clear = (second - nearest > 2 * recipe.logit + 50 + 1e-3 * nearest).T[..., None]
     largest = np.abs(np.where(real_keys(x)[:, None, :, None], x.level.v, 0.0)).max(axis=2, keepdims=True)
@@ -81,7 +81,7 @@ def distant_keys_count(impl: Any, recipe: DistantInputs, dtype: str, judge: Judg
 
 @property_of(
     "smca_attention_vjp.distant_keys_count",
-    "a key far from the centre gets and gives all the gradient that its weight says",
+    "a key far from the centre gets and passes on all the gradient that its weight implies",
     FAVOURED,
     distant_inputs(),
     into=PROPERTIES,

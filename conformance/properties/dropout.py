@@ -1,4 +1,4 @@
-"""What must be true of attention dropout: each weight kept or dropped, and by the backward pass as by the forward pass."""
+"""What must be true of attention dropout: each weight kept or dropped, and the same in the backward pass as in the forward pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DROPOUT = (
     "V̄ = (A∘m/(1 − p))ᵀ·Ō, Ā = (Ō·Vᵀ)∘m/(1 − p)"
 )
 WIDE = ("float64", "float32", "bfloat16")
-"""In float16 light weights underflow: to read off a weight of 0 that it was dropped needs more range."""
+"""Not float16, in which light weights underflow: a weight of 0 would not prove that it was dropped."""
 
 
 def result(impl: Any, x: AttentionArrays, recipe: DropoutInputs, dtype: str, seed: int) -> list[Array]:
@@ -46,7 +46,7 @@ def weights_by(attend: Callable[[AttentionArrays], Array], x: AttentionArrays) -
 
 
 def kept_by(impl: Any, x: AttentionArrays, recipe: DropoutInputs, dtype: str, seed: int) -> tuple[Array, Mask]:
-    seen = weights_by(lambda there: result(impl, there, recipe, dtype, seed)[0], x)
+    seen = weights_by(lambda changed: result(impl, changed, recipe, dtype, seed)[0], x)
     return seen, seen != 0
 
 
@@ -85,7 +85,7 @@ def dropout_equals_the_oracle(impl: Any, recipe: DropoutInputs, dtype: str, judg
 
 
 @property_of(
-    "smca_attention_dropout.drops_its_share",
+    "smca_attention_dropout.drops_at_the_rate",
     "as many weights are dropped as the rate says: the same ones again for the same seed, and others for another seed, "
     "image, head or query",
     DROPOUT,
@@ -94,13 +94,13 @@ def dropout_equals_the_oracle(impl: Any, recipe: DropoutInputs, dtype: str, judg
     dtypes=WIDE,
     always=MANY_WEIGHTS,
 )
-def drops_its_share(impl: Any, recipe: DropoutInputs, dtype: str, judge: Judge) -> None:
+def drops_at_the_rate(impl: Any, recipe: DropoutInputs, dtype: str, judge: Judge) -> None:
     x, rate = recipe.arrays(dtype), recipe.rate
     _, kept = kept_by(impl, x, recipe, dtype, recipe.seed)
     real = np.broadcast_to(real_keys(x)[:, None, None], kept.shape)
-    # Times the constant of the operation, 2, six standard deviations: a false alarm in 10⁹ examples.
+    # Six standard deviations, with the operation's constant of 2: one false alarm in 10⁹ examples.
     deviation = (rate * (1 - rate) / int(real.sum())) ** 0.5
-    judge.close(kept[real].mean(), 1 - rate, 3 * deviation + 1e-9, "part of the weights kept")
+    judge.close(kept[real].mean(), 1 - rate, 3 * deviation + 1e-9, "fraction of the weights kept")
     _, again = kept_by(impl, x, recipe, dtype, recipe.seed)
     judge.holds(bool((again == kept).all()), "the same seed dropped other weights the second time")
     _, other = kept_by(impl, x, recipe, dtype, (recipe.seed + 1 + 2**63) % 2**64 - 2**63)
@@ -112,4 +112,4 @@ def drops_its_share(impl: Any, recipe: DropoutInputs, dtype: str, judge: Judge) 
     for name, (one, two) in pairs.items():
         # By chance n draws agree with a probability of (p² + (1 − p)²)ⁿ.
         if len(one) * np.log(rate**2 + (1 - rate) ** 2) < np.log(1e-12):
-            judge.holds(not (one == two).all(), f"another {name} had the very same weights dropped")
+            judge.holds(not (one == two).all(), f"another {name} had exactly the same weights dropped")

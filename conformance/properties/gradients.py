@@ -98,7 +98,7 @@ def padded_keys_get_no_gradient(impl: Any, recipe: AttentionInputs, dtype: str, 
 
 @property_of(
     "smca_attention_vjp.flat_prior_has_no_center",
-    "a centre feels nothing where the precision is 0, and no value where all are alike",
+    "a centre gets no gradient where the precision is 0, and values that are all alike give none to q, k and λ",
     "reference/attention_backward.py (9) and (11): S̄ sums to 0 over the keys; c̄ is λ times a sum",
     attention_inputs(precision=0.0),
     into=PROPERTIES,

@@ -28,7 +28,7 @@ LOSS = (
 PADDING = "method.md §5: the padding of targets is no object; images with no object are legal everywhere"
 
 CONTINUOUS = loss_inputs(logit=st.sampled_from([1.0, 0.1, 10.0]))
-"""Without logits so large that costs of different queries are equal: then the matching, and the loss with it, may differ."""
+"""No logits so large that different queries cost the same: the matching, and with it the loss, could then differ."""
 
 
 def terms_of(impl: Any, x: LossArrays, dtype: str) -> dict[str, float]:
@@ -42,7 +42,7 @@ def gradients_of(impl: Any, x: LossArrays, dtype: str) -> tuple[Array, Array]:
 
 
 def clear_matching(x: LossArrays, dtype: str) -> bool:
-    """Whether every matching would survive the rounding of its costs: each other choice costs clearly more."""
+    """Whether every matching survives the rounding of its costs: any other choice costs clearly more."""
     gap = 1e4 * UNIT_ROUNDOFF[dtype]
     for m, b in np.ndindex(*x.logits.shape[:2]):
         (real,) = np.nonzero(x.targets.valid[b])
@@ -61,10 +61,10 @@ def clear_matching(x: LossArrays, dtype: str) -> bool:
 
 
 def bounds(x: LossArrays, dtype: str) -> dict[str, float]:
-    """Of every term: a rounding for each logit and each coordinate that enters, relative to its size, and for each sum."""
+    """Bound of every term: one rounding per logit and coordinate that enters, relative to its size, and one per sum."""
     u, number = UNIT_ROUNDOFF[dtype], max(1, int(x.targets.valid.sum()))
     query = oracle.match(x.logits, x.boxes, x.targets, WEIGHTS)
-    found: dict[str, float] = {}
+    limits: dict[str, float] = {}
     for m in range(len(x.logits)):
         image, target = np.nonzero(query[m] >= 0)
         pred, true = x.boxes[m, image, query[m, image, target]], x.targets.boxes[image, target]
@@ -76,8 +76,8 @@ def bounds(x: LossArrays, dtype: str) -> dict[str, float]:
             "l1": u * (np.abs(pred) + np.abs(true)).sum() * count,
             "giou": giou.sum() + u * 2 * count**2,
         }
-        found |= {f"{name}/{m}": float(WEIGHTS[name] * value / number) for name, value in sums.items()}
-    return {**found, "loss": sum(found.values()) + u * len(found) ** 2}
+        limits |= {f"{name}/{m}": float(WEIGHTS[name] * value / number) for name, value in sums.items()}
+    return {**limits, "loss": sum(limits.values()) + u * len(limits) ** 2}
 
 
 def compare(got: dict[str, float], expected: dict[str, float], limits: dict[str, float], judge: Judge, of: str) -> None:
@@ -159,8 +159,8 @@ def padding_of_targets(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) 
 
 @property_of(
     "set_loss.perfect_boxes_cost_nothing",
-    "where the predictions hold all ground-truth boxes, with confident logits, L1 "
-    "and GIoU terms are 0 and the class term is next to 0",
+    "where the predictions include all ground-truth boxes, with confident logits, L1 "
+    "and GIoU terms are 0 and the class term is nearly 0",
     LOSS,
     loss_inputs(filled=1.0, logit=1.0, queries=st.integers(4, 7), targets=st.integers(1, 3), classes=1),
     into=PROPERTIES,
@@ -203,7 +203,7 @@ def corner(recipe: LossInputs, dtype: str) -> LossArrays:
 )
 def finite_at_the_corners(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     for name, value in terms_of(impl, corner(recipe, dtype), dtype).items():
-        judge.finite(value, name)
+        judge.all_finite(value, name)
         judge.holds(value >= -100 * UNIT_ROUNDOFF[dtype], f"{name} = {value} is negative")
         if not recipe.filled and name.partition("/")[0] in ("l1", "giou"):
             judge.holds(value == 0, f"{name} = {value} although there is no object")
@@ -218,14 +218,14 @@ def finite_at_the_corners(impl: Any, recipe: LossInputs, dtype: str, judge: Judg
 )
 def gradients_finite_at_the_corners(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     dlogits, dboxes = gradients_of(impl, corner(recipe, dtype), dtype)
-    judge.finite(dlogits, "gradient of logits")
-    judge.finite(dboxes, "gradient of boxes")
+    judge.all_finite(dlogits, "gradient of logits")
+    judge.all_finite(dboxes, "gradient of boxes")
     if not recipe.filled:
         judge.holds(not dboxes.any(), "boxes have a gradient although there is no object")
 
 
 def fixed_loss(x: LossArrays, query: npt.NDArray[np.int64]) -> float:
-    """The oracle's loss for a given matching [M, B, T]: the function that the gradient is of."""
+    """The oracle's loss for a fixed matching [M, B, T]: the function whose gradient is meant."""
     total, number = 0.0, max(1, int(x.targets.valid.sum()))
     for m in range(len(x.logits)):
         image, target = np.nonzero(query[m] >= 0)
@@ -242,7 +242,7 @@ def fixed_loss(x: LossArrays, query: npt.NDArray[np.int64]) -> float:
 @property_of(
     "set_loss_vjp.agrees_with_central_differences",
     "agrees with central differences of the oracle's loss, the matching held fixed",
-    "method.md §5, and the definition of a derivative; the matching is no function that one derives",
+    "method.md §5, and the definition of a derivative; the matching is not differentiated",
     CONTINUOUS,
     into=PROPERTIES,
     dtypes=["float64", "float32"],
@@ -273,7 +273,7 @@ def loss_agrees_with_central_differences(impl: Any, recipe: LossInputs, dtype: s
 
 @property_of(
     "set_loss_vjp.an_image_alone",
-    "an image's gradient does not depend on the other images, but for the common divisor",
+    "an image's gradient does not depend on the other images, except for the common divisor",
     LOSS,
     loss_inputs(batch=2, logit=st.sampled_from([1.0, 10.0])),
     into=PROPERTIES,

@@ -56,7 +56,7 @@ def giou_equals_the_oracle(impl: Any, recipe: BoxInputs, dtype: str, judge: Judg
 def symmetric_and_bounded(impl: Any, recipe: BoxInputs, dtype: str, judge: Judge) -> None:
     one, two = recipe.arrays(dtype)
     values, bound = giou(impl, one, two, dtype), giou_bound(one, two, dtype)
-    judge.finite(values, "GIoU")
+    judge.all_finite(values, "GIoU")
     judge.close(values, np.clip(values, -1, 1), bound, "GIoU against the nearest value in [−1, 1],")
     judge.close(giou(impl, two, one, dtype).T, values, 2 * bound, "GIoU(b, a)")
     areas = (one[:, 2:] - one[:, :2]).prod(-1)
@@ -77,7 +77,7 @@ def scale_and_shift(impl: Any, recipe: BoxInputs, dtype: str, judge: Judge) -> N
     one, two = recipe.arrays(dtype)
     scale, shift = np.array([4.0, 0.5, 4.0, 0.5]), np.array([3.0, -2.0, 3.0, -2.0])
     moved = one * scale + shift, two * scale + shift
-    # Rounding the moved corners moves them once more: the bound for corners of their size covers it.
+    # Rounding moves the moved corners once more: the bound for corners of their size covers it.
     bound = giou_bound(one, two, dtype) + 2 * giou_bound(*moved, dtype)
     judge.close(giou(impl, *moved, dtype), giou(impl, one, two, dtype), bound, "GIoU of the moved boxes")
 
@@ -98,7 +98,7 @@ def iou_where_the_hull_is_the_union(impl: Any, recipe: BoxInputs, dtype: str, ju
     left[:, 2 + axis] = (low + (high - low) * cut[1])[:, axis]
     right[:, axis] = (low + (high - low) * cut[0])[:, axis]
     bound = giou_bound(left, right, dtype)
-    # Of the boxes as they came out in this dtype, along the axis that differs.
+    # Expected from the boxes as rounded to this dtype, along the axis that differs.
     left, right = left.astype(np.float32 if dtype != "float64" else np.float64), right.astype(left.dtype)
     left, right = left.astype(np.float64), right.astype(np.float64)
     if dtype in ("float16", "bfloat16"):
@@ -129,7 +129,7 @@ def cost(impl: Any, arguments: tuple[Any, ...], dtype: str) -> Array:
 
 
 def parts_of_cost(x: tuple[Any, ...], at: tuple[int, ...]) -> str:
-    """What the oracle's cost of a pair adds up from."""
+    """The terms of which the oracle's cost of a pair is the sum."""
     logits, boxes, labels, truth = x
     query, target = at
     parts = [
@@ -172,7 +172,7 @@ def pair_by_pair(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> Non
 
 @property_of(
     "match_cost.falls_with_the_logit",
-    "the cost of a pair falls as the logit of its target's class rises, and no other class's logit has a part in it",
+    "the cost of a pair falls as the logit of its target's class rises, and no other class's logit affects it",
     COST,
     loss_inputs(layers=1, batch=1, filled=1.0, logit=1.0, targets=st.integers(1, 9)),
     into=PROPERTIES,
@@ -210,7 +210,7 @@ def total_bound(matrix: Array, dtype: str) -> float:
 
 @property_of(
     "assign.equals_the_oracle",
-    "the total cost is the optimum (SciPy's; equal costs may be assigned otherwise)",
+    "the total cost is the optimum (SciPy's; ties may be assigned differently)",
     ASSIGNED,
     cost_inputs(),
     into=PROPERTIES,
@@ -248,7 +248,7 @@ def constants(impl: Any, recipe: CostInputs, dtype: str, judge: Judge) -> None:
     before = assignment(impl, matrix, dtype, judge)[1]
     for axis, name in ((0, "rows"), (1, "columns")):
         if matrix.shape[axis] > matrix.shape[1 - axis]:
-            continue  # some of them stay without a partner, and which ones may change
+            continue  # some of them have no partner, and which ones may change
         added = np.round(rng.uniform(-64, 64, matrix.shape[axis]))
         other = matrix + (added[:, None] if axis == 0 else added)
         bound = total_bound(matrix, dtype) + 2 * total_bound(other, dtype)

@@ -21,7 +21,7 @@ MODEL = "method.md §1 to §5; reference/model.py, equations (1) to (6), with th
 PADDED = "method.md §2 and §5: padded keys get a logit of −∞; boxes are relative to the unpadded image"
 NAMES = ("logits", "boxes")
 WHOLE = ("float64", "float32")
-"""In half precision only parts of a model run in it (autocast): there is no one dtype to hold the whole to."""
+"""Not half precision, in which only parts of a model run (autocast): no single dtype applies to the whole."""
 PERTURBATION = 2.0**-30
 
 
@@ -45,7 +45,7 @@ def bounds(x: ModelArrays, seed: int, dtype: str, expected: dict[str, Array] | N
         params = {name: nudge(value) for name, value in x.params.items()}
         nudged = oracle.forward(params, [nudge(f) for f in x.features], x.valid_sizes, x.config)
         for name in NAMES:
-            # The largest entry of an image: single entries can happen to stand still.
+            # The largest entry per image: a single entry may happen not to move.
             change = np.abs(nudged[name] - expected[name]).max(axis=(0, 2, 3), keepdims=True) / PERTURBATION
             moved[name] = np.maximum(moved[name], change)
     layers = x.config.encoder_layers + x.config.decoder_layers + 1
@@ -77,7 +77,7 @@ def model_equals_the_oracle(impl: Any, recipe: ModelInputs, dtype: str, judge: J
 
 @property_of(
     "forward.padding_changes_nothing",
-    "an image beside a larger one, with NaN in its padded cells, gives what it gives alone",
+    "an image beside a larger one, with NaN in its padded cells, gives the same result as alone",
     PADDED,
     model_inputs(),
     into=PROPERTIES,
@@ -108,7 +108,7 @@ def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: J
 
 @property_of(
     "forward.batch_equals_singles",
-    "each image of a batch gives what it gives alone on the same maps",
+    "each image of a batch gives the same result as alone on the same maps",
     PADDED,
     model_inputs(),
     into=PROPERTIES,
@@ -167,7 +167,7 @@ def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judg
         sorted(gradients) == sorted(x.params), f"got gradients of {sorted(gradients)}, expected {sorted(x.params)}"
     )
     size = float(sum(np.abs(seed * expected[name]).sum() for seed, name in zip(seeds, NAMES, strict=True)))
-    # A few parameters an example: differences of all would take seconds, and other examples draw the others.
+    # A few parameters per example: differences of all would take seconds, and other examples draw the others.
     count = 5 if recipe in CONFIGURATIONS else 1
     here = sum(float((seed * expected[name]).sum()) for seed, name in zip(seeds, NAMES, strict=True))
     for name in rng.permutation(sorted(x.params))[:count].tolist():
@@ -186,7 +186,7 @@ def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judg
         bend, far_bend = ahead - 2 * here + behind, (far_ahead - 2 * here + far_behind) / 2
         if abs(bend) / step > 0.75 * abs(far_bend) / step + 4 * noise:
             continue
-        # Many ReLUs that switch look like a bend. Three estimates of what they do: each is small by chance, hardly all of them.
+        # Many ReLUs that switch look like a bend. Of three estimates of their effect, each may be small by chance, hardly all.
         limit = abs(coarse - wanted) + (abs(bend) + abs(far_bend)) / step + noise + 1e-6 * abs(wanted)
         judge.close(
             (np.asarray(gradients[name]) * direction).sum(), wanted, limit, f"gradient of {name} along a direction, "

@@ -37,7 +37,7 @@ def of_levels(impl: Any, x: LevelsArrays, dtype: str) -> list[AttentionBounds]:
 
 
 def bound(impl: Any, x: LevelsArrays, dtype: str) -> Array:
-    """Of the output: each level's, weighted, and a rounding for each product and sum."""
+    """Bound of the output: each level's bound, weighted, and one rounding per product and sum."""
     total, a = np.zeros(x.q.shape), accumulation_roundoff(dtype)
     for j, level in enumerate(of_levels(impl, x, dtype)):
         alpha = np.abs(x.level_weights)[:, None, :, j, None]
@@ -150,7 +150,7 @@ def gradients_equal_the_oracle(impl: Any, recipe: LevelsInputs, dtype: str, judg
     want_q, want_levels, want_weights = oracle.multi_scale_smca_attention_vjp(*arguments)
     limits, choices = of_levels(impl, x, dtype), (expanded_up_to(impl, dtype), skips_below(impl))
     rounding = (len(x.levels) + 2) * accumulation_roundoff(dtype) if dtype in ("float64", "float32") else 2.0**-6
-    # The weight of a level multiplies the gradient before or after it is stored: a rounding of each term either way.
+    # A level's weight multiplies the gradient before or after it is stored: one rounding per term either way.
     limit_q = sum(limit.dq for limit in limits) + rounding * sum(
         np.abs(oracle.smca_attention_vjp(x.level_weights[:, None, :, j, None] * x.grad_out, x.q, *level)[0])
         for j, level in enumerate(x.levels)
@@ -176,7 +176,7 @@ def gradients_equal_the_oracle(impl: Any, recipe: LevelsInputs, dtype: str, judg
 
 @property_of(
     "multi_scale_smca_attention_vjp.weights_feel_their_level",
-    "the gradient of a level's weight is that level's own output, seen by the gradient, summed over heads and channels",
+    "the gradient of a level's weight is that level's own output times the output's gradient, summed over heads and channels",
     BACKWARD,
     levels_inputs(),
     into=PROPERTIES,

@@ -1,4 +1,4 @@
-"""What must not change smca_attention: other coordinates, another order, other company (docs/method.md §2, §3)."""
+"""What must not change smca_attention: other coordinates, another order, other members of a batch (docs/method.md §2, §3)."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def reordering_images(impl: Any, recipe: AttentionInputs, dtype: str, judge: Jud
 
 @property_of(
     "smca_attention.batch_equals_singles",
-    "each image, head and query alone gives what it gives among others",
+    "each image, head and query alone gives the same result as among others",
     HEADS,
     attention_inputs(),
     into=PROPERTIES,
