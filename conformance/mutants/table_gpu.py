@@ -163,7 +163,7 @@ LIFTING: list[Mutant] = [
         ("lifting kernel: centre from the corner, cells from the middle", "gpu", "attention.fused_kernels",
          "return near - 0.5 * t - 0.5 * extent", "return near - 0.5 * t"),
         ("lifting kernel: keys beyond the map count", "gpu", "attention.fused_kernels",
-         "constant = tl.where(channel == 15, NOT_THERE, 0.0)", "constant = tl.where(channel == 15, 0.0, 0.0)"),
+         "constant = tl.where(channel == 15, BEYOND_MAP, 0.0)", "constant = tl.where(channel == 15, 0.0, 0.0)"),
         ("lifting kernel: mask not looked at", "gpu", "attention.fused_kernels", "    if HAS_MASK or not LIFT:\n", "    if not LIFT:\n"),
         ("lifting kernel: c̄ and λ̄ from the middle of the map", "gpu", "attention.fused_kernels", "way = near - 0.5 * extent", "way = 0.0 * near"),
         ("lifting kernel: λ̄ of a centre off the map", "gpu", "attention.fused_kernels", "return sums, squares + t * sums", "return sums, squares"),

@@ -1,4 +1,4 @@
-"""SMCA attention, and the ways to compute it side by side."""
+"""SMCA attention, with the ways to compute it side by side."""
 
 from smca.gpu.attention.dispatch import BACKENDS, Level, multi_scale_smca_attention, smca_attention
 

@@ -3,7 +3,7 @@
     A = softmax_over_keys( q·kᵀ/√d + log G )        log G = −½·λ_x·(x − c_x)² − ½·λ_y·(y − c_y)²
 
 ``eager``   (``eager``) writes log G out as a tensor of shape [B, h, N, H·W] and adds it to the logits: the definition.
-``lifted``  (``lifted``) plain attention with four more channels, by any fused attention kernel; in float32 whatever comes in.
+``lifted``  (``lifted``) plain attention with four more channels, by any fused attention kernel; half precision in float32.
 ``triton``  (``fused``) fused kernels of our own: in float32 they form log G from (x − c), in half precision they take it as
             channels of bfloat16 that lose nothing, beside q and k as they are. For CUDA, and for tests in Triton's
             interpreter. The fastest and most exact on the GPU that it was measured on (docs/benchmarks).
@@ -71,8 +71,8 @@ def smca_attention(
     if chosen == "lifted":
         return lifted_smca_attention(*arguments)
     if chosen == "triton":
-        asked = backend == "triton" and not torch.compiler.is_compiling()
-        if asked and (missing := fused.available(q.device)) is not None:
+        by_name = backend == "triton" and not torch.compiler.is_compiling()
+        if by_name and (missing := fused.available(q.device)) is not None:
             raise ValueError(f"attention backend 'triton' cannot run here: {missing}")
         return fused.fused_smca_attention(*arguments)
     raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -131,8 +131,8 @@ def multi_scale_smca_attention(
 
 
 def _choose_backend(q: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> str:
-    """The kernels on a GPU that runs them, as exact as eager whatever the prior. Else lifted, unless it would be less exact: in
-    float32, for priors that are narrow and far from the middle."""
+    """The kernels on a GPU that runs them, which are as exact as eager for any prior. Otherwise lifted, unless it would be less
+    exact: in float32, for priors that are narrow and far from the middle."""
     if q.dtype == torch.float64:
         return "lifted"
     if q.is_cuda and q.shape[-1] <= fused.MAX_HEAD_WIDTH and (torch.compiler.is_compiling() or _runs_triton(q.device)):

@@ -18,7 +18,7 @@ def eager_smca_attention(
     key_padding_mask: Tensor | None,
 ) -> Tensor:
     """[B, h, N, d]; arguments of ``smca_attention``. Adds log G, of shape [B, h, N, H·W], to the logits."""
-    # Logits in at least float32 whatever the inputs are: log G reaches hundreds, where bfloat16 resolves whole units.
+    # Logits in at least float32 for any inputs: log G reaches hundreds, where bfloat16 resolves whole units.
     logit_dtype = torch.promote_types(q.dtype, torch.float32)
     center_xy, precision_xy = center_xy.to(logit_dtype), precision_xy.to(logit_dtype)
     x, y = cell_centers(size, center_xy)

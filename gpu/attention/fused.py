@@ -24,18 +24,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 LIFT_CHANNELS = 16
 LIFT_MAX_SIDE = 256
-"""Cells: up to here bfloat16 holds positions from the middle, and two of it hold their squares."""
+"""Cells: up to here one bfloat16 holds a position from the middle, and two hold its square."""
 LIFT_LIMITS = {torch.bfloat16: 2.0**15, torch.float16: 2.0**12}
-"""Largest λ·(extent/2)², both axes together, up to which the prior is lifted: what cancels costs 2⁻²⁴ of it in a logit. Beyond, in
-heads with a narrow Gaussian on a large map, the prior comes from differences, which takes about twice as long."""
+"""Largest λ·(extent/2)², both axes together, up to which the prior is lifted: cancellation costs 2⁻²⁴ of it in a logit. Beyond the
+limit, in heads with a narrow Gaussian on a large map, the prior comes from differences, which takes about twice as long."""
 
 _MODULE = "smca.gpu.attention.fused_kernels"
 _KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 
 # For each kernel: (queries per block, keys per block, warps, stages of the loads' pipeline), by (bytes per number, padded d).
-# For d ≤ 32 the fastest of some fifteen on an H200 at 300 queries and 50×84 keys (of k̄ and v̄ in half precision one within 3% of it,
-# which spills no registers), in half precision also of some seven at 25×42 and at 100×168. For wider heads, not measured, those of
-# which the compiler spills next to none.
+# For d ≤ 32 these are the fastest of some fifteen on an H200 at 300 queries and 50×84 keys, in half precision also of some seven at
+# 25×42 and at 100×168. (For k̄ and v̄ in half precision: one that is within 3% of the fastest and spills no registers.) For wider
+# heads nothing was measured: these are blocks for which the compiler spills almost no registers.
 _CUDA_BLOCKS = {
     (2, 32): ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 1)),
     (2, 64): ((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2)),
@@ -48,7 +48,7 @@ _INTERPRETER_BLOCKS = ((16, 32, 1, 1),) * 3
 
 
 def available(device: torch.device | str) -> str | None:
-    """None if ``fused_smca_attention`` runs on this device, else the reason why not and what to do about it."""
+    """None if ``fused_smca_attention`` runs on this device; otherwise why it does not, and what to do about it."""
     device = torch.device(device)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
@@ -83,16 +83,16 @@ def fused_smca_attention(
         center_xy: [B, h, N, 2] centre (x, y) in cells, any float dtype (read as float32); the top left cell's is (½, ½).
         precision_xy: [B, h, N, 2] inverse variance λ per axis in cells⁻², any float dtype; 0 is plain attention.
         size: (H, W) of the map.
-        key_padding_mask: [B, H·W] bool, True = padded, where k and v may hold NaN. An image that is all padded gets NaN.
+        key_padding_mask: [B, H·W] bool, True = padded, where k and v may hold NaN. An image whose keys are all padded gets NaN.
         dropout: probability with which each weight of A is dropped; the others are divided by 1 − dropout.
         seed: of the dropout, 64 bits: an integer, or an int64 tensor of one element on the device of q (for which
-            ``torch.compile`` never compiles again). What is dropped depends on seed and the indices (bh, n, l) only.
+            ``torch.compile`` never compiles again). Which weights are dropped depends on seed and the indices (bh, n, l) only.
 
     Returns:
         [B, h, N, d] in the dtype of q; differentiable once in q, k, v, center_xy and precision_xy.
 
     Raises:
-        ValueError: shapes that do not fit each other; a dtype, head width, dropout or seed out of the above.
+        ValueError: shapes that do not fit each other; a dtype, head width, dropout or seed other than the above.
         RuntimeError: the kernels cannot run on this device; the message is that of ``available``.
     """
     check_shapes(q, k, v, center_xy, precision_xy, size, key_padding_mask)
@@ -100,9 +100,15 @@ def fused_smca_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (tensor.to(dtype) if tensor.dtype in DTYPES else tensor for tensor in (q, k, v))
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"cast q, k, v to one of {DTYPES}: got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError(
+            f"q, k, v must have the same dtype, one of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}: cast them, "
+            "or use backend 'eager'"
+        )
     if not 1 <= q.shape[-1] <= MAX_HEAD_WIDTH or min(size) < 1:
-        raise ValueError(f"d must be 1 to {MAX_HEAD_WIDTH} (eager: any), H, W ≥ 1, got {q.shape[-1]}, {tuple(size)}")
+        raise ValueError(
+            f"d must be 1 to {MAX_HEAD_WIDTH} and (H, W) at least 1, got {q.shape[-1]} and {tuple(size)}: use backend "
+            "'eager' for wider heads"
+        )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
     priors = center_xy.float().contiguous(), precision_xy.float().contiguous()
@@ -119,47 +125,49 @@ def _seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:
     if not isinstance(seed, Tensor):
         return torch.full((1,), seed, dtype=torch.int64, device=like.device)
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != like.device:
-        raise ValueError(f"seed must be one int64 on {like.device}, got {seed.dtype} {seed.shape} on {seed.device}")
+        raise ValueError(
+            f"seed must be one int64 on {like.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        )
     return seed
 
 
 def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, h, N, d] in the dtype of q; the same unrounded in float32, which the backward pass needs (no channels of it
-    where the output is float32); LSE [B, h, N] (base 2) in float32; and the prior's channels of q̃ [B, h, N, 16] in bfloat16
-    (none where the prior is not lifted)."""
-    out, exact, lse, lift = _room_forward(*args)
+    """Output [B, h, N, d] in the dtype of q; the unrounded output in float32, which the backward pass needs (with no channels if
+    the output is float32 itself); LSE [B, h, N] (base 2) in float32; and the prior's channels of q̃ [B, h, N, 16] in bfloat16
+    (with no channels if the prior is not lifted)."""
+    out, exact, lse, lift = _allocate_forward(*args)
     _launch("forward_kernel", args, (out, exact if exact.shape[3] else None, lse, lift), (out,))
     return out, exact, lse, lift
 
 
-def _room_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _allocate_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, width = args[0], args[1], args[5]
-    out, rows = _room_for(q, q.dtype), q.shape[:3]
+    out, rows = _empty_like(q, q.dtype), q.shape[:3]
     exact = q.new_empty((*rows, 0)) if q.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     lift = q.new_empty((*rows, LIFT_CHANNELS if _lifts(q, k, width) else 0), dtype=torch.bfloat16)
     return out, exact, q.new_empty(rows, dtype=torch.float32), lift
 
 
 def _lifts(q: Tensor, k: Tensor, width: int) -> bool:
-    """Whether the kernels may take the prior as channels of bfloat16: in half precision, on maps whose positions it holds."""
+    """Whether the kernels may take the prior as channels of bfloat16: in half precision, on maps whose positions bfloat16 holds."""
     return q.dtype != torch.float32 and max(width, k.shape[2] // width) <= LIFT_MAX_SIDE
 
 
 def _run_backward(grad_out: Tensor, out: Tensor, lse: Tensor, lift: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, center_xy and precision_xy, equations (7) to (12), shaped and typed as those."""
-    grads: tuple[Tensor, ...] = _room_backward(grad_out, out, lse, lift, *args)
+    """Gradients of q, k, v, center_xy and precision_xy, equations (7) to (12), with their shapes and dtypes."""
+    grads: tuple[Tensor, ...] = _allocate_backward(grad_out, out, lse, lift, *args)
     dq, dk, dv, *moments = grads
     grad_out, delta = _adjacent_channels(grad_out), torch.empty_like(lse)
     _launch("backward_query_kernel", args, (out, lse, lift, grad_out, delta, dq, *moments), (out, grad_out, dq))
-    # Second: it reads delta.
+    # Second, because it reads delta.
     _launch("backward_key_kernel", args, (lse, lift, grad_out, delta, dk, dv), (grad_out, dk, dv))
     return grads
 
 
-def _room_backward(*args: Any) -> tuple[Tensor, ...]:
+def _allocate_backward(*args: Any) -> tuple[Tensor, ...]:
     q, k, v, center_xy, precision_xy = args[4:9]
     moments = center_xy.new_empty(center_xy.shape), precision_xy.new_empty(precision_xy.shape)  # contiguous
-    return _room_for(q, q.dtype), _room_for(k, k.dtype), _room_for(v, v.dtype), *moments
+    return _empty_like(q, q.dtype), _empty_like(k, k.dtype), _empty_like(v, v.dtype), *moments
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -170,7 +178,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _kept(ctx: Any) -> tuple[Any, ...]:
-    """What the backward pass takes after the output's gradient."""
+    """The arguments of the backward pass after the output's gradient."""
     *tensors, key_padding_mask, seed = ctx.saved_tensors
     return (*tensors, ctx.width, key_padding_mask, ctx.dropout, seed)
 
@@ -192,7 +200,7 @@ class _Direct(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-# The ops, for what is traced. What both take last:
+# The ops, for traced code. Both take these arguments last:
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor center_xy, Tensor precision_xy, int width, Tensor? key_padding_mask, "
     "float dropout, Tensor? seed"
@@ -200,14 +208,14 @@ _SCHEMA = (
 _forward = torch.library.custom_op(
     "smca::fused_attention", _run_forward, mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_forward.register_fake(_room_forward)
+_forward.register_fake(_allocate_forward)
 _backward = torch.library.custom_op(
     "smca::fused_attention_backward",
     _run_backward,
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor out, Tensor lse, Tensor lift, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-_backward.register_fake(_room_backward)
+_backward.register_fake(_allocate_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -224,16 +232,16 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 _COMPILED: dict[tuple[Any, ...], tuple[Any, int, tuple[Any, ...]]] = {}
-"""(compiled kernel, programs, the last of its arguments: those compiled in) of each launch so far, by all that it depends on.
-Triton would find the kernel, too, but takes longer to do so than a small one runs."""
+"""(compiled kernel, programs, its last arguments: those compiled in) of each launch so far, by everything that it depends on.
+Triton would find the kernel, too, but takes longer to do so than a small kernel runs."""
 _MOST_COMPILED = 4096
-"""At so many, forget all: every size of map is a key of its own."""
+"""At this many entries, forget all: every size of map is a key of its own."""
 
 
 def _launch(
     name: str, args: tuple[Any, ...], tensors: tuple[Tensor | None, ...], by_stride: tuple[Tensor, ...]
 ) -> None:
-    """Run one kernel on an op's arguments and on `tensors`; those `by_stride` are laid out by strides over (b, h, row)."""
+    """Run one kernel on an op's arguments and on `tensors`; it gets the strides over (b, h, row) of those in `by_stride`."""
     q, k, v, center_xy, precision_xy, width, mask, dropout, seed = args
     q, k, v = _adjacent_channels(q), _adjacent_channels(k), _adjacent_channels(v)
     if not (q.is_cuda and _MODULE in sys.modules) and (reason := available(q.device)) is not None:
@@ -256,9 +264,9 @@ def _launch(
             return
         programs, constants, options = _plan(name, q, k, width, mask is not None, dropout > 0.0)
         if programs == 0:
-            return  # CUDA takes an empty grid for an error
+            return  # CUDA treats an empty grid as an error
         compiled = getattr(_kernels(), name)[(programs,)](*pointers, *strides, *numbers, *constants, **options)
-        if compiled is not None:  # as it is in the interpreter
+        if compiled is not None:  # the interpreter compiles nothing
             if len(_COMPILED) >= _MOST_COMPILED:
                 _COMPILED.clear()
             _COMPILED[key] = compiled, programs, constants
@@ -267,7 +275,7 @@ def _launch(
 def _plan(
     name: str, q: Tensor, k: Tensor, width: int, has_mask: bool, has_dropout: bool
 ) -> tuple[int, tuple[Any, ...], dict[str, int]]:
-    """Of a launch: its programs, the arguments that are compiled in, and the compiler's options."""
+    """The number of programs of a launch, the arguments that are compiled in, and the compiler's options."""
     kernels, (batch, heads, queries, channels) = _kernels(), q.shape
     padded = max(16, 1 << (channels - 1).bit_length())
     interpreted = _interpreted(kernels)
@@ -286,7 +294,7 @@ def _plan(
 
 @functools.lru_cache(maxsize=256)
 def _positions(size: tuple[int, int], device: torch.device) -> Tensor:
-    """The channels of k̃ that stand behind those of k, [H·W and up to 128 more, 16], for positions ξ, η from the middle of the map:
+    """The channels of k̃ that follow those of k, [H·W and up to 128 more, 16], for positions ξ, η from the middle of the map:
 
     ξ² in two parts, the same again, ξ three times, 1,        η² in two parts, the same again, η three times, beyond the map
     """
@@ -308,10 +316,10 @@ def _adjacent_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _room_for(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised, in the layout of `tensor` if its channels are adjacent."""
-    room = torch.empty_like(tensor, dtype=dtype)
-    return room if room.stride(-1) == 1 else room.new_empty(room.shape)
+    empty = torch.empty_like(tensor, dtype=dtype)
+    return empty if empty.stride(-1) == 1 else empty.new_empty(empty.shape)
 
 
 def _kernels() -> Any:

@@ -1,7 +1,7 @@
 """Triton kernels of spatially modulated co-attention, forward and backward (docs/method.md §2, §6).
 
 They compute equations (4) to (12) of ``smca.reference``'s ``attention_forward`` and ``attention_backward`` block by block; nothing
-of size N × L is stored, and neither is the prior. What is kept from the forward pass is, per query,
+of size N × L is stored, and neither is the prior. The forward pass keeps, per query,
 
     LSE_n = log₂ Σ_l 2^(S_nl·log₂e)            so that (5) is A_nl = 2^(S_nl·log₂e − LSE_n)
 
@@ -18,16 +18,16 @@ to the query's centre c (c itself, if it's on the map). Per axis, with u = x −
 since softmax does not see the constant and S̄_n sums to 0. For a centre off the map, neither the rounding of a large logit
 nor, in half precision, that of delta times a large distance gets into the result.
 
-*Lifted*, in half precision (LIFT), where arithmetic on every pair of query and key would take longer than all else: relative to
-the middle m of the map, with ξ = x − m,
+*Lifted*, in half precision (LIFT), where arithmetic on every pair of query and key would take longer than everything else:
+relative to the middle m of the map, with ξ = x − m,
 
     −½·λ·(x − c)² = −½·λ·ξ² + λ·(c − m)·ξ + a constant of the query
 
 is a product of channels, which tensor cores sum in float32. Each factor is split into parts that bfloat16 holds exactly: ξ (one
 part), ξ² (two), λ (two: it moves by 2⁻¹⁶ of itself, and the centre does not) and λ·(c − m) (three). ``_lift`` makes the queries'
 16 channels, ``fused_attention`` a table of the keys'. S̄ times the same table, in three exact parts, gives the sums over ξ and
-ξ², from which those over u follow. What cancels costs 2⁻²⁴·λ·ξ² in a logit, so a head with a Gaussian that is too narrow for the
-map (``_is_wide``) goes by differences.
+ξ², from which those over u follow. Cancellation costs 2⁻²⁴·λ·ξ² in a logit, so a head with a Gaussian that is too narrow for the
+map (see ``_is_wide``) uses differences.
 
 Letters: N queries, L keys of a map W cells wide, D channels per head (BLOCK_D: a power of two ≥ D), bh = b·heads + h. Strides are
 in elements, over (b, h, row); channels are adjacent. DOT is the dtype of the matrix products' operands, LIFTED that of the lifted
@@ -45,14 +45,14 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 CHUNK = tl.constexpr(512)
-"""Queries of a head that are looked at at once."""
-NOT_THERE = tl.constexpr(-1e30)
+"""Queries of a head that ``_is_wide`` examines at once."""
+BEYOND_MAP = tl.constexpr(-1e30)
 """Logit of a key beyond the map in the lifted form: finite, since 0 · −∞ is NaN."""
 
 
 @triton.jit
 def _rows(pointer, row, stride, keep, D: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr):
-    """[rows, BLOCK_D] in DOT; 0 in the channels from D on and in the rows that `keep` leaves out, whatever they hold."""
+    """[rows, BLOCK_D] in DOT; 0 in the channels from D on and in the rows that `keep` leaves out, whose contents are not read."""
     channel = tl.arange(0, BLOCK_D)
     return tl.load(
         pointer + row[:, None] * stride + channel[None, :], mask=keep[:, None] & (channel < D)[None, :], other=0.0
@@ -76,7 +76,7 @@ def _head(pointer, strides, b, h):
 
 @triton.jit
 def _real_keys(key, mask_ptr, first, L, HAS_MASK: tl.constexpr):
-    """Which of these keys there are: within the map and not padded."""
+    """Which of these keys are real: within the map and not padded."""
     real_keys = key < L
     if HAS_MASK:
         real_keys = real_keys & (tl.load(mask_ptr + first + key, mask=real_keys, other=1) == 0)
@@ -106,7 +106,7 @@ def _coarse(x):
 
 @triton.jit
 def _lift(px, tx, lx, py, ty, ly, L, W, scale, LIFTED: tl.constexpr):
-    """The channels of q̃ that stand before those of k̃'s positions: [rows, 16], of numbers that bfloat16 holds exactly."""
+    """The channels of q̃ that multiply those of k̃'s positions: [rows, 16], of numbers that bfloat16 holds exactly."""
     channel = tl.arange(0, 16)[None, :]
     along_x, part = channel < 8, channel % 8
     precision = tl.where(along_x, lx[:, None], ly[:, None]) / scale
@@ -118,7 +118,7 @@ def _lift(px, tx, lx, py, ty, ly, L, W, scale, LIFTED: tl.constexpr):
     two = _coarse(product - one)
     square = -0.5 * tl.where(part < 2, first, second)
     linear = tl.where(part == 4, one, tl.where(part == 5, two, product - one - two))
-    constant = tl.where(channel == 15, NOT_THERE, 0.0)
+    constant = tl.where(channel == 15, BEYOND_MAP, 0.0)
     return tl.where(part < 4, square, tl.where(part < 7, linear, constant)).to(LIFTED)
 
 
@@ -133,14 +133,14 @@ def _is_wide(center_ptr, precision_ptr, bh, N, L, W, limit):
         py, ty, ly = _prior(center_ptr, precision_ptr, bh, query, query < N, N, L // W, 1)
         reach = tl.abs(lx) * half_x * tl.maximum(tl.abs(_from_middle(px, tx, W)), half_x)
         reach += tl.abs(ly) * half_y * tl.maximum(tl.abs(_from_middle(py, ty, L // W)), half_y)
-        largest = tl.maximum(largest, reach)  # of a number and NaN the number: either form passes NaN on
+        largest = tl.maximum(largest, reach)  # ignores NaN, which either form passes on
     return tl.max(largest, axis=0) <= limit
 
 
 @triton.jit
 def _positions(pointer, key, LIFT: tl.constexpr):
     """The channels of k̃ that hold these keys' positions, [keys, 16]; there are rows for those beyond the map, too."""
-    return tl.load(pointer + key[:, None] * 16 + tl.arange(0, 16)[None, :]) if LIFT else key  # else read by nobody
+    return tl.load(pointer + key[:, None] * 16 + tl.arange(0, 16)[None, :]) if LIFT else key  # unused otherwise
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def _cell_y(key, W):
 
 @triton.jit
 def _unit(scale, LIFT: tl.constexpr):
-    """log₂e times equation (4), over what ``_with_prior`` gives."""
+    """The factor from the result of ``_with_prior`` to log₂e times equation (4)."""
     return scale * LOG2_E if LIFT else 1.0
 
 
@@ -165,7 +165,7 @@ def _with_prior(
     logits, rows, columns, key, real_keys, px, tx, lx, py, ty, ly, W, scale, LIFT: tl.constexpr, HAS_MASK: tl.constexpr
 ):
     # fmt: on
-    """Equation (4) from q·k, less a constant of the query, in units of `_unit`: by more channels, or from differences."""
+    """Equation (4) from q·k, less a constant of the query, in units of `_unit`: by additional channels, or from differences."""
     if LIFT:
         logits = tl.dot(rows, tl.trans(columns), acc=logits)
     else:
@@ -185,7 +185,7 @@ def _moment(moments, CHANNEL: tl.constexpr):
 def _sums(moments, FIRST: tl.constexpr, near, t, extent):
     """Σ S̄·u and Σ S̄·u·(u + t) along one axis, from the sums over positions from the middle of the map."""
     way = near - 0.5 * extent
-    nothing = _moment(moments, 7)  # what should be 0 counts times the way to p
+    nothing = _moment(moments, 7)  # Σ S̄, which should be 0, counts times the way to p
     sums = _moment(moments, FIRST + 4)
     squares = _moment(moments, FIRST) + _moment(moments, FIRST + 1) - way * (2.0 * sums - way * nothing)
     sums -= way * nothing
@@ -209,7 +209,7 @@ def _attend(
     PRECISION: tl.constexpr, LIFT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):
     # fmt: on
-    """Over all keys, of weights relative to the largest: log₂ of the largest, their sum, and their sum times v."""
+    """Over all keys, with weights relative to the largest: log₂ of the largest, the sum of weights, and their sum times v."""
     unit = _unit(scale, LIFT)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -262,7 +262,7 @@ def forward_kernel(
     py, ty, ly = _prior(center_ptr, precision_ptr, bh, query, real, N, L // W, 1)
     k_head, v_head = _head(k_ptr, k_strides, b, h), _head(v_ptr, v_strides, b, h)
     wide, lift = False, query
-    NARROW_L: tl.constexpr = 32 if LIFT and BLOCK_L > 32 else BLOCK_L  # or its registers would be those of both
+    NARROW_L: tl.constexpr = 32 if LIFT and BLOCK_L > 32 else BLOCK_L  # otherwise the kernel needs the registers of both branches
     if LIFT:
         wide = _is_wide(center_ptr, precision_ptr, bh, N, L, W, limit)
         lift = _lift(px, tx, lx, py, ty, ly, L, W, scale, LIFTED)
@@ -298,7 +298,7 @@ def _query_gradients(
     HAS_DROPOUT: tl.constexpr,
 ):
     # fmt: on
-    """Over all keys: q̄ over 1/√d, and of S̄ the sums times x − c, (x − c)², y − c and (y − c)²."""
+    """Over all keys: q̄ over 1/√d, and the sums of S̄ times x − c, (x − c)², y − c and (y − c)²."""
     unit = _unit(scale, LIFT)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -324,7 +324,7 @@ def _query_gradients(
             dweights = tl.where(kept, dweights / (1.0 - dropout), 0.0)
         dlogits = weights * (dweights - delta[:, None])  # (9)
         dq = tl.dot(dlogits.to(DOT), k, acc=dq, input_precision=PRECISION)
-        if LIFT:  # times k̃'s positions, without loss: sums of what has both signs
+        if LIFT:  # times k̃'s positions, without rounding: the terms have both signs
             coarse = _coarse(dlogits)
             rest = dlogits - coarse
             fine = _coarse(rest)
@@ -373,7 +373,7 @@ def backward_query_kernel(
     grad = grad.to(DOT)
 
     wide, lift = False, query
-    NARROW_L: tl.constexpr = 32 if LIFT and BLOCK_L > 32 else BLOCK_L  # or its registers would be those of both
+    NARROW_L: tl.constexpr = 32 if LIFT and BLOCK_L > 32 else BLOCK_L  # otherwise the kernel needs the registers of both branches
     if LIFT:
         wide = _is_wide(center_ptr, precision_ptr, bh, N, L, W, limit)
         lift = _lift(px, tx, lx, py, ty, ly, L, W, scale, LIFTED)
@@ -468,7 +468,7 @@ def backward_key_kernel(
     q_head, grad_head = _head(q_ptr, q_strides, b, h), _head(grad_ptr, grad_strides, b, h)
     positions = _positions(positions_ptr, key, LIFT)
     wide = False
-    NARROW_N: tl.constexpr = 16 if LIFT and BLOCK_N > 16 else BLOCK_N  # or its registers would be those of both
+    NARROW_N: tl.constexpr = 16 if LIFT and BLOCK_N > 16 else BLOCK_N  # otherwise the kernel needs the registers of both branches
     if LIFT:
         wide = _is_wide(center_ptr, precision_ptr, bh, N, L, W, limit)
     if wide:

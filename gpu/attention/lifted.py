@@ -7,8 +7,8 @@ to the middle of the map,
 
 q̃·k̃ is the modulated logit up to a constant per query, so any fused attention kernel computes SMCA and nothing of size N × H·W is
 ever stored. Key padding is one more channel. (A bias of low rank carried by the kernel's own channels: FlashBias, arXiv
-2505.12044; a squared distance is exactly of low rank.) Half precision is lifted, and attended to, in float32: in half,
-x²·λ − 2x·λ·c cancels to nothing useful.
+2505.12044; a squared distance is exactly of low rank.) Half precision is lifted, and attended to, in float32:
+in half precision, the cancellation of x²·λ against 2x·λ·c would leave nothing useful.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def lifted_smca_attention(
         mask_term = key_padding_mask[..., None].to(k.dtype) * PADDED_LOGIT
         key_terms = torch.cat([key_terms.expand(batch, -1, -1), mask_term], dim=-1)[:, None]  # [B, 1, L, 5]
         q_channels.append(q.new_ones(()).expand(batch, heads, queries, 1))
-    # Fused kernels want a width that is a multiple of 8: CUDA's for alignment, and the CPU's takes longer for 37 than for 40.
+    # Fused kernels want a width that is a multiple of 8: CUDA's need the alignment, and the CPU's takes longer for 37 than for 40.
     extra = key_terms.shape[-1]
     align = -(channels + extra) % 8
     zero = q.new_zeros(())

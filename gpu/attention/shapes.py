@@ -1,4 +1,4 @@
-"""What all ways to compute SMCA attention share: shapes that must fit, the cells of a map, and whether autocast is on."""
+"""Common to all ways to compute SMCA attention: shape checks, the cells of a map, and whether autocast is on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cell_centers(size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_autocast(device_type: str) -> bool:
-    """Whether autocast is on; also for devices that have none, as "meta"."""
+    """Whether autocast is on; False for devices without autocast, such as "meta"."""
     return device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
@@ -50,7 +50,9 @@ def check_shapes(
     if key_padding_mask is not None:
         expected["key_padding_mask"] = (key_padding_mask, (batch, keys))
         if key_padding_mask.dtype != torch.bool:
-            raise ValueError(f"key_padding_mask must be bool (True = padded), got {key_padding_mask.dtype}")
+            raise ValueError(
+                f"key_padding_mask must be bool (True = padded), got {key_padding_mask.dtype}: use .bool()"
+            )
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(

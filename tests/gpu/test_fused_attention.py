@@ -50,9 +50,9 @@ def output_gradient(out: torch.Tensor) -> torch.Tensor:
     return grad.to(out)
 
 
-def assert_close(found: torch.Tensor, expected: Any, tolerance: float, name: str) -> None:
+def assert_close(got: torch.Tensor, expected: Any, tolerance: float, name: str) -> None:
     expected = torch.as_tensor(expected).cpu()
-    error, largest = (found.detach().double().cpu() - expected).abs().max().item(), expected.abs().max().item()
+    error, largest = (got.detach().double().cpu() - expected).abs().max().item(), expected.abs().max().item()
     # A gradient that is exactly 0 (as with one key) comes out as the rounding of terms of order 1.
     assert error <= tolerance * max(largest, 1.0), f"{name}: off by {error:.3g} where the largest is {largest:.3g}"
 
@@ -82,11 +82,11 @@ def test_a_kernel_compiled_for_aligned_tensors_gets_no_others(dtype: torch.dtype
     inputs = example(size, n=16, d=16, dtype=dtype)
     odd = []
     for tensor in inputs:
-        room = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
-        odd.append(room.copy_(tensor.detach()).requires_grad_())
+        shifted = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+        odd.append(shifted.copy_(tensor.detach()).requires_grad_())
     known = []
-    for given in (inputs, odd, inputs, odd):
-        check(given, size)
+    for tensors in (inputs, odd, inputs, odd):
+        check(tensors, size)
         known.append(len(fused_attention._COMPILED))
     if DEVICE == "cuda":
         assert known[1] == known[0] + 3
@@ -242,8 +242,8 @@ def test_dropout_drops_weights_and_the_backward_replays_it() -> None:
     assert_close(out, eager, 5e-6, "out")
     grad = output_gradient(out)
     expected = torch.autograd.grad(eager, inputs, grad.double())
-    for name, found, reference in zip(NAMES, torch.autograd.grad(out, inputs, grad), expected, strict=True):
-        assert_close(found, reference.double(), 5e-6, f"gradient of {name}")
+    for name, gradient, reference in zip(NAMES, torch.autograd.grad(out, inputs, grad), expected, strict=True):
+        assert_close(gradient, reference.double(), 5e-6, f"gradient of {name}")
 
 
 def test_dropout_depends_on_the_seed_and_keeps_the_mean() -> None:
@@ -283,9 +283,9 @@ def test_compiles_into_one_graph() -> None:
         return (fused_smca_attention(*tensors, size, mask, 0.2, seed) * 2.0).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    expected, found = loss(*inputs), compiled(*inputs)
-    torch.testing.assert_close(found, expected)
-    for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+    expected, got = loss(*inputs), compiled(*inputs)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -310,7 +310,7 @@ def test_no_queries_and_no_images() -> None:
 def test_mistakes_are_named() -> None:
     size = (2, 3)
     inputs = example(size)
-    with pytest.raises(ValueError, match=r"cast q, k, v to one of .*: got torch\.float64"):
+    with pytest.raises(ValueError, match=r"q, k, v must have the same dtype, one of .*, got torch\.float64"):
         fused_smca_attention(*(tensor.double() for tensor in inputs), size)
     with pytest.raises(ValueError, match=r"got torch.float16, torch.float32"):
         fused_smca_attention(inputs[0].half(), *inputs[1:], size)
