@@ -7,7 +7,7 @@
 // their price, distance and state are read and written by no other thread, so that a step of Dijkstra's algorithm has one
 // barrier only, that of its reduction.
 //
-// With -DSMCA_HOST a C++20 compiler builds the same text for the CPU, a thread for each thread of the block, so that the
+// With -DSMCA_HOST a C++20 compiler builds the same text for the CPU, with one thread per thread of the block, so that the
 // algorithm and its barriers can be tested where there is no GPU.
 
 #ifdef SMCA_HOST
@@ -26,7 +26,7 @@ static double* shared;
 static std::barrier<>* everyone;
 static void __syncthreads() { everyone->arrive_and_wait(); }
 
-// Warps of the emulated block all shuffle together, so the barrier of the block does for theirs.
+// All warps of the emulated block shuffle together, so the barrier of the block serves as theirs.
 template <typename Value>
 static Value __shfl_xor_sync(unsigned, Value value, int mask) {
     static Value slots[1024];
@@ -117,9 +117,9 @@ extern "C" __global__ void assign(const float* __restrict__ costs, const unsigne
     }
     int turn = 0;
     bad = nearest_of_block(bad, turn);
-    const bool finite = bad.distance == FAR;
-    if (first == 0) status[problem] = finite ? -1 : static_cast<long long>(bad.distance);
-    if (!finite) {
+    const bool all_finite = bad.distance == FAR;
+    if (first == 0) status[problem] = all_finite ? -1 : static_cast<long long>(bad.distance);
+    if (!all_finite) {
         for (int t = first; t < targets; t += step) query_here[t] = -1;
         return;
     }

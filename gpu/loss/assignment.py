@@ -1,9 +1,9 @@
 """The assignment problems of a training step, all in one launch on the GPU (docs/method.md §5).
 
 The kernel, ``assignment.cu``, solves each problem by shortest augmenting paths (Crouse 2016, "On implementing 2D
-rectangular assignment algorithms", the algorithm of SciPy's ``linear_sum_assignment``), one block a problem, with prices
-in float64: the optimum is that of SciPy on the same float32 costs; where several assignments cost the same, it may be
-another one of them, and the same one each time. CuPy compiles it at first use and launches it.
+rectangular assignment algorithms", the algorithm of SciPy's ``linear_sum_assignment``), one block per problem, with prices
+in float64: the optimum is that of SciPy on the same float32 costs. Where several assignments cost the same, it may choose
+another of them than SciPy, but always the same one. CuPy compiles it at first use and launches it.
 
 Shape letters: M decoder layers, B images, N queries, T targets (padded).
 """
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("assignment.cu")
-THREADS = 128  # of a block: 300 queries are 3 columns a thread; more threads only make the reductions longer
-STATIC_BYTES = 1024  # shared memory that the kernel holds whatever the shape, for its reductions
+THREADS = 128  # per block: 300 queries are 3 columns per thread; more threads would only make the reductions longer
+STATIC_BYTES = 1024  # shared memory that the kernel uses for its reductions, for any shape
 BYTES_PER_COLUMN = 38  # three float64, three int32 and two bytes
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available(device: torch.device | str) -> str | None:
-    """Why `assign` cannot run on `device`, with what to do about it; None if it can."""
+    """Why `assign` cannot run on `device`, and what to do about it; None if it can."""
     if torch.device(device).type != "cuda":
         return f"the assignment kernel needs a CUDA device, and this is {str(device)!r}: use the scipy backend there"
     if not torch.cuda.is_available():
@@ -48,7 +48,7 @@ def shared_bytes(queries: int, targets: int) -> int:
 
 
 def check_shared(queries: int, targets: int, limit: int) -> None:
-    """Raise a ValueError if a problem of this size needs more than `limit` bytes of shared memory a block."""
+    """Raise a ValueError if a problem of this size needs more than `limit` bytes of shared memory per block."""
     if shared_bytes(queries, targets) + STATIC_BYTES > limit:
         raise ValueError(
             f"assign: expected at most {(limit - STATIC_BYTES) // BYTES_PER_COLUMN} queries and targets on this GPU, whose "
@@ -60,12 +60,12 @@ def check_shared(queries: int, targets: int, limit: int) -> None:
 def assign(cost: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """The assignment of least total cost for every layer and image.
 
-    Nothing here waits for the GPU. Whoever needs to know that all costs were finite reads `status`, best together with
-    another result that goes to the host anyway (`(status >= 0).any()`, and `nonfinite_entry` for the place).
+    Nothing here waits for the GPU. To learn whether all costs were finite, read `status`, best together with another result
+    that goes to the host anyway (`(status >= 0).any()`, and `nonfinite_entry` for the place).
 
     Args:
         cost: [M, B, N, T] float32 on a CUDA device.
-        valid: [B, T] bool on the same device; False where a target is padding, whose costs are not looked at.
+        valid: [B, T] bool on the same device; False where a target is padding, whose costs are ignored.
 
     Returns:
         query: [M, B, T] int64. −1 where a target is padding; where there are more targets than queries and the cheapest
@@ -86,7 +86,7 @@ def assign(cost: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     if status.numel() == 0 or query.numel() == 0 or queries == 0:
         return query.fill_(-1), status.fill_(-1)
     properties = torch.cuda.get_device_properties(cost.device)
-    # What a kernel gets if it asks (see _kernel); PyTorch's stubs don't name it.
+    # The limit for a kernel that asks for it (see _kernel); PyTorch's stubs lack it.
     limit = int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
     check_shared(queries, targets, limit)
 
@@ -98,7 +98,12 @@ def assign(cost: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         pointers = [cupy.uint64(tensor.data_ptr()) for tensor in (cost, valid, query, status)]
         sizes = [cupy.int32(size) for size in (batch, queries, targets)]
         with _stream(cost.device):
-            kernel((layers * batch,), (THREADS,), (*pointers, *sizes), shared_mem=shared_bytes(queries, targets))
+            kernel(
+                (layers * batch,),  # grid: one block per problem
+                (THREADS,),
+                (*pointers, *sizes),
+                shared_mem=shared_bytes(queries, targets),
+            )
     return query, status
 
 
@@ -112,8 +117,8 @@ def nonfinite_entry(status: Tensor, targets: int) -> tuple[int, int, int, int] |
     """(layer, image, query, target) of the first cost that is not finite; None if all are. Waits for the GPU.
 
     Args:
-        status: [M, B], of `assign`.
-        targets: T of the cost that it was given.
+        status: [M, B], from `assign`.
+        targets: T of the costs that `assign` got.
     """
     for layer, row in enumerate(status.tolist()):
         for image, flat in enumerate(row):
@@ -155,8 +160,8 @@ def _stream(device: torch.device) -> Any:
 def _kernel(device: int, dynamic_limit: int) -> Any:
     """The compiled kernel, on the current device, which is `device`; half a second the first time.
 
-    Above 48 KB a kernel has to ask for dynamic shared memory; this one asks once for all that there is: what a launch
-    takes depends on its own size alone.
+    Above 48 KB a kernel has to ask for dynamic shared memory. This one asks once for all of it: what a launch takes then
+    depends only on the launch.
     """
     import cupy
 

@@ -37,7 +37,7 @@ class SetCriterion(nn.Module):
         if logits.dtype != torch.float64:  # under autocast the network is bf16, the loss never
             logits, boxes = logits.float(), boxes.float()
         query = match(logits, boxes, targets, self.weights, backend=self.matcher_backend)  # [M, B, T]
-        # A matching that is broken by NaN costs leaves its targets out; that layer's loss must not look healthy for it.
+        # A matching that is broken by NaN costs leaves its targets out; that layer's loss must not look healthy because of it.
         broken = torch.where((query == BROKEN).any(2).any(1), torch.nan, 0.0).to(logits.dtype)  # [M]
         matched = query >= 0
         query = query.clamp(min=0)
@@ -48,7 +48,7 @@ class SetCriterion(nn.Module):
 
         pred = boxes.gather(2, query[..., None].expand(-1, -1, -1, 4))  # [M, B, T, 4]
         true = targets.boxes.to(boxes.dtype).expand_as(pred)
-        true = true.masked_fill(~matched[..., None], 0.0)  # whatever padding holds
+        true = true.masked_fill(~matched[..., None], 0.0)  # padding may hold anything
         l1 = ((pred - true).abs().sum(-1) * matched).sum((1, 2))
         giou = ((1 - generalized_box_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(true))) * matched).sum((1, 2))
 

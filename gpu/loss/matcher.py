@@ -4,7 +4,7 @@ Costs are formed only between an image's predictions and its own targets, for al
 
 ``scipy``  makes one copy to the host and solves the M·B assignments there.
 ``cupy``   solves them in one launch on the GPU and waits for nothing (``assignment``). Needs CuPy.
-``auto``   takes ``cupy`` where it can run, and says once why not where a GPU is there and it cannot.
+``auto``   takes ``cupy`` where it can run. On a machine with a GPU where it cannot, it warns once and names the reason.
 
 Shape letters: M decoder layers, B images, N queries, K classes, T targets (padded).
 """
@@ -74,12 +74,12 @@ def match(
 
     Returns:
         [M, B, T] int64 on the device of `logits`; −1 where a target is padding, or where there are more targets than queries
-        and the cheapest assignment leaves this one out. −2 (``BROKEN``) throughout a problem with a cost that is not
-        finite, from "cupy", which cannot raise without waiting for the GPU; ``SetCriterion`` makes its loss NaN.
+        and the cheapest assignment leaves this one out. From "cupy", −2 (``BROKEN``) throughout a problem with a cost
+        that is not finite: it cannot raise without waiting for the GPU. ``SetCriterion`` makes the loss of such a problem NaN.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run here.
-        NonFiniteError: a cost that is not finite (names layer, image, query and target), from "scipy".
+        NonFiniteError: from "scipy", a cost that is not finite; the message names layer, image, query and target.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown matcher backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -89,15 +89,15 @@ def match(
         raise ValueError(f"matcher backend 'cupy' cannot run here: {missing}")
     if backend == "scipy" or missing:
         if missing and cost.is_cuda and backend == "auto" and not torch.compiler.is_compiling():
-            _say_once(missing)
+            _warn_once(missing)
         return _match_scipy(cost, targets.valid)  # type: ignore[no-any-return]  # ops are untyped
     query, status = assignment.assign(cost, targets.valid)
     return torch.where(status[..., None] >= 0, BROKEN, query)
 
 
 @functools.cache
-def _say_once(missing: str) -> None:
-    warnings.warn(f"matching on the host, which the GPU has to wait for: {missing}", stacklevel=3)
+def _warn_once(missing: str) -> None:
+    warnings.warn(f"matching on the host, while the GPU waits: {missing}", stacklevel=3)
 
 
 @torch.library.custom_op("smca::match_scipy", mutates_args=())

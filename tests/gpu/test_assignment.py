@@ -65,8 +65,8 @@ def check(cost: Costs, valid: Valid, query: Indices, status: Indices) -> None:
     layers, batch, queries, targets = cost.shape
     for layer in range(layers):
         for image in range(batch):
-            here, given = query[layer, image], cost[layer, image].astype(np.float64)
-            bad = np.flatnonzero(~np.isfinite(given) & valid[image])
+            here, costs = query[layer, image], cost[layer, image].astype(np.float64)
+            bad = np.flatnonzero(~np.isfinite(costs) & valid[image])
             assert status[layer, image] == (bad[0] if len(bad) else -1)
             if len(bad):
                 assert (here == -1).all()
@@ -78,9 +78,9 @@ def check(cost: Costs, valid: Valid, query: Indices, status: Indices) -> None:
             assert len(set(chosen.tolist())) == len(chosen)
             assert ((chosen >= 0) & (chosen < queries)).all()
             columns = np.flatnonzero(valid[image])
-            rows, cols = linear_sum_assignment(given[:, columns])
-            best, scale = given[rows, columns[cols]].sum(), np.abs(given[:, columns]).max(initial=0.0)
-            np.testing.assert_allclose(given[chosen, matched].sum(), best, rtol=0, atol=1e-12 * scale * max(targets, 1))
+            rows, cols = linear_sum_assignment(costs[:, columns])
+            best, scale = costs[rows, columns[cols]].sum(), np.abs(costs[:, columns]).max(initial=0.0)
+            np.testing.assert_allclose(costs[chosen, matched].sum(), best, rtol=0, atol=1e-12 * scale * max(targets, 1))
 
 
 def random_costs(rng: np.random.Generator, kind: str, shape: tuple[int, int, int, int]) -> Costs:
@@ -105,7 +105,7 @@ KINDS = ("normal", "ties", "constant", "ranges", "products", "nonfinite")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_problems_cost_what_scipys_cost(solve: Solver, kind: str) -> None:
-    """Some 4,000 problems a kind, of every proportion of queries to targets, with padding anywhere."""
+    """Some 4,000 problems per kind, of every proportion of queries to targets, with padding anywhere."""
     rng = np.random.default_rng(KINDS.index(kind))
     for _ in range(340):
         shape = (2, 6, int(rng.integers(1, 13)), int(rng.integers(0, 13)))
@@ -273,8 +273,8 @@ def test_launch_hands_the_kernel_its_arguments(solve: Solver, monkeypatch: pytes
     cost, valid = random_costs(rng, "normal", (3, 2, 8, 5)), rng.random((2, 5)) < 0.8
     cost[1, 0, 2, valid[0].argmax()] = np.nan
     # Transposed, so that `assign` has to make it contiguous.
-    given = torch.from_numpy(cost).transpose(2, 3).contiguous().transpose(2, 3)
-    query, status = assignment.assign(given, torch.from_numpy(valid))
+    strided = torch.from_numpy(cost).transpose(2, 3).contiguous().transpose(2, 3)
+    query, status = assignment.assign(strided, torch.from_numpy(valid))
     check(cost, valid, query.numpy(), status.numpy())
     assert launches == [((6,), (assignment.THREADS,), assignment.shared_bytes(8, 5))]
     for shape in [(0, 2, 8, 5), (3, 2, 0, 5), (3, 2, 8, 0)]:
@@ -290,10 +290,10 @@ def test_launch_hands_the_kernel_its_arguments(solve: Solver, monkeypatch: pytes
 def test_gpu_costs_what_scipy_costs(solve: Solver, kind: str, shape: tuple[int, int, int, int]) -> None:
     rng = np.random.default_rng(7)
     cost, valid = random_costs(rng, kind, shape), rng.random((shape[1], shape[3])) < 0.7
-    given = torch.from_numpy(cost).cuda(), torch.from_numpy(valid).cuda()
-    query, status = assignment.assign(*given)
+    on_gpu = torch.from_numpy(cost).cuda(), torch.from_numpy(valid).cuda()
+    query, status = assignment.assign(*on_gpu)
     check(cost, valid, query.cpu().numpy(), status.cpu().numpy())
-    again, _ = assignment.assign(*given)
+    again, _ = assignment.assign(*on_gpu)
     assert torch.equal(query, again)
     expected, _ = solve(cost, valid)
     np.testing.assert_array_equal(query.cpu().numpy(), expected)
