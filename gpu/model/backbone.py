@@ -1,4 +1,4 @@
-"""The feature extractor: any ``transformers.AutoBackbone``, its stages of the wanted strides found by measuring."""
+"""The feature extractor: any ``transformers.AutoBackbone``, whose stages of the wanted strides are found by measuring."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _NOT_ARCHITECTURE = (
     "stage_names",
     "transformers_version",
 )
-"""Keys of a transformers configuration that say where it came from or what is read from it, not what is built."""
+"""Keys of a transformers configuration that describe its origin or which outputs are read, not what is built."""
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm with fixed statistics and parameters: y = scale·x + shift. Holds what was learned before, trains nothing."""
+    """Batch norm with fixed statistics and parameters: y = scale·x + shift. It keeps what was learned before and trains nothing."""
 
     weight: Tensor
     bias: Tensor
@@ -55,9 +55,9 @@ class FrozenBatchNorm(nn.Module):
 
 
 class _Normalize(torch.autograd.Function):
-    """Batch norm by given statistics, of which nothing is trained: x itself is not kept for the backward pass, unlike by
-    ``batch_norm``, whose kernel serves both directions, since the gradient is scaled as x is. (As arithmetic on tensors that
-    are broadcast, it takes half as long again on a GPU, and a third of a training step's launches.)"""
+    """Batch norm with fixed statistics and no trained parameters. Unlike ``batch_norm``, it does not keep x for the backward pass;
+    the kernel of ``batch_norm`` serves both directions, since the gradient is scaled as x is. (Written as arithmetic on broadcast
+    tensors, it takes half as long again on a GPU, and a third of a training step's launches.)"""
 
     @staticmethod
     def forward(
@@ -83,7 +83,7 @@ def freeze_batch_norm(module: nn.Module) -> None:
 
 
 class Backbone(nn.Module):
-    """Images in, one feature map a level out, as far as the network's own stages reach.
+    """Images in, one feature map per level out, as far as the network's own stages reach.
 
     Attributes:
         channels: channels of each feature map.
@@ -95,12 +95,12 @@ class Backbone(nn.Module):
 
         Args:
             config: which network, with which weights.
-            strides: wanted pixels per cell of each level, finest first. Levels beyond the deepest stage are left to the caller;
-                each must have twice the stride of the one before it.
+            strides: wanted pixels per cell of each level, finest first. The caller makes levels beyond the deepest stage; each
+                of them must have twice the stride of the one before it.
             download: False builds the network without published weights (they are about to be loaded from elsewhere).
 
         Raises:
-            ValueError: the network has no stage of a wanted stride (names those it has), or its weights cannot be had.
+            ValueError: the network has no stage of a wanted stride (names those it has), or its weights cannot be loaded.
         """
         super().__init__()
         settings = _backbone_settings(config)
@@ -130,7 +130,7 @@ class Backbone(nn.Module):
             _freeze_stages(self.body, config)
 
     def resolved(self, config: BackboneConfig) -> BackboneConfig:
-        """`config` with what was built written out, so that it can be rebuilt without the published weights' repository."""
+        """`config` with all that was built spelled out, so that it can be rebuilt without the published weights' repository."""
         settings = cast(Any, self.body).config
         options = {key: value for key, value in settings.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
         return replace(config, name=settings.model_type, options=options, weights=None)
@@ -149,7 +149,9 @@ def _backbone_settings(config: BackboneConfig) -> Any:
     try:
         return AutoConfig.for_model(config.name, **config.options)
     except ValueError as error:
-        raise ValueError(f"transformers knows no model type {config.name!r} (model.backbone.name): {error}") from error
+        raise ValueError(
+            f"transformers knows no model type {config.name!r}: {error}. Set model.backbone.name."
+        ) from error
 
 
 def _measure_strides(settings: Any) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""The decoder: DETR's with one change, each query steers its cross-attention by a Gaussian (docs/method.md §1 to §5).
+"""The decoder: DETR's with one change: each query steers its cross-attention by a Gaussian (docs/method.md §1 to §5).
 
 Shape letters: B images, N queries, h heads, d channels per head, C = h·d, J levels, ΣL keys of all levels, K classes, M layers.
-Names of parameters are the contract with ``smca.reference.model``, which runs on the same state dict.
+The names of the parameters are a contract with ``smca.reference.model``, which runs on the same state dict.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
 
     def state(self, t: Tensor, position: Tensor) -> Tensor | None:
         """O, the layer-normalised sum of a query's content and learned position, from which prior and level weights are
-        predicted: [B, N, C]; None if nothing is."""
+        predicted: [B, N, C]; None if neither is predicted."""
         return None if self.state_norm is None else self.state_norm(t + position)
 
     def attend_image(
@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
 
         Args:
             t, position: [B, N, C] content and learned position of the queries.
-            memory, memory_pos: [B, ΣL, C] values, and what keys are made of.
+            memory, memory_pos: [B, ΣL, C] inputs of the values and of the keys.
             grids: the levels' cells.
             state: O of ``state``.
             reference_xy: [B, N, 2] reference centres in 0–1 of the unpadded image.
@@ -104,7 +104,7 @@ class DecoderLayer(nn.Module):
         return cast(Tensor, self.norm3(t + feed_forward_block(t, self.linear1, self.linear2, self.dropout)))
 
     def _level_weights(self, state: Tensor | None, like: Tensor, levels: int) -> Tensor:
-        """α of docs/method.md §4, what each query takes from each level: [B, N, J]."""
+        """α of docs/method.md §4, how much each query takes from each level: [B, N, J]."""
         if self.level_head is None or state is None:
             return like.new_full((like.shape[0], like.shape[2], levels), 1 / levels)
         return cast(Tensor, self.level_head(state).softmax(dim=-1))
@@ -122,8 +122,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, attention_backend) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(dim)
         self.class_head = nn.Linear(dim, config.num_classes)
-        # One head for all layers, as published. Under refinement a layer's question changes from "where is the box" to "what is
-        # wrong with it", which one head cannot answer both of: then each layer has its own.
+        # One head for all layers, as published. With refinement, the question changes after the first layer from "where is the
+        # box" to "what is wrong with it". One head cannot answer both: then each layer has its own.
         self.box_heads = nn.ModuleList(
             MLP(dim, dim, dim, 4) for _ in range(config.decoder_layers if config.box_refinement else 1)
         )
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         self.query_center = nn.Parameter(torch.empty(config.num_queries, 2)) if grid else None
 
     def reset_parameters(self) -> None:
-        """The starts that matter; everything else is Xavier-uniform (docs/deviations.md)."""
+        """Set the initial values that matter; everything else is Xavier-uniform (docs/deviations.md)."""
         points_xy = _spread_points(len(self.query_position))
         if self.query_init == "grid":
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the detector finds in an image, in pixels."""
+"""The detector's results for an image, in pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first."""
+    """The detections of one image, best first."""
 
     scores: Tensor
     """[D] in 0–1."""
@@ -25,7 +25,7 @@ def decode(logits: Tensor, boxes: Tensor, original_sizes: Tensor, max_detections
 
     Args:
         logits: [B, N, K]. boxes: [B, N, 4] (cx, cy, w, h) in 0–1. original_sizes: [B, 2] (height, width) in pixels.
-        max_detections: how many to keep an image.
+        max_detections: how many to keep per image.
     """
     batch, queries, classes = logits.shape
     scores, flat = logits.float().sigmoid().flatten(1).topk(min(max_detections, queries * classes), dim=1)

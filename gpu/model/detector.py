@@ -35,7 +35,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class SMCADETR(nn.Module):
-    """The detector. ``config.cross_attention="dense"`` makes it DETR, everything else the same."""
+    """The detector. ``config.cross_attention="dense"`` makes it DETR, with everything else unchanged."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -52,7 +52,7 @@ class SMCADETR(nn.Module):
         self.config = config
         self.backbone = Backbone(config.backbone, config.strides, download=download)
         self.input_proj = _projections(self.backbone.channels, config)
-        # Read by the encoder's attention alone: in the decoder it would add the same to all keys of a softmax.
+        # Only the encoder's attention reads it: in the decoder it would add the same to all keys of a softmax.
         levels, read = len(config.strides), config.encoder == "attention" and config.encoder_layers > 0
         self.level_embed = nn.Parameter(torch.zeros(levels, config.hidden_dim)) if levels > 1 and read else None
         self.encoder, self.decoder = Encoder(config), Decoder(config, attention_backend)
@@ -72,14 +72,14 @@ class SMCADETR(nn.Module):
             padding_mask: [B, H, W] bool, True = padded; None = no padding anywhere.
 
         Returns:
-            "logits" [M, B, N, K], one sigmoid a class; "boxes" [M, B, N, 4] (cx, cy, w, h) in 0–1 of the unpadded image;
+            "logits" [M, B, N, K], one sigmoid per class; "boxes" [M, B, N, 4] (cx, cy, w, h) in 0–1 of the unpadded image;
             both after each of the M decoder layers, the last layer last.
         """
         pixels = self.normalize(images, padding_mask)
         features = self.backbone(pixels)
         batch, _, height, width = images.shape
         if padding_mask is None:
-            # Filled on the device: a tensor made from a list would be copied there, which waits for the GPU.
+            # Filled on the device: copying a tensor made from a list would wait for the GPU.
             valid_sizes = torch.stack(
                 [images.new_full((batch,), side, dtype=torch.int64) for side in (height, width)], -1
             )
@@ -88,7 +88,7 @@ class SMCADETR(nn.Module):
         return self.detect(features, valid_sizes, padded=padding_mask is not None)
 
     def normalize(self, images: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Pixels to the backbone's input range; padding becomes 0, whatever it was."""
+        """Pixels in the backbone's input range; padding becomes 0, whatever it held."""
         scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
         pixels = (images.to(self.pixel_mean.dtype) * scale - self.pixel_mean) / self.pixel_std
         return pixels if padding_mask is None else pixels.masked_fill(padding_mask[:, None], 0.0)
@@ -97,9 +97,9 @@ class SMCADETR(nn.Module):
         """The part that ``smca.reference.model.forward`` specifies: backbone features to logits and boxes.
 
         Args:
-            features: from the backbone, [B, channels, H, W] for each level it has.
+            features: from the backbone, [B, channels, H, W] for each level that it has.
             valid_sizes: [B, 2] (height, width) of the unpadded images in pixels of the network's input.
-            padded: False promises that no cell is padding, which spares the masks.
+            padded: False promises that no cell is padding, so that masks are not needed.
         """
         # Positions and boxes stay in at least float32 under autocast; in a float64 model all is float64.
         valid_sizes = valid_sizes.to(self.decoder.query_position.dtype)
@@ -188,7 +188,7 @@ class SMCADETR(nn.Module):
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load `weights` into `model` after checking every name and shape; the error lists what does not fit."""
+    """Load `weights` into `model` after checking every name and shape; the ValueError lists what does not fit."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [
@@ -241,4 +241,6 @@ def _resolve(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{name} is neither a folder nor a reachable repository on the Hugging Face hub") from error
+        raise ValueError(
+            f"{name} is neither a folder nor a reachable repository on the Hugging Face hub: check the name and the connection"
+        ) from error

@@ -1,8 +1,8 @@
 """The encoder: image features mix, within a level or across levels (docs/method.md §4).
 
-One set of parameters per layer serves all levels, so a single level is the case J = 1 and nothing else.
+One set of parameters per layer serves all levels, so a single level is simply the case J = 1.
 
-Shape letters: B images, C channels, J levels, ΣL cells of all levels, one level after the other.
+Shape letters: B images, C channels, J levels, ΣL cells of all levels, one level after another.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class EncoderLayer(nn.Module):
 
     def _mix(self, x: Tensor, pos: Tensor, grids: Sequence[Grid]) -> Tensor:
         if self.conv is not None:
-            return cast(Tensor, self.conv(x, grids))  # a convolution knows what is beside what: no position encoding
+            return cast(Tensor, self.conv(x, grids))  # a convolution knows its neighbours: no position encoding
         assert self.self_attn is not None
         q, k, v = self.self_attn.project(x + pos, x + pos, x)
         if self.crosses_levels or len(grids) == 1:
@@ -107,7 +107,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers; with pre_norm a last layer norm closes it."""
+    """A stack of encoder layers; with pre_norm, a layer norm follows the last."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The parts of which encoder and decoder are made.
+"""Building blocks of the encoder and the decoder.
 
 Shape letters: B images, h heads, d channels per head, C = h·d; one level's map has size (H, W) and L = H·W cells, row-major;
-tokens of several levels stand one level after the other, ΣL in all.
+tokens of several levels stand one level after another, ΣL in all.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def split_levels(tokens: Tensor, grids: Sequence[Grid], dim: int = 1) -> tuple[T
 
 
 def joint_padding_mask(grids: Sequence[Grid]) -> Tensor | None:
-    """The levels' padding masks one after the other: [B, ΣL] bool, or None."""
+    """The levels' padding masks one after another: [B, ΣL] bool, or None."""
     masks = [grid.key_padding_mask for grid in grids if grid.key_padding_mask is not None]
     return torch.cat(masks, dim=1) if masks else None
 
@@ -75,7 +75,7 @@ def attention_masked_by_a_channel(q: Tensor, k: Tensor, v: Tensor, key_padding_m
     lowest = max(PADDED_LOGIT, torch.finfo(k.dtype).min)
     padded = torch.zeros_like(key_padding_mask, dtype=k.dtype).masked_fill(key_padding_mask, lowest)
     one, logit = q.new_ones(()).expand(*q.shape[:-1], 1), padded[:, None, :, None].expand(*k.shape[:-1], 1)
-    # One copy each, of what is as dense as a kernel could wish.
+    # One copy each, into tensors as dense as a kernel wants them.
     zeros = [tensor.new_zeros(()).expand(*tensor.shape[:-1], more - 1) for tensor in (q, k)]
     wide_q, wide_k = torch.cat([q, one, zeros[0]], dim=-1), torch.cat([k, logit, zeros[1]], dim=-1)
     wide_v = functional.pad(v, (0, more))
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
     def merge(self, out: Tensor) -> Tensor:
-        """What each head found, [B, h, N, d] → [B, N, C]."""
+        """The heads' outputs joined and projected: [B, h, N, d] → [B, N, C]."""
         return cast(Tensor, self.out_proj(out.transpose(1, 2).flatten(2)))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:

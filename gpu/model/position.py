@@ -24,7 +24,7 @@ def sine_position_encoding(size: tuple[int, int], valid_cells: Tensor, channels:
 
 
 def sine_of_points(points_xy: Tensor, dim: int) -> Tensor:
-    """Encoding [N, dim] of points (x, y) [N, 2] in 0–1 of the image: what a cell at that place would have."""
+    """Encoding [N, dim] of points (x, y) [N, 2] in 0–1 of the image: the encoding that a cell at that place would have."""
     return torch.cat([_waves(points_xy[:, 1], dim // 2), _waves(points_xy[:, 0], dim // 2)], dim=-1)
 
 

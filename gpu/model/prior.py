@@ -1,4 +1,4 @@
-"""From a query's state to its Gaussians: one a head and level (docs/method.md §1, §3, §4).
+"""From a query's state to its Gaussians: one per head and level (docs/method.md §1, §3, §4).
 
 Shape letters: B images, N queries, h heads, C channels, J levels.
 """
@@ -15,7 +15,7 @@ from smca.gpu.config import ModelConfig
 from smca.gpu.model.layers import Grid
 
 _AXES = {"fixed": 0, "single": 1, "independent": 2}
-"""Scales that the head predicts for each Gaussian."""
+"""Number of scales that the head predicts per Gaussian."""
 
 
 class Prior(nn.Module):
@@ -35,9 +35,9 @@ class Prior(nn.Module):
     def reset_parameters(self) -> None:
         """Start the heads as broad Gaussians (r = 1) on a ring of radius 1σ around the reference centre, whatever the query.
 
-        Values carry no position, so it is the difference between heads that look to different sides which tells a query
-        where in its neighbourhood the object lies; with all heads on the same spot that has to be learned first. (Heads that
-        share one Gaussian have no choice: it starts on the centre.)
+        Values carry no position, so only the difference between heads that look to different sides tells a query where in its
+        neighbourhood the object lies; with all heads on the same spot, that difference has to be learned first. (With one
+        Gaussian for all heads there is no ring: it starts on the centre.)
         """
         nn.init.zeros_(self.offset_head.weight)
         nn.init.zeros_(self.offset_head.bias)

@@ -1,4 +1,4 @@
-"""What a configuration would build, without building it in memory: parameters, multiply-adds, levels (``smca train --dry-run``)."""
+"""Parameters, multiply-adds and levels of a configuration, without building it in memory (``smca train --dry-run``)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def summarize(config: ModelConfig) -> str:
     """Parameters and multiply-adds of the network, by part, as a table for a terminal.
 
     Counted by ``torch.utils.flop_counter`` on the meta device (nothing is computed, no weights are loaded) for one unpadded
-    image of ``image_short_side``: matrix products, convolutions and attention products. That counter gives two operations for
-    each multiply-add; printed is half of it, the convention of fvcore and of the DETR paper's tables.
+    image of ``image_short_side``: matrix products, convolutions and attention products. That counter gives two operations per
+    multiply-add; the table shows half of it, the convention of fvcore and of the DETR paper's tables.
     """
     height = config.image_short_side
     width = min(round(height * _ASPECT), config.image_max_size)
@@ -31,7 +31,7 @@ def summarize(config: ModelConfig) -> str:
     lines = [f"{'part':<12} {'parameters':>12} {'trained':>12} {'multiply-adds':>15}"]
     for name in parts:
         parameters = list(model.get_submodule(name).parameters())
-        # A list of modules is never called itself: its entries are.
+        # A list of modules is never called itself; its entries are.
         part = model.get_submodule(name)
         called = [f"{name}.{i}" for i in range(len(part))] if isinstance(part, torch.nn.ModuleList) else [name]
         macs = sum(sum(counts.get(f"{type(model).__name__}.{each}", {}).values()) for each in called) / 2
