@@ -26,12 +26,12 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
         print(f"error: {_message(error)}\n(SMCA_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\nstopped; `smca train … --resume` goes on from the last finished epoch", file=sys.stderr)
+        print("\nstopped; `smca train … --resume` continues from the last finished epoch", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def _message(error: Exception) -> str:
-    """What `error` says; of one that arose in a process that loads images, without the traceback that torch puts before it."""
+    """The text of `error`, without the traceback that torch puts before an error from a process that loads images."""
     text = str(error).rstrip()
     return text.rpartition(f"{type(error).__name__}: ")[2] if text.startswith("Caught ") else text
 
@@ -42,15 +42,15 @@ def main() -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: smca COMMAND [options]\n")
         print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
-        print("\nsmca COMMAND --help tells more.")
+        print("\nsmca COMMAND --help lists its options.")
         return
     if argv[0] not in COMMANDS:
         print(f"error: no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
-    # By entry point (pyproject.toml): the suite sees all packages and so lives above this one.
+    # By entry point (pyproject.toml): the suite imports all packages, so this one must not import it.
     points = importlib.metadata.entry_points(group="smca.commands", name=argv[0])
     if not points:
-        print(f"error: this installation knows no {argv[0]!r}: install it anew (make setup)", file=sys.stderr)
+        print(f"error: this installation has no command {argv[0]!r}: reinstall it (make setup)", file=sys.stderr)
         raise SystemExit(1)
     try:
         command = next(iter(points)).load()

@@ -21,11 +21,11 @@ from smca.gpu.model import SMCADETR
 
 def check_categories(config: ModelConfig, ground_truth: Mapping[str, Any], source: str) -> None:
     """Raise ValueError unless the data's categories are the model's."""
-    theirs = {c["id"]: c["name"] for c in ground_truth["categories"]}
-    ours = dict(zip(config.category_ids, config.class_names, strict=True))
-    if ours != theirs:
+    data_categories = {c["id"]: c["name"] for c in ground_truth["categories"]}
+    model_categories = dict(zip(config.category_ids, config.class_names, strict=True))
+    if model_categories != data_categories:
         raise ValueError(
-            f"the model's categories {ours} are not those of {source}, {theirs}: "
+            f"the model's categories {model_categories} are not those of {source}, {data_categories}: "
             "evaluate on data with the same categories, or train on this data"
         )
 

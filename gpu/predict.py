@@ -2,7 +2,7 @@
 
     smca predict runs/small/model photo.jpg folder/ --output out
 
-writes one annotated picture an image into out/ and all detections into out/results.json (COCO results, with file names).
+writes one annotated picture per image into out/ and all detections into out/results.json (COCO results, with file names).
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ class PredictArgs:
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
+            raise ValueError(f"--threshold must be in [0, 1], got {self.threshold}")
         if self.max_detections < 1:
-            raise ValueError(f"max_detections must be at least 1, got {self.max_detections}")
+            raise ValueError(f"--max-detections must be at least 1, got {self.max_detections}")
 
 
 def find_images(paths: tuple[Path, ...]) -> list[Path]:
-    """The files named, and every image file below the folders named, in order."""
+    """The named files, and every image file below the named folders, in order."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
-                raise ValueError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+                raise ValueError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}): name another folder")
             files += inside
         elif path.is_file():
             files.append(path)
         else:
-            raise FileNotFoundError(f"no image or folder at {path}")
+            raise FileNotFoundError(f"no image or folder at {path}: check the path")
     if not files:
         raise ValueError("no images given: name image files or folders after the model")
     return files

@@ -1,4 +1,4 @@
-"""Detections of whole data sets, and COCO's metrics of them."""
+"""Detections of whole datasets, and their COCO metrics."""
 
 from smca.gpu.evaluation.coco import CocoMetrics, evaluate_detections
 from smca.gpu.evaluation.data import evaluation_loader, open_split, pick_device

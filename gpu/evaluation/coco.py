@@ -29,7 +29,7 @@ _MEANING = {
     "ap_small": "AP      small, below 32² px",
     "ap_medium": "AP      medium",
     "ap_large": "AP      large, above 96² px",
-    "ar1": "AR      1 detection an image",
+    "ar1": "AR      1 detection per image",
     "ar10": "AR      10 detections",
     "ar100": "AR      100 detections",
     "ar_small": "AR      small, 100 detections",
@@ -59,7 +59,7 @@ class CocoMetrics:
     """Class name → (AP, AP50), in the order of category ids; NaN for a class without ground truth."""
 
     def table(self) -> str:
-        """The twelve numbers and AP by class as text, one a line."""
+        """The twelve numbers and AP by class as text, one per line."""
         width = max(len(text) for text in (*_MEANING.values(), *self.per_class))
         lines = [f"{text:<{width}}  {_number(getattr(self, name))}" for name, text in _MEANING.items()]
         if self.per_class:
@@ -86,7 +86,7 @@ def evaluate_detections(ground_truth: Mapping[str, Any], detections: Sequence[Ma
             ``annotations`` (``image_id``, ``category_id``, ``bbox`` = x, y, width, height in pixels of the original
             image, ``iscrowd`` (0 if missing), ``area`` (width × height if missing)). It is not changed.
         detections: COCO's results: ``image_id``, ``category_id``, ``bbox`` as above, ``score``. May be empty. They are
-            not changed. Of each image and class the 100 highest scores count.
+            not changed. The 100 highest scores per image and class count.
 
     Returns:
         The metrics. Without detections, AP and AR are 0; without ground truth objects they are NaN.
@@ -99,7 +99,7 @@ def evaluate_detections(ground_truth: Mapping[str, Any], detections: Sequence[Ma
         if key not in ground_truth:
             raise ValueError(f'ground truth needs COCO\'s "images", "categories" and "annotations"; {key!r} is missing')
     _check_detections(ground_truth, detections)
-    # A silenced stdout: COCOeval prints its progress and its summary, and offers no way to ask for neither.
+    # A silenced stdout: COCOeval prints its progress and its summary, and offers no way to turn either off.
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(
             _index(ground_truth, _truth_entries(ground_truth)),
@@ -125,7 +125,7 @@ def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -
 
 
 def _truth_entries(ground_truth: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Copies, for COCOeval writes into them; numbered from 1, for it takes a match with annotation id 0 for none."""
+    """Copies, because COCOeval writes into them; numbered from 1, because it treats a match with annotation id 0 as none."""
     entries = []
     for number, annotation in enumerate(ground_truth["annotations"], start=1):
         missing = {"image_id", "category_id", "bbox"} - set(annotation)
@@ -154,7 +154,7 @@ def _check_detections(ground_truth: Mapping[str, Any], detections: Sequence[Mapp
         missing = {"image_id", "category_id", "bbox", "score"} - set(detection)
         if missing:
             raise ValueError(f"detection {number} has no {', '.join(sorted(missing))}: {dict(detection)}")
-        # COCOeval would drop both kinds without a word, and the AP would be that of another task.
+        # COCOeval would silently drop both kinds, and the AP would be that of another task.
         for key, known in (("image_id", image_ids), ("category_id", category_ids)):
             if detection[key] not in known:
                 some = f"{sorted(known)[:5]}{' …' if len(known) > 5 else ''}"
@@ -184,7 +184,7 @@ def _per_class(ground_truth: Mapping[str, Any], evaluation: COCOeval) -> dict[st
 
 
 def _defined(value: float) -> float:
-    """COCOeval's −1 as NaN. (A class has a precision at every recall or at none, so that its mean is never mixed.)"""
+    """COCOeval's −1 as NaN. (A class has a precision at every recall or at none, so its mean is never a mixture.)"""
     return math.nan if value < 0 else float(value)
 
 

@@ -1,4 +1,4 @@
-"""Which data a command works on, and on which device."""
+"""The data and the device that a command works on."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device {name!r} asked for, but torch sees no CUDA GPU (torch {torch.__version__}): use --device cpu"
+            f"device {name!r} was requested, but torch sees no CUDA GPU (torch {torch.__version__}): use --device cpu"
         )
     return device

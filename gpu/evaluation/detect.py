@@ -15,7 +15,7 @@ from smca.gpu.model import SMCADETR, decode
 def detect(model: SMCADETR, loader: Iterable[Batch]) -> list[dict[str, Any]]:
     """Run `model` over all batches; returns COCO results (image_id, category_id, bbox in xywh pixels, score).
 
-    As many detections per image as the model has queries, at least 100: COCO counts the best 100 of each class.
+    It keeps as many detections per image as the model has queries, at least 100: COCO counts the best 100 of each class.
     """
     training = model.training
     model.eval()

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 LEGIBLE_SIDE = 480
-"""Pixels of the shorter side up to which small images are enlarged: text does not shrink below legibility."""
+"""Small images are enlarged until the shorter side has at least this many pixels, so that text stays legible."""
 LARGEST_SIDE = 2048
 """Enlarging stops before the longer side exceeds this many pixels."""
 
@@ -50,7 +50,7 @@ def draw_detections(
         truth_xyxy: [S, 4] ground truth boxes, drawn thin, dashed and white.
 
     Returns:
-        A new RGB image; a whole multiple of the given one's size where that was too small for legible text.
+        A new RGB image; its size is a whole multiple of `image`'s if that was too small for legible text.
 
     Raises:
         ValueError: shapes or types that do not fit, a box that is not finite, a label without a name.
@@ -61,11 +61,11 @@ def draw_detections(
     label_of, score_of = np.asarray(labels).reshape(-1), np.asarray(scores, dtype=np.float64).reshape(-1)
     if not len(boxes) == len(label_of) == len(score_of):
         raise ValueError(
-            f"got {len(boxes)} boxes, {len(label_of)} labels and {len(score_of)} scores: expected one each a box"
+            f"expected one label and one score per box, got {len(boxes)} boxes, {len(label_of)} labels and {len(score_of)} scores"
         )
     if len(label_of) and not 0 <= label_of.min() <= label_of.max() < len(class_names):
         raise ValueError(
-            f"labels must be indices of the {len(class_names)} class names, got {label_of.min()} … {label_of.max()}: "
+            f"labels must be indices into the {len(class_names)} class names, got {label_of.min()} … {label_of.max()}: "
             "were the detections made by a model with other classes?"
         )
 
@@ -79,10 +79,10 @@ def draw_detections(
     for box in truth * factor:
         _dashed_rectangle(pen, _clipped(box, canvas.size), max(1, line // 2), dash=4 * line)
     kept = [int(i) for i in np.argsort(score_of, kind="stable") if score_of[i] >= threshold]
-    for i in kept:  # the surest last, on top
+    for i in kept:  # the most confident last, on top
         pen.rectangle(_clipped(boxes[i] * factor, canvas.size), outline=class_color(int(label_of[i])), width=line)
     taken: list[_Rectangle] = []
-    for i in reversed(kept):  # the surest first: it gets the best place for its text
+    for i in reversed(kept):  # the most confident first: it gets the best place for its text
         text = f"{class_names[int(label_of[i])]} {score_of[i]:.2f}"
         place = _label_place(pen, text, font, _clipped(boxes[i] * factor, canvas.size), canvas.size, taken)
         taken.append(place)
@@ -132,8 +132,8 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Args:
         metrics: the lines of a run's metrics.jsonl, each with ``epoch``, ``loss``, ``ap``, ``ap50`` and
-            ``train_seconds``; a value that is None (no ground truth to evaluate on) leaves a gap. Of several lines of
-            one epoch the last counts.
+            ``train_seconds``; a value that is None (no ground truth to evaluate on) leaves a gap. Of several lines for
+            one epoch, the last counts.
         path: picture to write; its suffix names the format.
 
     Raises:

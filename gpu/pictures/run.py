@@ -1,4 +1,4 @@
-"""The pictures that a training run leaves: detections beside the truth, and the curves."""
+"""The pictures that a training run writes: detections beside the ground truth, and curves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smca.gpu.pictures.drawing import contact_sheet, draw_detections, training_c
 PICTURES = 12
 """How many held-out images are drawn."""
 DRAW_THRESHOLD = 0.35
-"""Least score that is drawn: trained with focal loss, scores of real objects start about there."""
+"""Least score that is drawn: after training with focal loss, scores of real objects start about there."""
 
 
 def draw_run(model: SMCADETR, data: DetectionDataset, metrics: list[dict[str, Any]], output: Path) -> None:
