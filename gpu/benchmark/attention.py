@@ -1,4 +1,4 @@
-"""Ways to compute SMCA attention that ``smca benchmark`` compares: the backends of ``smca_attention``, and others beside them.
+"""Ways to compute SMCA attention that ``smca benchmark`` compares: the backends of ``smca_attention``, and others.
 
 Shape letters: B images, N queries, h heads, d channels per head, L keys of a map.
 """
@@ -31,7 +31,7 @@ class Size:
     """Sizes of the compared attention."""
 
     batch: int | None = None
-    """B, images; 2 on a CPU and 16 on a GPU if not given."""
+    """B, images; by default 2 on a CPU and 16 on a GPU."""
     heads: int = 8
     """h, attention heads."""
     queries: int = 300
@@ -55,7 +55,7 @@ def attention_case(name: str, dtype: torch.dtype, size: Size, device: str = "cpu
         dtype: of q, k, v and the output.
         size: `batch` must be given.
         device: "cpu" or "cuda".
-        replayed: each step as a CUDA graph, so that no time of the host is in it; on "cuda" only.
+        replayed: each step as a CUDA graph, so that it includes no time of the host; on "cuda" only.
 
     Raises:
         ValueError: when run, an unknown name, or a backend that cannot run on `device`.
@@ -74,7 +74,7 @@ def attention_case(name: str, dtype: torch.dtype, size: Size, device: str = "cpu
         inputs |= {f"{n}{suffix}": t for n, t in levels[-1]._asdict().items() if isinstance(t, Tensor)}
     if len(levels) > 1:
         inputs["level_weights"] = weights
-    if name == "plain":  # what has no prior has no gradient to it
+    if name == "plain":  # without a prior there is no gradient with respect to it
         inputs = {n: t for n, t in inputs.items() if "_xy" not in n}
 
     def attend() -> Tensor:
@@ -93,7 +93,7 @@ def attention_case(name: str, dtype: torch.dtype, size: Size, device: str = "cpu
         return multi_scale_smca_attention(q, wide_levels, weights, backend=name).to(dtype)
 
     def forward() -> dict[str, Tensor]:
-        # FlexAttention is compiled anew for the other grad mode; what it keeps for a backward pass is next to nothing.
+        # FlexAttention would be compiled anew for the other grad mode; what it keeps for a backward pass is negligible.
         with torch.set_grad_enabled(name == "flex"):
             return {"out": attend().detach()}
 
@@ -103,26 +103,24 @@ def attention_case(name: str, dtype: torch.dtype, size: Size, device: str = "cpu
         return {"out": out.detach(), **{f"grad {n}": grad for n, grad in zip(inputs, grads, strict=True)}}
 
     if inputs["q"].is_cuda and name in ("plain", "lifted", "lifted-bf16-split"):
-        with sdpa_kernel(
-            FUSED
-        ):  # fails rather than fall back to the form that stores N × L: that would be another case
+        with sdpa_kernel(FUSED):  # an error, rather than the fallback that stores N × L: that would be another case
             both()
     case: Case = {"forward": forward, "forward+backward": both}
     return {mode: _as_graph(step) for mode, step in case.items()} if replayed else case
 
 
 def _as_graph(step: Step) -> Step:
-    """`step`, recorded as a CUDA graph when first called: what is left is the GPU's own time."""
+    """`step`, recorded as a CUDA graph when first called, so that only the GPU's own time remains."""
     recorded: list[tuple[Any, dict[str, Tensor]]] = []
 
     def replay() -> dict[str, Tensor]:
         if not recorded:
-            beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                for _ in range(2):  # whatever compiles or allocates does so before the recording
+            side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream):
+                for _ in range(2):  # compilation and allocation happen before the recording
                     step()
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 values = step()
@@ -163,7 +161,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, _c: Tensor, _p: Tensor, _s: tuple[int
 def sdpa_mask(
     q: Tensor, k: Tensor, v: Tensor, center_xy: Tensor, precision_xy: Tensor, size: tuple[int, int]
 ) -> Tensor:
-    """log G written out as a mask, which the kernel wants in the dtype of q. Any kernel may serve it."""
+    """log G written out as a mask, which the kernel wants in the dtype of q. PyTorch may choose any kernel."""
     x, y = cell_centers(size, center_xy)
     dx, dy = x - center_xy[..., 0, None], y - center_xy[..., 1, None]
     log_g = -0.5 * (precision_xy[..., 0, None] * dx.square() + precision_xy[..., 1, None] * dy.square())
@@ -177,8 +175,8 @@ def lifted_bf16_split(
 
     Positions x relative to the middle are exact in one part and x² in two, on maps of up to 256 cells per side; −½λ and λc take
     three parts. Products of bfloat16 are exact in the float32 that kernels sum in, so the forward logits are those of the
-    lifted form in float32, but for the third part of −½λ times the second of x², about 2⁻²⁴ of the whole, which is left out:
-    eight channels per axis. The backward pass is not as exact: kernels round the logits' gradient to bfloat16 before they sum
+    lifted form in float32, except for the third part of −½λ times the second of x², about 2⁻²⁴ of the whole, which is left
+    out: eight channels per axis. The backward pass is not as exact: kernels round the logits' gradient to bfloat16 before they sum
     it times x and x², which cancel. (Factors by low rank: arXiv 2505.12044. Sums of bfloat16: arXiv 1904.06376.)
 
     Raises:
@@ -212,7 +210,7 @@ def lifted_bf16_split(
 
 
 def _split(value: Tensor, parts: int) -> list[Tensor]:
-    """bfloat16 tensors whose sum is `value`, but for what the last rounds off. Gradients reach `value` through the first."""
+    """bfloat16 tensors whose sum is `value`, up to the rounding of the last. Gradients reach `value` through the first."""
     pieces, rest = [], value
     for _ in range(parts):
         pieces.append(rest.to(torch.bfloat16))
@@ -221,7 +219,7 @@ def _split(value: Tensor, parts: int) -> list[Tensor]:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, center_xy: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> Tensor:
-    """FlexAttention with log G as its score_mod; not compiled, so that it writes all scores out. On CUDA see ``ATTENTIONS``."""
+    """FlexAttention with log G as its score_mod. Not compiled, it writes all scores out; for CUDA see ``ATTENTIONS``."""
     from torch.nn.attention.flex_attention import flex_attention
 
     width = size[1]
@@ -256,4 +254,4 @@ ATTENTIONS: dict[str, Attention] = {
     "lifted-bf16-split": lifted_bf16_split,
     "flex": _flex_compiled,
 }
-"""Ways to compute SMCA attention beside the backends of ``smca_attention``."""
+"""Ways to compute SMCA attention besides the backends of ``smca_attention``."""

@@ -1,7 +1,7 @@
-"""What ``smca benchmark`` measures beside attention: each function here builds one case, on any device.
+"""What ``smca benchmark`` measures besides attention: each function here builds one case, on any device.
 
 A case is a dictionary of steps by mode, "forward" and "forward+backward" or "inference" and "training"; a step does the work
-once and returns tensors by which cases can be compared. The last mode is the heaviest.
+once and returns the tensors by which cases are compared. The last mode is the heaviest.
 
 Shape letters: B images, N queries, M decoder layers, T targets.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # imported where needed: what a case takes counts as its memory
+if TYPE_CHECKING:  # imported where needed, because memory that a case takes counts as its own
     from smca.datasets import Targets
     from smca.gpu.loss import SetCriterion
     from smca.gpu.model import SMCADETR
@@ -38,7 +38,7 @@ QUERIES, TARGETS, LAYERS = 300, 20, 6  # of an assignment problem
 
 @dataclass(frozen=True)
 class Work:
-    """What a detector is given to do."""
+    """The workload of a detector."""
 
     image_size: tuple[int, int]
     """(height, width) in pixels; no padding."""
@@ -85,10 +85,10 @@ def smca_step_case(preset: str, backend: str, work: Work, *, compiled: bool = Fa
     """Our model of a preset, 80 classes: "inference", and "training", which is forward, loss and backward (see ``Work``).
 
     Args:
-        preset: as ``smca_detector``.
+        preset: as in ``smca_detector``.
         backend: of ``smca_attention``.
-        work: what it is given to do.
-        compiled: model and criterion through torch.compile. Then "training" alone: each mode is a compilation, a minute long.
+        work: its workload.
+        compiled: model and criterion through torch.compile. Then "training" only: each mode takes a compilation of a minute.
     """
     model, criterion, targets, images = smca_detector(preset, backend, work)
     if compiled:
@@ -105,13 +105,13 @@ def smca_step_case(preset: str, backend: str, work: Work, *, compiled: bool = Fa
 
 
 def smca_detector(preset: str, backend: str, work: Work) -> tuple[SMCADETR, SetCriterion, Targets, Tensor]:
-    """Our model and criterion with something to detect: targets, and images [B, 3, H, W] in [0, 1].
+    """Our model and criterion, with targets and images [B, 3, H, W] in [0, 1].
 
     Args:
         preset: name of a preset; its backbone is replaced by that of `work`, which trains the same stages: all but the stem
             and the first, as DETR does. Weights are random.
         backend: of ``smca_attention``.
-        work: what it is given to do.
+        work: its workload.
     """
     from smca.datasets import Targets
     from smca.gpu.config import LossConfig
@@ -131,12 +131,12 @@ def smca_detector(preset: str, backend: str, work: Work) -> tuple[SMCADETR, SetC
 
 
 def transformers_step_case(name: str, work: Work) -> Case:
-    """transformers' model of the same size around the same backbone: modes as ``smca_step_case``.
+    """transformers' model of the same size with the same backbone; modes as in ``smca_step_case``.
 
     Args:
         name: "Detr", "ConditionalDetr" or "DeformableDetr". The last as published: four levels, feed-forward width 1024. Its
             attention is transformers' PyTorch code, not the authors' CUDA kernel.
-        work: what it is given to do.
+        work: its workload.
     """
     import transformers
 
@@ -149,11 +149,11 @@ def transformers_step_case(name: str, work: Work) -> Case:
         num_queries=300,
         num_labels=80,
         auxiliary_loss=True,
-        activation_dropout=0.1,  # as DETR was published, and as ours has it: transformers' default leaves that work out
+        activation_dropout=0.1,  # as in published DETR and in ours; transformers' default leaves that work out
     )
     with torch.device(work.device):
         model = getattr(transformers, f"{name}ForObjectDetection")(config).to(work.device)
-    # Train what DETR trains and what ours trains, all but the stem and the first stage: transformers means to, but looks for
+    # Train what DETR and ours train, all but the stem and the first stage. transformers intends the same, but looks for
     # "stage.1" where its own ResNet says "stages.1", and so leaves the whole backbone out of the backward pass.
     for parameter_name, parameter in model.model.backbone.named_parameters():
         parameter.requires_grad_(not any(part in parameter_name for part in ("embedder", "stages.0")))
@@ -168,14 +168,14 @@ def transformers_step_case(name: str, work: Work) -> Case:
 
 
 def autocast(work: Work) -> torch.autocast:
-    """Of a forward pass: bfloat16 where `work` asks for it."""
+    """The autocast of a forward pass: to bfloat16 where `work` asks for it."""
     return torch.autocast(torch.device(work.device).type, torch.bfloat16, enabled=work.dtype == torch.bfloat16)
 
 
 def _modes(
     model: nn.Module, backbone: nn.Module, outputs: Callable[[], Tensor], loss: Callable[[], Tensor], work: Work
 ) -> Case:
-    """The steps of a detector; both sides of a comparison get theirs here."""
+    """The steps of a detector, made in the same way for both sides of a comparison."""
     optimizer = None if work.small else trained_by_adamw(model, backbone)
 
     def inference() -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def _modes(
 
 
 def trained_by_adamw(model: nn.Module, backbone: nn.Module) -> torch.optim.AdamW:
-    """The optimiser of all that is trained, after the backbone was laid out as a GPU's convolutions want it."""
+    """Lay the backbone out as a GPU's convolutions want it, and return the optimiser of all trained parameters."""
     backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=1e-5, weight_decay=1e-4, fused=True)

@@ -1,6 +1,6 @@
 """Measure speed and memory on this machine.
 
-    smca benchmark                    all of it
+    smca benchmark                    everything
     smca benchmark --only attention   ways to compute SMCA attention against each other, over one level
     smca benchmark --only multi-scale the same over three levels
     smca benchmark --only assignment  the matcher's assignments: SciPy on the host, and the kernel on a GPU
@@ -8,10 +8,10 @@
     smca benchmark --only profile     where the time of a training step goes, part by part, and the floor of each
     smca benchmark --only compiled    a training step through torch.compile; on a GPU only
 
-Writes NAME.json and NAME.md into runs/benchmark (or --output), NAME from the card or the CPU. Times are medians; ratios are
-medians of the ratios turn by turn: cases take turns (A B C, A B C …), so that a machine whose speed drifts slows all alike.
-Memory is the most that a case held above what was held before it was built. A case that fails is reported, the others go on,
-and the command ends with exit status 1; running out of memory is a result, not a failure.
+Writes NAME.json and NAME.md into runs/benchmark (or --output), with NAME made from the name of the GPU or CPU. Times are
+medians; ratios are medians of the ratios in each turn: cases take turns (A B C, A B C …), so that a drift of the machine's
+speed affects all alike. Memory is the maximum that a case held beyond what was held before it was built. A case that fails
+is reported, the others continue, and the command ends with exit status 1; running out of memory is a result, not a failure.
 
 On a CPU every case runs in a process of its own, on sizes that a laptop takes. On a GPU the cases of a part share a process
 and are timed by CUDA events.
@@ -46,9 +46,16 @@ from smca.gpu.benchmark.cases import Case, Work
 from smca.gpu.benchmark.measure import LEFT_OUT, Part, Run, measure_apart, measure_together
 from smca.gpu.benchmark.report import Report
 
-GROUPS = ("assignment", "step", "profile", "attention", "multi-scale", "compiled")  # what has to be compiled comes last
+GROUPS = (
+    "assignment",
+    "step",
+    "profile",
+    "attention",
+    "multi-scale",
+    "compiled",
+)  # parts that need compilation come last
 _GRACE = 30.0
-"""Seconds that a process on the GPU gets beyond --minutes to finish the part that it is in."""
+"""Seconds beyond --minutes in which a process on the GPU may finish its current part."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +63,26 @@ class BenchmarkArgs:
     """Measure speed and memory on this machine."""
 
     only: Literal["attention", "multi-scale", "assignment", "step", "profile", "compiled"] | None = None
-    """Measure this part alone."""
+    """Measure only this part."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
     repeats: int | None = None
-    """Counted turns of each case, after one (on a GPU, two) not counted; 7 on a CPU and 10 on a GPU if not given."""
+    """Counted turns of each case, after one (on a GPU, two) that is not counted; by default 7 on a CPU and 10 on a GPU."""
     threads: int = 2
     """CPU threads of each case; on a CPU only."""
     attention: Size = field(default_factory=Size)
     """Sizes of the attention comparison."""
     image_size: tuple[int, int] | None = None
-    """(height, width) in pixels of the images of a step; if not given 800 1333 on a GPU, on a CPU 800 1216 and in a profile
-    400 608."""
+    """(height, width) in pixels of the images of a step; by default 800 1333 on a GPU, 800 1216 on a CPU, and 400 608
+    in a profile on a CPU."""
     batches: tuple[int, ...] = (2, 16)
-    """Images per step on a GPU, each measured; the most of them where one must do. A CPU takes two."""
+    """Images per step on a GPU; each number is measured, or only the largest in some parts. A CPU takes two images."""
     minutes: float = 7.5
     """On a GPU, begin no case after this many minutes; what is left is reported as left out."""
     output: Path = Path("runs/benchmark")
     """Folder that receives the results."""
     name: str | None = None
-    """Name of the two files, without extension; after the card or CPU (and the part) if not given."""
+    """Name of the two files, without extension; by default made from the name of the GPU or CPU (and the part)."""
 
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
@@ -89,7 +96,7 @@ def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Ite
         group: of ``GROUPS``.
         args: sizes.
         device: where the cases run.
-        full: what a GPU measures; otherwise what a CPU does. (Tests run the former on a CPU with small sizes.)
+        full: True for the parts of a GPU, False for those of a CPU. (Tests run the former on a CPU with small sizes.)
     """
     if group in ("attention", "multi-scale"):
         size = replace(args.attention, batch=args.attention.batch or (16 if full else 2))
@@ -141,7 +148,7 @@ _KINDS = {torch.bfloat16: "bf16 autocast", torch.float32: "float32"}
 
 
 def _largest_work(args: BenchmarkArgs, device: str) -> Work:
-    """The step of a GPU that is looked at closely."""
+    """The workload on a GPU that is profiled and compiled."""
     return Work(args.image_size or (800, 1333), max(args.batches), torch.bfloat16, device, small=False)
 
 
@@ -152,7 +159,7 @@ def _describe(work: Work) -> str:
 
 
 def _attention_cases(size: Size, device: str, kind: str) -> dict[str, Callable[[], Case]]:
-    """What a GPU compares in a dtype, or ("") what a CPU does. The first case is the one that times are compared with."""
+    """The cases that a GPU compares in a dtype, or (`kind` "") those of a CPU. Times are compared with the first case."""
 
     replayed = kind.endswith("replayed")
 
@@ -170,20 +177,20 @@ def _attention_cases(size: Size, device: str, kind: str) -> dict[str, Callable[[
     if replayed:
         return cases_of(both[:2], torch.bfloat16, " bf16")
     half = cases_of(both, torch.bfloat16, " bf16") | cases_of(["lifted-bf16-split"], torch.bfloat16)
-    return half | cases_of(["eager"], torch.float32, " float32")  # what differences are from
+    return half | cases_of(["eager"], torch.float32, " float32")  # the reference for differences
 
 
 def _step_cases(work: Work, full: bool) -> dict[str, Callable[[], Case]]:
     ours = {"smca": ("smca_r50", "auto"), "dense": ("detr_r50", "auto")}
-    theirs = ["Detr", "ConditionalDetr"]
+    transformers_names = ["Detr", "ConditionalDetr"]
     if full:
         presets = ("smca_r50", "smca_r50_multiscale")
         ours = {f"{p}{' lifted' * (b == 'lifted')}": (p, b) for p in presets for b in ("auto", "lifted")}
         ours["detr_r50"] = ("detr_r50", "auto")
-        theirs.append("DeformableDetr")
+        transformers_names.append("DeformableDetr")
     return {
         **{name: partial(cases.smca_step_case, *what, work) for name, what in ours.items()},
-        **{f"transformers {name}": partial(cases.transformers_step_case, name, work) for name in theirs},
+        **{f"transformers {name}": partial(cases.transformers_step_case, name, work) for name in transformers_names},
     }
 
 
@@ -191,16 +198,16 @@ def measure_on_gpu(group: str, args: BenchmarkArgs, repeats: int, deadline: floa
     """A group in a process of its own: one that crashes or hangs takes no other group with it."""
     parts = {part.key: part for part in parts_of(group, args, "cuda", full=True)}
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve_group, args=(group, args, repeats, "cuda", deadline, theirs), daemon=False)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_serve_group, args=(group, args, repeats, "cuda", deadline, sender), daemon=False)
     process.start()
-    theirs.close()
+    sender.close()
     trouble = ""
     while parts and not trouble:
         part = next(iter(parts.values()))
         try:
-            if ours.poll(max(0.0, deadline + _GRACE - time.time())):
-                report.add(part, ours.recv())
+            if receiver.poll(max(0.0, deadline + _GRACE - time.time())):
+                report.add(part, receiver.recv())
                 del parts[part.key]
                 print(f"{part.title}: done")
                 continue
@@ -222,7 +229,9 @@ def _serve_group(group: str, args: BenchmarkArgs, repeats: int, device: str, dea
 
 def measure_profile(args: BenchmarkArgs, repeats: int, deadline: float, device: str, report: Report) -> None:
     """Profiles of our steps, each in a process of its own; on a GPU until the deadline."""
-    from smca.gpu.benchmark.profile import profile_step  # it imports the model, whose memory other parts count
+    from smca.gpu.benchmark.profile import (
+        profile_step,
+    )  # imported here, because other parts count the memory of the model that it imports
 
     gpu = device == "cuda"
     work = _largest_work(args, device) if gpu else Work(args.image_size or (400, 608))
@@ -237,14 +246,14 @@ def measure_profile(args: BenchmarkArgs, repeats: int, deadline: float, device: 
                 except TimeoutError:
                     for child in multiprocessing.active_children():
                         child.terminate()
-                except Exception as error:  # one that fails takes no other with it
+                except Exception as error:  # a profile that fails does not stop the others
                     result.add_error("", error)
         report.add_profile(f"profile {name}", f"Profile of {name}, training {_describe(work)}", result)
         print(f"Profile of {name}: done")
 
 
 def machine(gpu: bool) -> str:
-    """The card's or the CPU's name."""
+    """The name of the GPU or the CPU."""
     if gpu:
         return torch.cuda.get_device_name(0)
     info = Path("/proc/cpuinfo")
@@ -281,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(BenchmarkArgs, args=argv, prog="smca benchmark")
     gpu = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not gpu:
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here")
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     if args.only == "compiled" and not gpu:
         raise ValueError(
             "--only compiled: measured on a GPU only; on a CPU compiling takes longer than it is worth here"
@@ -299,12 +308,12 @@ def main(argv: list[str] | None = None) -> None:
             with Progress() as progress:
                 for part in parts_of(group, args, "cpu", full=False):
                     report.add(part, measure_apart(part, repeats, args.threads, progress))
-        if gpu or group != "compiled":  # of which a CPU measures nothing
+        if gpu or group != "compiled":  # a CPU measures nothing of it
             report.note(group)
     print("\n".join(report.text))
     print(f"\nwritten to {report.stem}.json and {report.stem.name}.md")
     if report.failed:
-        print("error: a case failed; the tables say which and why", file=sys.stderr)
+        print("error: a case failed; the tables show which and why", file=sys.stderr)
         raise SystemExit(1)
 
 

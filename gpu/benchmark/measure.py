@@ -22,16 +22,16 @@ from torch import Tensor
 from smca.gpu.benchmark.cases import Case, Step
 
 Values = dict[str, dict[str, Tensor]]
-"""By mode, then by name: by what cases can be compared."""
+"""Mode → name → tensor: the values by which cases are compared."""
 
 WARM_UP = 2
 """Runs of each step on a GPU that are not counted."""
 
 LEFT_OUT = "left out: --minutes were used up"
-"""What is said of a case that was not begun."""
+"""The error of a case that was not started."""
 
 NO_COMPARISON = "plain"
-"""Cases whose names begin so compute something else."""
+"""Cases whose names begin with this compute something else."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Run:
     peak_mib: dict[str, float] = field(default_factory=dict)
     difference: dict[str, dict[str, float]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
-    """Why a mode was not measured, in a line; under "" why none was."""
+    """Mode → why it was not measured, in one line; under "", why none was."""
     tracebacks: dict[str, str] = field(default_factory=dict)
-    """Of the failures among these, the end."""
+    """Mode → the end of the traceback, if the error is a failure."""
     failed: bool = False
-    """Whether one of these is a failure, which running out of memory or of time is not."""
+    """Whether one of the errors is a failure; running out of memory or of time is not."""
 
     def add_error(self, mode: str, error: Exception) -> None:
         """Note why `mode` ("" for all) was not measured."""
@@ -79,14 +79,14 @@ def measure_apart(part: Part, repeats: int, threads: int, progress: Progress) ->
     runs, workers = {name: Run() for name in part.cases}, {}
     task = progress.add_task(part.key, total=len(part.cases) * (repeats + 1))
     for name, build in part.cases.items():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(build, threads, theirs), daemon=True)
+        pipe, worker_pipe = context.Pipe()
+        process = context.Process(target=_serve, args=(build, threads, worker_pipe), daemon=True)
         process.start()
-        theirs.close()
-        workers[name] = (process, ours)
+        worker_pipe.close()
+        workers[name] = (process, pipe)
 
     def ask(name: str, request: str) -> Any:
-        """The answer; None if the case failed, now or before, which its run then says."""
+        """The answer; None if the case failed, now or before (its run then holds the error)."""
         process, pipe = workers[name]
         if runs[name].errors:
             return None
@@ -132,7 +132,7 @@ def _serve(build: Callable[[], Case], threads: int, pipe: Connection) -> None:
             pipe.send((seconds, _peak_mib() - before))
         if request == "values":  # after all runs: sending them takes memory
             values = {mode: _values(step) for mode, step in case.items()}
-            pipe.send({mode: {k: v.numpy() for k, v in found.items()} for mode, found in values.items()})
+            pipe.send({mode: {k: v.numpy() for k, v in tensors.items()} for mode, tensors in values.items()})
             pipe.recv()
         pipe.send("stopped")
     except Exception as error:
@@ -146,7 +146,7 @@ def _peak_mib() -> float:
     status = Path("/proc/self/status")
     if status.is_file() and (line := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
         return int(line[1]) / 2**10
-    # Not on Linux, where it begins with what the process that started this one had held.
+    # Not used on Linux, where the number begins with what the parent process held.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 
@@ -158,11 +158,11 @@ def measure_together(part: Part, repeats: int, device: str, deadline: float) -> 
         part: what to measure.
         repeats: counted turns.
         device: where its cases run; "cuda", or for tests "cpu", of which memory is reported as 0.
-        deadline: no case is built once ``time.time()`` is beyond this.
+        deadline: once ``time.time()`` is beyond this, no further case is built.
     """
     cuda = device.startswith("cuda")
     runs: dict[str, Run] = {name: Run() for name in part.cases}
-    live: dict[tuple[str, str], Step] = {}  # by mode and case, as the next two
+    live: dict[tuple[str, str], Step] = {}  # by (mode, case), as are the next two
     held: dict[tuple[str, str], int] = {}
     times: dict[tuple[str, str], int] = {}
     expected: Values = {}
@@ -175,7 +175,7 @@ def measure_together(part: Part, repeats: int, device: str, deadline: float) -> 
         before = _allocated(cuda)
         try:
             case = part.cases[name]()
-        except Exception as error:  # whatever a case does, the others are measured
+        except Exception as error:  # a case that fails does not stop the others
             run.add_error("", error)
             continue
         for mode, step in case.items():
@@ -191,11 +191,11 @@ def measure_together(part: Part, repeats: int, device: str, deadline: float) -> 
             except Exception as error:
                 run.add_error(mode, error)
                 continue
-            # What it keeps between steps; modes get heavier, so that what later ones keep (optimiser, gradients) is not in it.
+            # Memory kept between steps. Modes get heavier, so what later ones keep (optimiser, gradients) is not included.
             live[mode, name], held[mode, name] = step, _allocated(cuda) - before
-            # Short steps are repeated between two events, 5 ms or so: one launch would be measured otherwise.
+            # Short steps are repeated for 5 ms or so between two events: otherwise the launch would be measured.
             times[mode, name] = max(1, min(20, int(0.005 / max(seconds, 1e-6)))) if cuda else 1
-        del case, step  # what failed would keep its memory
+        del case, step  # a failed case would otherwise keep its memory
     _release(cuda)
     for mode in dict.fromkeys(mode for mode, _ in live):
         for _ in range(repeats):
@@ -218,7 +218,7 @@ def measure_together(part: Part, repeats: int, device: str, deadline: float) -> 
 
 
 def _release(cuda: bool) -> None:
-    """Give back what failed or is done with."""
+    """Free the memory of cases that failed or are finished."""
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()

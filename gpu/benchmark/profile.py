@@ -1,12 +1,12 @@
-"""Where the time of a training step goes, part by part, beside the least that each part could take on this machine.
+"""Where the time of a training step goes, part by part, compared with the least that each part could take on this machine.
 
-A step is cut where one part hands over to the next, forward and backward, by clock readings (on a GPU: events in its stream, so
-that what the GPU waits for is in it too). The cuts ride on the tensors that are handed over: identities whose backward passes
-cut the backward pass, in which autograd takes a part's operations before those that came before it.
+A clock reading cuts a step where one part hands over to the next, forward and backward. (On a GPU it is an event in the stream,
+so that time in which the GPU waits is included.) The cuts are identity functions on the tensors that are handed over; their
+backward passes cut the backward pass, in which autograd runs a part's operations before those of the parts that precede it.
 
-Floors are what no implementation gets under: operations over the rate of a large matrix product, or bytes over the rate of a
+A floor is a time that no implementation can beat: operations over the rate of a large matrix product, or bytes over the rate of a
 large copy, whichever takes longer, both rates measured in the same run. Operations are those of products and convolutions
-(``torch.utils.flop_counter``; of SMCA attention the four and eight of its definition). Bytes are a part's inputs, outputs and
+(``torch.utils.flop_counter``; for SMCA attention the four and eight of its definition). Bytes are a part's inputs, outputs and
 parameters once, twice for a backward pass, and nothing that stays inside a part.
 """
 
@@ -37,10 +37,10 @@ Where = tuple[str, str]
 
 
 class Cuts:
-    """Readings at the borders between the parts of a step, and the bytes that cross them."""
+    """Clock readings at the borders between the parts of a step, and the bytes that cross them."""
 
     def __init__(self, read: Callable[[], Any]) -> None:
-        """`read`: a clock, or whatever counts up."""
+        """`read`: a clock, or any other counter that increases."""
         self.read = read
         self.taken: list[tuple[Where, Any]] = []
         self.bytes: dict[Where, float] = defaultdict(float)
@@ -62,7 +62,7 @@ class Cuts:
         return tree_unflatten(leaves, spec)
 
     def spans(self, between: Callable[[Any, Any], float]) -> dict[Where, float]:
-        """What was read between the cuts, summed by part and direction; cuts start anew."""
+        """Differences between successive readings, summed by part and direction; clears the readings."""
         total: dict[Where, float] = defaultdict(float)
         for (where, start), (_, end) in zip(self.taken, self.taken[1:], strict=False):
             total[where] += between(start, end)
@@ -85,16 +85,16 @@ class _Border(torch.autograd.Function):
 
 
 def profile_step(preset: str, work: Work, repeats: int, stem: Path, threads: int | None = None) -> dict[str, Any]:
-    """Profile our training step: clip and AdamW included, images from the host.
+    """Profile our training step, including gradient clipping, AdamW and the transfer of images from the host.
 
     Args:
-        preset, work: as ``smca_step_case``, whose backend is "auto" here.
+        preset, work: as in ``smca_step_case``, with the backend "auto".
         repeats: counted steps.
         stem: STEM.trace.json.gz receives one step for chrome://tracing, STEM.ops.txt its operators by time.
-        threads: of a CPU.
+        threads: number of threads on a CPU.
 
     Returns:
-        "rates" (flops, bytes and transfer, a second), "step_seconds", and "parts": part → direction → "seconds" (median),
+        "rates" (flops, bytes and transfer, per second), "step_seconds", and "parts": part → direction → "seconds" (median),
         "floor_seconds", "flops", "bytes".
     """
     if threads is not None:
@@ -147,8 +147,8 @@ def profile_step(preset: str, work: Work, repeats: int, stem: Path, threads: int
 
 
 def measured_rates(work: Work) -> dict[str, float]:
-    """Of this machine, a second: "flops" of a large matrix product in the dtype of `work`, "bytes" read and written by a large
-    copy, and bytes of "transfer" from the host's pinned memory (on a CPU: of a copy)."""
+    """Rates per second of this machine: "flops" of a large matrix product in the dtype of `work`, "bytes" read and written by a
+    large copy, and bytes of "transfer" from the host's pinned memory (on a CPU: of a copy)."""
     cuda = work.device.startswith("cuda")
     n, size = (8192, 2**30) if cuda else (1024, 2**26)
     a, b = (torch.randn(n, n, device=work.device).to(work.dtype) for _ in range(2))
@@ -165,27 +165,27 @@ def measured_rates(work: Work) -> dict[str, float]:
 
 @contextmanager
 def _cut(model: Any, cuts: Cuts) -> Iterator[None]:
-    """Meanwhile, cuts are taken around the model's parts, its attention and the matcher."""
+    """Within the context, cuts are taken around the model's parts, its attention and the matcher."""
     removable = []
     for name in ("backbone", "encoder", "decoder"):
         part: nn.Module = getattr(model, name)
         removable.append(part.register_forward_pre_hook(lambda _, args, name=name: cuts.cross("rest", name, args)))
         removable.append(part.register_forward_hook(lambda _, __, out, name=name: cuts.cross(name, "rest", out)))
-    decoder, criterion = cast(Any, decoder_module), cast(Any, criterion_module)  # whose imports are replaced
+    decoder, criterion = cast(Any, decoder_module), cast(Any, criterion_module)  # their imports are replaced
     attend, match = decoder.multi_scale_smca_attention, criterion.match
 
     def cut_attend(q: Tensor, levels: Any, level_weights: Tensor, **options: Any) -> Any:
         keys = sum(level.k.shape[2] for level in levels)
-        cuts.attention_flops += 4 * q.numel() * keys  # q·k and A·v: two operations each a query, key and channel
+        cuts.attention_flops += 4 * q.numel() * keys  # q·k and A·v: two operations each per query, key and channel
         q, levels, level_weights = cuts.cross("decoder", "attention", (q, levels, level_weights))
         return cuts.cross("attention", "decoder", attend(q, levels, level_weights, **options))
 
     def cut_match(*args: Any, **options: Any) -> Tensor:
         cuts.bytes["matcher", "forward"] += _bytes(leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
         cuts.enter("matcher")
-        found: Tensor = match(*args, **options)
+        query: Tensor = match(*args, **options)
         cuts.enter("criterion")
-        return found
+        return query
 
     decoder.multi_scale_smca_attention, criterion.match = cut_attend, cut_match
     try:
@@ -197,7 +197,7 @@ def _cut(model: Any, cuts: Cuts) -> Iterator[None]:
 
 
 def _bytes_moved(crossed: dict[Where, float], model: nn.Module, pixels: Tensor) -> dict[Where, float]:
-    """Bytes that each part cannot but move."""
+    """Bytes that each part must move at least."""
     moved = dict(crossed)
     for name in ("backbone", "encoder", "decoder"):
         moved[name, "forward"] += _bytes(model.get_submodule(name).parameters())
@@ -205,7 +205,7 @@ def _bytes_moved(crossed: dict[Where, float], model: nn.Module, pixels: Tensor) 
         if part != "matcher":
             moved[part, "backward"] = 2 * moved.get((part, "forward"), 0.0)
     trained = _bytes(p for p in model.parameters() if p.requires_grad)
-    # AdamW reads weight, gradient and two moments and writes all but the gradient; for the norm, gradients are read before.
+    # AdamW reads weight, gradient and two moments and writes all but the gradient; clipping reads the gradients once before.
     moved["optimizer", "forward"] = 8 * trained
     moved["input", "forward"] = pixels.numel()
     return moved

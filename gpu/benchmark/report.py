@@ -1,4 +1,4 @@
-"""What ``smca benchmark`` writes: the tables, as Markdown and as JSON."""
+"""The tables that ``smca benchmark`` writes, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = {
     "optimizer": "optimiser: clip and AdamW",
     "rest": "rest: normalising, projections, positions",
 }
-"""Part of a training step → what its profile calls it."""
+"""Part of a training step → its name in the profile."""
 
 NOTES = {
     "attention": "q, k and v are numbers that bfloat16 holds exactly, so that all cases compute on the same ones. lifted computes "
@@ -43,7 +43,7 @@ NOTES = {
 
 
 def summarize(runs: dict[str, Run], part: Part, *, gpu: bool) -> dict[str, dict[str, Any]]:
-    """By mode and case: seconds (of each turn), their median, the ratio to the first case that has any ("times as long", median
+    """Mode → case → seconds (of each turn), their median, the ratio to the first case that was measured ("times as long", median
     of turns, and its extremes), peak_mib and its ratio, differences, rates; or the error."""
     modes = list(dict.fromkeys(mode for run in runs.values() for mode in (*run.seconds, *run.errors) if mode))
     return {mode: _summarize_mode(runs, mode, part, gpu) for mode in modes or [""]}
@@ -68,7 +68,7 @@ def _summarize_mode(runs: dict[str, Run], mode: str, part: Part, gpu: bool) -> d
             "difference": run.difference.get(mode, {}),
         }
         if mode in run.peak_mib:
-            # A case smaller than a MiB hides in what importing took: no ratio can be read off it.
+            # A case smaller than a MiB is lost in the memory that imports take: it has no meaningful ratio.
             ratio = max(run.peak_mib[mode], 1.0) / max(first.peak_mib[mode], 1.0)
             results[name] |= {"peak_mib": run.peak_mib[mode], "times_the_memory": ratio}
         if part.images:
@@ -144,7 +144,7 @@ def _duration(seconds: list[float]) -> str:
 
 
 class Report:
-    """Results so far, written out after each part: what was measured stays if the rest does not come."""
+    """The results so far, written out after each part, so that they survive if the rest fails."""
 
     def __init__(self, header: str, stem: Path, *, gpu: bool) -> None:
         self.stem, self.gpu, self.failed = stem, gpu, False
@@ -152,7 +152,7 @@ class Report:
         self.text = [header]
 
     def add(self, part: Part, runs: dict[str, Run]) -> None:
-        """Take up one part."""
+        """Add the results of one part."""
         self.failed |= any(run.failed for run in runs.values())
         summary = summarize(runs, part, gpu=self.gpu)
         main = next(reversed(summary))  # the heaviest mode gives the part its key
@@ -162,7 +162,7 @@ class Report:
         self._write()
 
     def add_profile(self, key: str, title: str, result: dict[str, Any] | Run) -> None:
-        """Take up a profile, or the run that says why there is none."""
+        """Add a profile, or the run whose error says why there is none."""
         if isinstance(result, Run):
             self.failed |= result.failed
             self.record["parts"][key] = {"error": result.errors[""], "traceback": result.tracebacks.get("", "")}
@@ -173,7 +173,7 @@ class Report:
         self._write()
 
     def note(self, group: str) -> None:
-        """End a group."""
+        """Add the note at the end of a group."""
         if group in NOTES:
             self.text += ["", NOTES[group]]
             self._write()
