@@ -211,16 +211,16 @@ def test_a_profile_tells_parts_and_directions_apart(tmp_path: Path, monkeypatch:
     result = profile_step("smca_r50", Work((64, 96), batch=1), 2, tmp_path / "step")
     parts = result["parts"]
     assert list(parts) == list(PARTS)
-    seconds = {(part, direction): x["seconds"] for part, found in parts.items() for direction, x in found.items()}
+    seconds = {(part, direction): x["seconds"] for part, times in parts.items() for direction, x in times.items()}
     assert 0.12 < seconds["attention", "forward"] < seconds["attention", "backward"] - 0.1
     assert seconds["matcher", "forward"] > 0.1
     assert all(s < 0.1 for where, s in seconds.items() if where[0] in ("input", "rest", "criterion"))
     assert sum(seconds.values()) == pytest.approx(result["step_seconds"], rel=0.1)
     assert parts["attention"]["forward"]["flops"] == 4 * 6 * 300 * (2 * 3) * 256  # 6 layers, 2×3 cells, 256 channels
     for part in ("backbone", "encoder", "decoder"):
-        flops = {direction: found["flops"] for direction, found in parts[part].items()}
+        flops = {direction: times["flops"] for direction, times in parts[part].items()}
         assert 0.9 * flops["forward"] < flops["backward"] < 2.1 * flops["forward"], part  # the stem is not trained
-    assert all(x["floor_seconds"] > 0 for found in parts.values() for x in found.values())
+    assert all(x["floor_seconds"] > 0 for times in parts.values() for x in times.values())
     assert decoder.multi_scale_smca_attention is slow_attend, "put back"
     with gzip.open(tmp_path / "step.trace.json.gz") as file:
         assert json.load(file)["traceEvents"]
@@ -245,7 +245,7 @@ def test_a_profile_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pyt
     benchmark.measure_profile(benchmark.BenchmarkArgs(image_size=(64, 96)), 1, time.time() + 60, "cuda", report)
     assert report.failed
     assert len(report.record["parts"]) == 2
-    assert all("Traceback" in found["traceback"] for found in report.record["parts"].values())
+    assert all("Traceback" in part["traceback"] for part in report.record["parts"].values())
     late = Report("header", tmp_path / "late", gpu=True)
     benchmark.measure_profile(benchmark.BenchmarkArgs(), 1, time.time() - 1, "cuda", late)
     assert not late.failed

@@ -34,7 +34,7 @@ def truth(*boxes: tuple[int, int, tuple[float, float, float, float]], images: in
     }
 
 
-def found(
+def detection(
     image: int, category: int, box: tuple[float, float, float, float], score: float = 0.9, **extra: Any
 ) -> dict[str, Any]:
     return {"image_id": image, "category_id": category, "bbox": list(box), "score": score, **extra}
@@ -45,7 +45,7 @@ OTHER = (300.0, 200.0, 120.0, 120.0)  # 14,400 px²: "large"
 
 
 def test_perfect_detections_score_one() -> None:
-    metrics = evaluate_detections(truth((1, 3, BOX), (2, 7, OTHER)), [found(1, 3, BOX), found(2, 7, OTHER)])
+    metrics = evaluate_detections(truth((1, 3, BOX), (2, 7, OTHER)), [detection(1, 3, BOX), detection(2, 7, OTHER)])
     for name in ("ap", "ap50", "ap75", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ar_medium", "ar_large"):
         assert getattr(metrics, name) == pytest.approx(1.0), name
     assert math.isnan(metrics.ap_small)
@@ -54,7 +54,7 @@ def test_perfect_detections_score_one() -> None:
 
 def test_shifted_detection_passes_only_the_thresholds_that_it_reaches() -> None:
     # Shifted by 10 of 50: IoU = 40/60 = 0.667, which passes 0.50, 0.55, 0.60 and 0.65: 4 of 10 thresholds.
-    metrics = evaluate_detections(truth((1, 3, BOX)), [found(1, 3, (110.0, 100.0, 50.0, 50.0))])
+    metrics = evaluate_detections(truth((1, 3, BOX)), [detection(1, 3, (110.0, 100.0, 50.0, 50.0))])
     assert metrics.ap == pytest.approx(0.4)
     assert [metrics.ap50, metrics.ap75] == pytest.approx([1.0, 0.0])
 
@@ -66,7 +66,7 @@ def test_hand_worked_precision_recall() -> None:
     recall points, 0.00 … 0.50) and 2/3 beyond (50 points): AP = (51 + 50·2/3) / 101.
     """
     ground_truth = truth((1, 3, BOX), (2, 3, BOX))
-    detections = [found(1, 3, BOX, 0.9), found(1, 3, OTHER, 0.8), found(2, 3, BOX, 0.7)]
+    detections = [detection(1, 3, BOX, 0.9), detection(1, 3, OTHER, 0.8), detection(2, 3, BOX, 0.7)]
     expected = (51 + 50 * 2 / 3) / 101
     metrics = evaluate_detections(ground_truth, detections)
     assert metrics.ap == pytest.approx(expected)
@@ -79,20 +79,22 @@ def test_hand_worked_precision_recall() -> None:
 
 def test_only_one_detection_an_image_counts_in_ar1() -> None:
     far = (400.0, 50.0, 50.0, 50.0)
-    metrics = evaluate_detections(truth((1, 3, BOX), (1, 3, far)), [found(1, 3, BOX, 0.9), found(1, 3, far, 0.8)])
+    metrics = evaluate_detections(
+        truth((1, 3, BOX), (1, 3, far)), [detection(1, 3, BOX, 0.9), detection(1, 3, far, 0.8)]
+    )
     assert [metrics.ar1, metrics.ar10] == pytest.approx([0.5, 1.0])
 
 
 def test_duplicate_detection_is_a_false_positive() -> None:
     ground_truth = truth((1, 3, BOX), (2, 3, BOX))
-    detections = [found(1, 3, BOX, 0.9), found(1, 3, BOX, 0.8), found(2, 3, BOX, 0.7)]
+    detections = [detection(1, 3, BOX, 0.9), detection(1, 3, BOX, 0.8), detection(2, 3, BOX, 0.7)]
     assert evaluate_detections(ground_truth, detections).ap == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
 def test_crowd_region_is_not_a_false_positive() -> None:
     ground_truth = truth((1, 3, BOX), (2, 3, BOX))
-    inside_crowd = found(1, 3, (320.0, 220.0, 40.0, 40.0), 0.95)  # the highest score: it would cost most
-    detections = [inside_crowd, found(1, 3, BOX, 0.9), found(2, 3, BOX, 0.8)]
+    inside_crowd = detection(1, 3, (320.0, 220.0, 40.0, 40.0), 0.95)  # the highest score: it would cost most
+    detections = [inside_crowd, detection(1, 3, BOX, 0.9), detection(2, 3, BOX, 0.8)]
     assert evaluate_detections(ground_truth, detections).ap < 0.99
     crowd = {"id": 99, "image_id": 1, "category_id": 3, "bbox": list(OTHER), "area": 14400.0, "iscrowd": 1}
     ground_truth["annotations"].append(crowd)
@@ -101,7 +103,9 @@ def test_crowd_region_is_not_a_false_positive() -> None:
 
 
 def test_classes_are_scored_apart() -> None:
-    metrics = evaluate_detections(truth((1, 3, BOX), (1, 7, OTHER)), [found(1, 3, BOX), found(1, 3, OTHER, 0.1)])
+    metrics = evaluate_detections(
+        truth((1, 3, BOX), (1, 7, OTHER)), [detection(1, 3, BOX), detection(1, 3, OTHER, 0.1)]
+    )
     assert metrics.per_class == {"cat": pytest.approx((1.0, 1.0)), "dog": (0.0, 0.0)}
     assert metrics.ap == pytest.approx(0.5)
 
@@ -111,7 +115,7 @@ def test_no_detections() -> None:
     assert (metrics.ap, metrics.ap50, metrics.ar100) == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("detections", [[], [found(1, 3, BOX)]])
+@pytest.mark.parametrize("detections", [[], [detection(1, 3, BOX)]])
 def test_no_ground_truth_objects(detections: list[dict[str, Any]]) -> None:
     metrics = evaluate_detections(truth(), detections)
     assert math.isnan(metrics.ap)
@@ -121,18 +125,18 @@ def test_no_ground_truth_objects(detections: list[dict[str, Any]]) -> None:
 
 def test_no_images_and_nothing_but_crowds() -> None:
     assert math.isnan(evaluate_detections(truth(images=0), []).ap)
-    assert math.isnan(evaluate_detections(truth((1, 3, BOX), iscrowd=1), [found(1, 3, BOX)]).ap)
+    assert math.isnan(evaluate_detections(truth((1, 3, BOX), iscrowd=1), [detection(1, 3, BOX)]).ap)
 
 
 def test_area_and_iscrowd_may_be_missing() -> None:
     ground_truth = truth((1, 3, BOX))
     for annotation in ground_truth["annotations"]:
         del annotation["area"], annotation["iscrowd"]
-    assert evaluate_detections(ground_truth, [found(1, 3, BOX)]).ap_medium == pytest.approx(1.0)
+    assert evaluate_detections(ground_truth, [detection(1, 3, BOX)]).ap_medium == pytest.approx(1.0)
 
 
 def test_inputs_stay_as_they_were_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    ground_truth, detections = truth((1, 3, BOX)), [found(1, 3, BOX, extra="kept")]
+    ground_truth, detections = truth((1, 3, BOX)), [detection(1, 3, BOX, extra="kept")]
     before = copy.deepcopy((ground_truth, detections))
     evaluate_detections(ground_truth, detections)
     assert (ground_truth, detections) == before
@@ -141,17 +145,17 @@ def test_inputs_stay_as_they_were_and_nothing_is_printed(capsys: pytest.CaptureF
 
 def test_categories_of_one_name_stay_apart() -> None:
     ground_truth = truth((1, 3, BOX)) | {"categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "cat"}]}
-    assert list(evaluate_detections(ground_truth, [found(1, 3, BOX)]).per_class) == ["cat (id 3)", "cat (id 7)"]
+    assert list(evaluate_detections(ground_truth, [detection(1, 3, BOX)]).per_class) == ["cat (id 3)", "cat (id 7)"]
 
 
 @pytest.mark.parametrize(
     ("detection", "message"),
     [
-        (found(9, 3, BOX), "image_id 9"),
-        (found(1, 1, BOX), "category_id 1"),
+        (detection(9, 3, BOX), "image_id 9"),
+        (detection(1, 1, BOX), "category_id 1"),
         ({"image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 1]}, "has no score"),
-        (found(1, 3, (0.0, 0.0, math.nan, 1.0)), "finite"),
-        (found(1, 3, BOX, math.inf), "finite"),
+        (detection(1, 3, (0.0, 0.0, math.nan, 1.0)), "finite"),
+        (detection(1, 3, BOX, math.inf), "finite"),
         ({"image_id": 1, "category_id": 3, "bbox": [0, 0, 1], "score": 1.0}, "four finite numbers"),
     ],
 )
@@ -170,7 +174,7 @@ def test_wrong_ground_truth_is_named() -> None:
 
 
 def metrics_example() -> CocoMetrics:
-    return evaluate_detections(truth((1, 3, BOX)), [found(1, 3, (110.0, 100.0, 50.0, 50.0))])
+    return evaluate_detections(truth((1, 3, BOX)), [detection(1, 3, (110.0, 100.0, 50.0, 50.0))])
 
 
 def test_table_names_numbers_and_classes() -> None:

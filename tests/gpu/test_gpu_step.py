@@ -45,15 +45,15 @@ def losses(
     on_host = Targets(targets.labels.cpu(), targets.boxes.cpu(), targets.valid.cpu())
     host = Batch((images * 255).byte().cpu(), mask, on_host, torch.arange(work.batch), sizes)
     pixels, mask = (tensor.pin_memory() if cuda else tensor for tensor in (host.images, mask))
-    found = []
+    losses = []
     model.train()
     for index in range(STEPS):
         if cuda and index == WARM_UP:
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
-        there = pixels.to(work.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        on_device = pixels.to(work.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         with autocast(work):
-            outputs = model(there, mask.to(work.device, non_blocking=True))
+            outputs = model(on_device, mask.to(work.device, non_blocking=True))
         terms = criterion(outputs, targets)
         check.raise_if_not_finite()
         optimizer.zero_grad(set_to_none=True)
@@ -62,10 +62,10 @@ def losses(
         check.record(terms, norm, host, optimizer)
         optimizer.step()
         update_average(average, model, 0.9)
-        found.append(terms["loss"].detach())
+        losses.append(terms["loss"].detach())
     if cuda:
         torch.cuda.set_sync_debug_mode("default")
-    return torch.stack(found).tolist()
+    return torch.stack(losses).tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +75,9 @@ def _debug_mode_ends_here() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def assert_learning(found: list[float]) -> None:
-    assert len(set(found)) == STEPS
-    assert all(0 < loss < 1e4 for loss in found)
+def assert_learning(losses: list[float]) -> None:
+    assert len(set(losses)) == STEPS
+    assert all(0 < loss < 1e4 for loss in losses)
 
 
 @needs_gpu

@@ -60,7 +60,7 @@ def compile_case(capability: int, d: int, dtype: torch.dtype, mask: bool) -> lis
         def get_current_stream(self, device: int) -> int:
             return 0
 
-    found: list[dict[str, Any]] = []
+    kernels: list[dict[str, Any]] = []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         with contextlib.redirect_stdout(io.StringIO()) as log:
@@ -76,7 +76,7 @@ def compile_case(capability: int, d: int, dtype: torch.dtype, mask: bool) -> lis
         what |= {"kernel": self.__name__, "shared_bytes": kernel.metadata.shared}
         what["registers"] = int(registers[1]) if registers else None
         what["spilled_bytes"] = int(spills[1]) + int(spills[2]) if spills else None
-        found.append(what)
+        kernels.append(what)
 
     launch, available = JITFunction.run, fused_attention.available
     driver.set_active(Target())
@@ -90,7 +90,7 @@ def compile_case(capability: int, d: int, dtype: torch.dtype, mask: bool) -> lis
         out.sum().backward()
     finally:
         JITFunction.run, fused_attention.available = launch, available
-    return found
+    return kernels
 
 
 def test_kernels_compile_and_fit() -> None:
@@ -110,7 +110,7 @@ if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # of what is found in a cache nothing is said
+        os.environ["TRITON_CACHE_DIR"] = cache  # nothing is logged for a kernel that comes from a cache
         for case in CASES:
             for compiled in compile_case(*case):
                 print(json.dumps(compiled), flush=True)

@@ -109,9 +109,9 @@ def test_no_backward_pass_reads_a_value() -> None:
         model = SMCADETR(config, download=False)
     images, mask, targets = meta_batch()
     outputs = model(images, mask)
-    found = backward_names(SetCriterion(LossConfig(), matcher_backend="scipy")(outputs, targets)["loss"])
-    assert len(found) > 30
-    assert not [name for name in found if "Prod" in name]
+    names = backward_names(SetCriterion(LossConfig(), matcher_backend="scipy")(outputs, targets)["loss"])
+    assert len(names) > 30
+    assert not [name for name in names if "Prod" in name]
 
 
 def test_a_product_is_found() -> None:
@@ -120,13 +120,13 @@ def test_a_product_is_found() -> None:
 
 def backward_names(value: Tensor) -> set[str]:
     """Names of all backward passes that lead to `value`."""
-    found, waiting = set[Any](), [value.grad_fn]
+    seen, waiting = set[Any](), [value.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
+        if node is not None and node not in seen:
+            seen.add(node)
             waiting.extend(before for before, _ in node.next_functions)
-    return {node.name() for node in found}
+    return {node.name() for node in seen}
 
 
 @pytest.mark.parametrize(

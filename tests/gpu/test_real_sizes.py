@@ -90,7 +90,7 @@ def worst_errors(
     device = "cpu" if xp is np else "cuda"
     leaves, mask, grad_out = inputs(sizes, size, dtype, device)
     out = attend(*leaves, size, mask, **options)
-    found = [out, *torch.autograd.grad(out, leaves, grad_out)]
+    results = [out, *torch.autograd.grad(out, leaves, grad_out)]
     host = getattr(xp, "asnumpy", np.asarray)
     names = ("out", *NAMES)
     constants = [CONSTANTS["smca_attention"][0]] + [CONSTANTS["smca_attention_vjp"][0]] * len(NAMES)
@@ -102,7 +102,7 @@ def worst_errors(
         arrays, padded = [xp.asarray(tensor) for tensor in chosen], xp.asarray(mask[at[:1]])
         expected = [smca_attention(*arrays[:-1], size, padded)]
         expected += smca_attention_vjp(arrays[-1], *arrays[:-1], size, padded)
-        got = [tensor.detach()[at].double().cpu().numpy() for tensor in found]
+        got = [tensor.detach()[at].double().cpu().numpy() for tensor in results]
         return chosen, mask[at[:1]], got, [host(array) for array in expected]
 
     def errors(chosen: list[Tensor], padded: Tensor, got: list[Any], expected: list[Any]) -> list[tuple[float, float]]:
@@ -133,10 +133,10 @@ def test_at_real_size_on_a_gpu(size: tuple[int, int], dtype: torch.dtype) -> Non
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; the interpreter takes hours at this size")
     cupy = pytest.importorskip("cupy", reason="needs CuPy, on whose arrays the oracle runs")
-    found = worst_errors(cupy, REAL, size, dtype)
-    for name, (ratio, relative) in found.items():
+    worst = worst_errors(cupy, REAL, size, dtype)
+    for name, (ratio, relative) in worst.items():
         print(f"{size} {dtype} {name:12} largest error {ratio:.2g} of its bound; relative {relative:.2g}")
-    assert all(ratio <= 1 for ratio, _ in found.values()), found
+    assert all(ratio <= 1 for ratio, _ in worst.values()), worst
 
 
 needs_interpreter = pytest.mark.skipif(
@@ -149,10 +149,10 @@ needs_interpreter = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SMALL_MAPS, ids=str)
 def test_the_comparison_at_small_sizes(size: tuple[int, int], dtype: torch.dtype) -> None:
-    found = worst_errors(np, SMALL, size, dtype)
-    assert set(found) == {"out", *NAMES}
-    assert 0 < max(found.values())[0] <= 1, found
-    assert 0 < found["out"][1] < 8 * UNIT_ROUNDOFF[str(dtype).removeprefix("torch.")]
+    worst = worst_errors(np, SMALL, size, dtype)
+    assert set(worst) == {"out", *NAMES}
+    assert 0 < max(worst.values())[0] <= 1, worst
+    assert 0 < worst["out"][1] < 8 * UNIT_ROUNDOFF[str(dtype).removeprefix("torch.")]
 
 
 @needs_interpreter
@@ -163,10 +163,10 @@ def test_the_comparison_finds_a_wrong_kernel(name: str, factor: float) -> None:
     def attend(*args: Any) -> Tensor:
         scale = torch.ones(SMALL.batch, 1, 1, 1)
         scale[-1] = factor
-        given = list(args)
-        given[NAMES.index(name)] = given[NAMES.index(name)] * scale
-        return fused_smca_attention(*given)
+        changed = list(args)
+        changed[NAMES.index(name)] = changed[NAMES.index(name)] * scale
+        return fused_smca_attention(*changed)
 
-    found = worst_errors(np, SMALL, SMALL_MAPS[0], torch.float32, attend)
-    assert found["out"][0] > 1
-    assert max(found[each] for each in NAMES)[0] > 1
+    worst = worst_errors(np, SMALL, SMALL_MAPS[0], torch.float32, attend)
+    assert worst["out"][0] > 1
+    assert max(worst[each] for each in NAMES)[0] > 1
