@@ -39,7 +39,7 @@ class ConformanceArgs:
     """Check implementations of SMCA against the specification."""
 
     implementation: tuple[str, ...] = ()
-    """One of ours by name, or yours as package.module:Class; may be several. Default: all of ours that run here."""
+    """One of ours by name, or yours as package.module:Class; may be several. None given: all of ours that run here."""
     profile: Literal["quick", "ci", "deep"] = "quick"
     """Examples per property: quick 20, the same each time; ci 100 and deep 5000, new ones each time."""
     only: str = ""
@@ -51,7 +51,7 @@ class ConformanceArgs:
     report: Path | None = None
     """Write the worst errors of all comparisons with the oracle to this Markdown file (as docs/numerics.md)."""
     examples: int = 10_000
-    """With --report: examples per operation, at least, over all implementations and dtypes."""
+    """With --report: least number of examples per operation, over all implementations and dtypes."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -93,16 +93,19 @@ def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: J
     alone = [f[:1, :, : c[0], : c[1]].copy() for f, c in zip(x.features, cells, strict=True)]
     coarsest, factor = x.config.strides[-1], 1 + recipe.seed % 2
     room = (np.ceil(size[0] / coarsest) + factor) * coarsest  # whole cells of every level
-    beside = []
+    padded_features = []
     for feature, stride in zip(alone, strides, strict=True):
         rows, columns = (int(-(-side // stride)) for side in room)
         larger = np.full((1, feature.shape[1], rows, columns), np.nan)
         larger[:, :, : feature.shape[2], : feature.shape[3]] = feature
-        beside.append(larger)
+        padded_features.append(larger)
     one = x._replace(features=alone, valid_sizes=size)
     limits = {name: 2 * value for name, value in bounds(one, recipe.seed, dtype).items()}
     compare(
-        forward(impl, x._replace(features=beside, valid_sizes=size), dtype), forward(impl, one, dtype), limits, judge
+        forward(impl, x._replace(features=padded_features, valid_sizes=size), dtype),
+        forward(impl, one, dtype),
+        limits,
+        judge,
     )
 
 
@@ -182,7 +185,7 @@ def gradient_of_every_parameter(impl: Any, recipe: ModelInputs, dtype: str, judg
         far_ahead, far_behind = along(2 * step), along(-2 * step)
         wanted, coarse = (ahead - behind) / (2 * step), (far_ahead - far_behind) / (4 * step)
         noise = 2.0**-53 / step * (size + 1)
-        # Slopes ahead and behind differ in proportion to the step, but for a ReLU that switches in between: not comparable.
+        # Slopes ahead and behind differ in proportion to the step, unless a ReLU switches in between: then they are not comparable.
         bend, far_bend = ahead - 2 * here + behind, (far_ahead - 2 * here + far_behind) / 2
         if abs(bend) / step > 0.75 * abs(far_bend) / step + 4 * noise:
             continue
