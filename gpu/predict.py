@@ -37,9 +37,9 @@ class PredictArgs:
     output: Path = Path("predictions")
     """Folder that receives the annotated pictures and results.json."""
     threshold: float = DRAW_THRESHOLD
-    """Least score that is drawn and written."""
+    """Lowest score that is drawn and written."""
     max_detections: int = 100
-    """Most detections per image."""
+    """Largest number of detections per image."""
     device: str = "auto"
     """"cuda", "cpu" …"""
 

@@ -46,11 +46,11 @@ class Size:
 def attention_case(name: str, dtype: torch.dtype, size: Size, device: str = "cpu", *, replayed: bool = False) -> Case:
     """SMCA attention over every level: "forward", and "forward+backward" with all gradients.
 
-    q, k, v and the output's gradient are numbers that bfloat16 holds exactly, whatever `dtype` they are in, and the priors
+    q, k, v and the output's gradient are numbers that bfloat16 holds exactly, for any `dtype`, and the priors
     are float32: every case of a comparison computes on the same numbers, so that what differs is its arithmetic.
 
     Args:
-        name: "eager", "lifted" or "triton" (of ``smca_attention``; "lifted" in float32 whatever `dtype`), or a key of
+        name: "eager", "lifted" or "triton" (of ``smca_attention``; "lifted" in float32 for any `dtype`), or a key of
             ``ATTENTIONS``.
         dtype: of q, k, v and the output.
         size: `batch` must be given.

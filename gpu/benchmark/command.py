@@ -73,8 +73,8 @@ class BenchmarkArgs:
     attention: Size = field(default_factory=Size)
     """Sizes of the attention comparison."""
     image_size: tuple[int, int] | None = None
-    """(height, width) in pixels of the images of a step; by default 800 1333 on a GPU, 800 1216 on a CPU, and 400 608
-    in a profile on a CPU."""
+    """(height, width) in pixels of the images of a step; by default 800 1333 on a GPU; on a CPU 800 1216,
+    or 400 608 for a profile."""
     batches: tuple[int, ...] = (2, 16)
     """Images per step on a GPU; each number is measured, or only the largest in some parts. A CPU takes two images."""
     minutes: float = 7.5
