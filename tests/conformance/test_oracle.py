@@ -1,4 +1,4 @@
-"""The oracle against what no one here wrote: SciPy, PyTorch's attention, transformers' losses, and arithmetic of 50 digits."""
+"""The oracle against code from elsewhere: SciPy, PyTorch's attention, transformers' losses, and arithmetic of 50 digits."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def test_attention_is_pytorchs_with_log_g_as_its_mask(recipe: AttentionInputs) -
         x.level.center_xy, np.sqrt(2 / np.maximum(x.level.precision_xy, 1e-12)), 1.0, x.level.size
     )
     log_g = np.log(np.maximum(weight.reshape(h, n, -1), 1e-300))
-    usable = weight.reshape(h, n, -1).min(-1) > 1e-290  # beyond, the paper's G underflows where its logarithm does not
+    usable = weight.reshape(h, n, -1).min(-1) > 1e-290  # below, the paper's G underflows where its logarithm does not
     merged = [torch.tensor(layers.merge_heads(array)[0][:, None]) for array in (x.q, x.level.k, x.level.v)]
     eye, zero = torch.eye(h * d, dtype=torch.float64), torch.zeros(h * d, dtype=torch.float64)
     query, key, value = merged
-    found, _ = functional.multi_head_attention_forward(
+    output, _ = functional.multi_head_attention_forward(
         query, key, value, h * d, h, torch.cat([eye] * 3), torch.cat([zero] * 3), None, None, False, 0.0, eye, zero,
         attn_mask=torch.tensor(log_g), need_weights=False,
     )  # fmt: skip
     ours = layers.merge_heads(attention.smca_attention(*x.arguments))[0].reshape(n, h, d)
-    theirs = found[:, 0].numpy().reshape(n, h, d)
+    theirs = output[:, 0].numpy().reshape(n, h, d)
     keep = usable.T[..., None]
     np.testing.assert_allclose(np.where(keep, ours, 0), np.where(keep, theirs, 0), rtol=1e-9, atol=1e-7)
 

@@ -1,4 +1,4 @@
-"""Every property of every implementation; and proof that each of the planted bugs would be found."""
+"""Every property of every implementation, and proof that the suite would find each of the planted bugs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             raise pytest.UsageError(str(error)) from None
         for case in cases(PROPERTIES, [made], profile):
             outside = ":" in name
-            if case.missing is None or outside:  # of ours it is known what each is for
+            if case.missing is None or outside:  # for ours it is known what each implements
                 parameters.append(pytest.param(case, id=f"{name_of(made)}-{case.dtype}-{case.prop.name}"))
     metafunc.parametrize("case", parameters)
 
@@ -98,7 +98,7 @@ def test_a_failure_prints_what_replays_it() -> None:
 
 
 class PassesOver:
-    """Leaves out keys whose weights are so small that all of them together stay below `margin` of the sum."""
+    """Leaves out keys whose weights are so small that together they stay below `margin` of the sum."""
 
     name, dtypes = "passes over", ("float64",)
 
@@ -134,7 +134,7 @@ def test_what_passes_over_keys_is_held_to_what_it_says(margin: float, says: floa
     ],
 )
 def test_what_a_failure_hangs_on_is_said(bug: str, operation: str, lines: list[str]) -> None:
-    """With what it passes, and with what it still fails."""
+    """The report names the simplifications with which an example passes, and those with which it still fails."""
     mutant = next(mutant for mutant in MUTANTS if mutant.bug == bug)
     prop = next(prop for prop in PROPERTIES if prop.name == f"{operation}.equals_the_oracle")
     with planted(mutant) as (implementation,):
@@ -147,7 +147,7 @@ def test_what_a_failure_hangs_on_is_said(bug: str, operation: str, lines: list[s
 
 @pytest.mark.parametrize("mutant", MUTANTS[::17], ids=lambda mutant: mutant.bug)
 def test_a_known_bug_is_called_by_its_name(mutant: Any) -> None:
-    """What fails as a mutant fails is reported with that mutant's name."""
+    """An implementation that fails in the same way as a mutant is reported with that mutant's name."""
     if mutant.package != "reference":
         pytest.skip("diagnoses are of the specification's bugs")
     with planted(mutant) as (implementation,):

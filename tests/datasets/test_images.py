@@ -1,4 +1,4 @@
-"""CocoDetection's images: what is read, cached and converted, and what is said of files that are damaged or missing."""
+"""CocoDetection's images: what is read, cached and converted, and the errors for files that are damaged or missing."""
 
 import importlib.util
 import json

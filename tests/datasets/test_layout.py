@@ -1,4 +1,4 @@
-"""find_split: the folder layouts people have."""
+"""find_split: the usual folder layouts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the attention backends say about mistakes, and which one ``auto`` takes. What they compute: conformance/."""
+"""The attention backends' errors, and which backend ``auto`` takes. conformance/ tests what they compute."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flex_attention_adds_the_prior(dtype: torch.dtype) -> None:
-    """Its score_mod, uncompiled; compiled it needs a GPU."""
+    """The score_mod of flex, uncompiled; compiled, it needs a GPU."""
     q, (level,), *_ = _attention_inputs(SMALL)
     prior = (level.center_xy, level.precision_xy, level.size)
     out = flex(q.to(dtype), level.k.to(dtype), level.v.to(dtype), *prior)
@@ -129,7 +129,7 @@ def test_what_a_gpu_measures_trains_a_resnet50() -> None:
 
 
 def test_a_case_that_fails_leaves_the_others(tmp_path: Path) -> None:
-    """The code that a GPU runs, on the CPU: what needs CUDA fails there, out of memory is no failure."""
+    """The code for a GPU, run on the CPU: cases that need CUDA fail there; running out of memory is no failure."""
     part = next(benchmark.parts_of("assignment", benchmark.BenchmarkArgs(), "cpu", full=True))
     part.cases["big"] = lambda: {"forward": _no_memory}
     forward = partial(dict, query=torch.zeros(6, 2, 20))
@@ -194,7 +194,7 @@ def test_the_command_ends_with_an_error_after_a_failed_case(
 
 
 def test_a_profile_tells_parts_and_directions_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention that takes 20 ms longer forward and 40 ms backward, a layer; a matcher that takes 0.1 s longer."""
+    """Attention that takes 20 ms longer forward and 40 ms longer backward per layer; a matcher that takes 0.1 s longer."""
     attend, match = decoder.multi_scale_smca_attention, criterion.match
 
     def slow_attend(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
@@ -237,7 +237,7 @@ def test_the_profile_part_writes_a_table(tmp_path: Path) -> None:
 
 
 def test_a_profile_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU profiles, without one; in this process, which is faster."""
+    """The profiles of a GPU, without one; in this process, which is faster."""
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
     if torch.cuda.is_available():
         pytest.skip("without a GPU every profile fails, which is what this looks at")

@@ -1,4 +1,4 @@
-"""COCO metrics against cases whose answer is known beforehand."""
+"""COCO metrics on cases with known answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 
 
 def truth(*boxes: tuple[int, int, tuple[float, float, float, float]], images: int = 2, **extra: Any) -> dict[str, Any]:
-    """A COCO structure with annotations given as (image id, category id, x y w h)."""
+    """A COCO structure with the annotations (image id, category id, x y w h)."""
     return {
         "images": [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480} for i in range(1, images + 1)],
         "categories": CATEGORIES,

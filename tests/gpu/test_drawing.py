@@ -1,4 +1,4 @@
-"""Pictures: what is drawn, where, and what wrong input says."""
+"""Pictures: what is drawn, where, and the errors for wrong input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/extending.md: every diff applies to what it names, and what comes out trains."""
+"""docs/extending.md: every diff applies to the file that it names, and the result trains."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def example(
 
 
 def output_gradient(out: torch.Tensor) -> torch.Tensor:
-    """Random, the same for a shape, and not contiguous."""
+    """Random, the same for equal shapes, and not contiguous."""
     grad = torch.randn(*out.shape[::-1], generator=torch.Generator().manual_seed(1)).permute(3, 2, 1, 0)
     return grad.to(out)
 
@@ -77,7 +77,7 @@ def check(
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_a_kernel_compiled_for_aligned_tensors_gets_no_others(dtype: torch.dtype) -> None:
-    """Kernels are kept by what they were compiled for: the same again is the same kernel, an odd address is another."""
+    """Kernels are kept by what they were compiled for: equal inputs use the same kernel, an odd address needs another."""
     size = (4, 8)
     inputs = example(size, n=16, d=16, dtype=dtype)
     odd = []

@@ -1,4 +1,4 @@
-"""The trainer's step on a GPU: the CUDA runtime finds nothing in it that waits for the device, whatever backend attends.
+"""The trainer's step on a GPU: the CUDA runtime finds nothing in it that waits for the device, with any attention backend.
 
 tests/gpu/test_no_sync.py shows the same without a GPU.
 """
@@ -30,7 +30,7 @@ needs_gpu = pytest.mark.skipif(
 def losses(
     work: Work, preset: str, attention: str, matcher: str, output: Path, *, compiled: bool = False
 ) -> list[float]:
-    """Of a few steps, as ``smca.gpu.train`` takes them; the last two with the debug mode that raises where one waits."""
+    """The losses of a few steps, as ``smca.gpu.train`` takes them; in the last two, the debug mode raises where one waits."""
     model, criterion, targets, images = smca_detector(preset, attention, work)
     criterion.matcher_backend = matcher
     cuda, average = work.device == "cuda", copy.deepcopy(model).requires_grad_(False)

@@ -1,6 +1,6 @@
 """The Triton kernels compile for compute capability 8.0 and 9.0, without a GPU, and fit what a block may take there.
 
-    python tests/gpu/test_kernel_compilation.py     a line of JSON a kernel: registers, spills and shared memory
+    python tests/gpu/test_kernel_compilation.py     one line of JSON per kernel: registers, spills and shared memory
 
 What is compiled is what ``fused_attention`` launches, with its arguments: Triton's driver is replaced by one that only names a
 target, and its launch by its warm-up. In a process of its own: in the others of a test run, kernels are interpreted.
@@ -41,7 +41,7 @@ CASES = (
 
 
 def compile_case(capability: int, d: int, dtype: torch.dtype, mask: bool) -> list[dict[str, Any]]:
-    """Compile the three kernels of an attention forward and backward; what the compiler says of each."""
+    """Compile the three kernels of an attention forward and backward; returns what the compiler reports of each."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction

@@ -27,7 +27,7 @@ def with_gradients(attention: object, tensors: list[Tensor], mask: Tensor | None
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("channels", [5, 8, 32])
 def test_a_mask_as_a_channel_is_a_mask(dtype: torch.dtype, channels: int) -> None:
-    """Values and gradients; none of the latter at padded keys."""
+    """Values and gradients; gradients are 0 at padded keys."""
     tensors, mask = example(dtype, 6, channels)
     got, expected = (with_gradients(f, tensors, mask) for f in (attention_masked_by_a_channel, plain_attention))
     exact = torch.finfo(dtype).eps

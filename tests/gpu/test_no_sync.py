@@ -1,6 +1,6 @@
-"""A training step never waits for the GPU: shown without one, and what that asks of the check for non-finite numbers.
+"""A training step never waits for the GPU: shown without one, with what that requires of the check for non-finite numbers.
 
-On the meta device nothing has a value: whatever would read one fails there, and whatever would copy between devices is seen
+On the meta device nothing has a value: an operation that would read one fails there, and a copy between devices is seen
 by the dispatcher. (tests/gpu/test_gpu_step.py asks the CUDA runtime itself.)
 """
 
@@ -102,7 +102,7 @@ def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch
 
 
 def test_no_backward_pass_reads_a_value() -> None:
-    """Some do only where there is one, which neither the meta device nor a dispatch mode shows: that of ``prod`` counts zeros."""
+    """Some do so only on a real device, which neither the meta device nor a dispatch mode shows: that of ``prod`` counts zeros."""
     config = PRESETS["smca_r50_multiscale"]().model
     config = replace(config, backbone=replace(config.backbone, weights=None), hidden_dim=32, decoder_layers=2)
     with torch.device("meta"):

@@ -116,7 +116,7 @@ def worst_errors(
             largest.append((float(np.where(np.isnan(ratio), np.inf, ratio).max()), float(relative)))
         return largest
 
-    # The bounds are NumPy's: on as many cores as there are, up to a GiB or two for each.
+    # NumPy computes the bounds, on as many cores as the machine has, with up to a GiB or two for each.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = []
         for image in range(sizes.batch):
