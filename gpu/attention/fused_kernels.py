@@ -52,7 +52,7 @@ BEYOND_MAP = tl.constexpr(-1e30)
 
 @triton.jit
 def _rows(pointer, row, stride, keep, D: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr):
-    """[rows, BLOCK_D] in DOT; 0 in the channels from D on and in the rows that `keep` leaves out; neither are read."""
+    """[rows, BLOCK_D] in DOT; 0 in the channels from D on and in the rows that `keep` leaves out; neither is read."""
     channel = tl.arange(0, BLOCK_D)
     return tl.load(
         pointer + row[:, None] * stride + channel[None, :], mask=keep[:, None] & (channel < D)[None, :], other=0.0
