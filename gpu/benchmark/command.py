@@ -46,14 +46,8 @@ from smca.gpu.benchmark.cases import Case, Work
 from smca.gpu.benchmark.measure import LEFT_OUT, Part, Run, measure_apart, measure_together
 from smca.gpu.benchmark.report import Report
 
-GROUPS = (
-    "assignment",
-    "step",
-    "profile",
-    "attention",
-    "multi-scale",
-    "compiled",
-)  # parts that need compilation come last
+GROUPS = ("assignment", "step", "profile", "attention", "multi-scale", "compiled")
+"""Parts that need compilation come last."""
 _GRACE = 30.0
 """Seconds beyond --minutes in which a process on the GPU may finish its current part."""
 
@@ -229,9 +223,8 @@ def _serve_group(group: str, args: BenchmarkArgs, repeats: int, device: str, dea
 
 def measure_profile(args: BenchmarkArgs, repeats: int, deadline: float, device: str, report: Report) -> None:
     """Profiles of our steps, each in a process of its own; on a GPU until the deadline."""
-    from smca.gpu.benchmark.profile import (
-        profile_step,
-    )  # imported here, because other parts count the memory of the model that it imports
+    # Imported here, because other parts count the memory of the model that it imports.
+    from smca.gpu.benchmark.profile import profile_step
 
     gpu = device == "cuda"
     work = _largest_work(args, device) if gpu else Work(args.image_size or (400, 608))
