@@ -77,7 +77,6 @@ def run(path: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> float:
 
 def test_another_loss_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = run(script(tmp_path), "plain", monkeypatch)
-    assert plain == run(script(tmp_path), "again", monkeypatch)
     assert run(script(tmp_path, "Another loss term"), "counting", monkeypatch) > plain + 0.01
 
 
@@ -113,10 +112,14 @@ def test_another_schedule(tmp_path: Path) -> None:
         "linear = OptimConfig(schedule='linear', warmup_steps=10)\n"
         "assert [factor(linear, step, 0, 110) for step in (9, 10, 35, 110)] == [1, 1, 0.75, 0]\n"
     )
-    options = [*TINY, "--optim.schedule", "linear", "--output", "run"]
-    for command in (["-c", check], [str(script(tmp_path)), *options]):  # both import smca from their folder
-        ran = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+    arguments = ["my_train.py", *TINY, "--optim.schedule", "linear", "--output", "run"]
+    check += (
+        f"import runpy, sys\nsys.argv = {arguments!r}\nrunpy.run_path({str(script(tmp_path))!r}, run_name='__main__')"
+    )
+    # Started in the folder of the copies, which is where smca is then imported from.
+    ran = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert (tmp_path / "run/model/config.json").is_file()
 
 
 def test_a_diff_that_does_not_apply_is_noticed(tmp_path: Path) -> None:
