@@ -23,6 +23,9 @@ Correct, complete and readable come before fast here. Nothing in this package kn
 "Fast Convergence of DETR with Spatially Modulated Co-Attention" (cited by the heading of the passage), and "DETR" is
 arXiv 2005.12872.
 
+A number names the file of its equation: (1) to (3) gaussian, (4) to (15) attention, (L1) layers, (P1) position,
+(E1) encoder, (D1) decoder, (M1) model, (B1) boxes, (A1) matching, the assignment, and (S1) losses, the set loss.
+
 Shape letters: B images, N queries, h heads, d channels per head, C = h·d, K classes, M decoder layers, T targets
 (padded), F hidden channels of a feed-forward network, J feature levels, finest first. A map has H × W cells and
 L = H·W keys, row-major (index = row·W + column). The cell in column i and row j has its centre at (i + ½, j + ½). A

@@ -1,11 +1,11 @@
 """Boxes: two formats, and two measures of how well two boxes agree.
 
-    (1)  xyxy = (c_x − w/2, c_y − h/2, c_x + w/2, c_y + h/2)                  corners from centre and size; and back
-    (2)  IoU(a, b)  = |a ∩ b| / |a ∪ b|                                       |·| is an area
-    (3)  GIoU(a, b) = IoU(a, b) − (|hull| − |a ∪ b|) / |hull|                 hull: the smallest box around both
+    (B1) xyxy = (c_x − w/2, c_y − h/2, c_x + w/2, c_y + h/2)                  corners from centre and size; and back
+    (B2) IoU(a, b)  = |a ∩ b| / |a ∪ b|                                       |·| is an area
+    (B3) GIoU(a, b) = IoU(a, b) − (|hull| − |a ∪ b|) / |hull|                 hull: the smallest box around both
 
 GIoU falls further, down to −1, the further apart two disjoint boxes are, where IoU is 0 for all of them and gives no
-direction to learn from. A ratio of areas that are both 0 is taken as 0, in (2) and in (3): so a box without area has
+direction to learn from. A ratio of areas that are both 0 is taken as 0, in (B2) and in (B3): so a box without area has
 an IoU of 0 with everything, itself included, and two boxes without area on a common axis-parallel line (or at one
 point) have a GIoU of 0. No NaN arises from finite boxes.
 
@@ -18,7 +18,7 @@ from smca.reference.arrays import FloatArray
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: FloatArray) -> FloatArray:
-    """Centre and size to corners. Equation (1).
+    """Centre and size to corners. Equation (B1).
 
     Args:
         boxes_cxcywh: [..., 4], (centre x, centre y, width, height) in any unit.
@@ -38,7 +38,7 @@ def cxcywh_to_xyxy(boxes_cxcywh: FloatArray) -> FloatArray:
 
 
 def xyxy_to_cxcywh(boxes_xyxy: FloatArray) -> FloatArray:
-    """Corners to centre and size. Equation (1), backwards.
+    """Corners to centre and size. Equation (B1), backwards.
 
     Args:
         boxes_xyxy: [..., 4], (left, top, right, bottom) in any unit.
@@ -58,7 +58,7 @@ def xyxy_to_cxcywh(boxes_xyxy: FloatArray) -> FloatArray:
 
 
 def box_iou(boxes1_xyxy: FloatArray, boxes2_xyxy: FloatArray) -> FloatArray:
-    """Intersection over union, box by box. Equation (2).
+    """Intersection over union, box by box. Equation (B2).
 
     Args:
         boxes1_xyxy: [..., 4], (left, top, right, bottom).
@@ -80,7 +80,7 @@ def box_iou(boxes1_xyxy: FloatArray, boxes2_xyxy: FloatArray) -> FloatArray:
 
 
 def generalized_box_iou(boxes1_xyxy: FloatArray, boxes2_xyxy: FloatArray) -> FloatArray:
-    """Generalised intersection over union, box by box. Equation (3).
+    """Generalised intersection over union, box by box. Equation (B3).
 
     Args:
         boxes1_xyxy: [..., 4], (left, top, right, bottom).

@@ -4,7 +4,7 @@ t [B, N, C] is the queries' content, 0 at first; p [N, C] their learned position
 level j and pos_j their position; A multi-head self-attention, X cross-attention, ffn the feed-forward network. A layer
 is
 
-    (1)  post-norm   t = norm1(t + A(t + p, t + p, t))
+    (D1) post-norm   t = norm1(t + A(t + p, t + p, t))
                      O = state_norm(t + p)
                      t = norm2(t + X(t + p, x + pos, x));   t = norm3(t + ffn(t))
          pre-norm    y = norm1(t);   t = t + A(y + p, y + p, y)
@@ -13,21 +13,21 @@ is
 
 With SMCA, X is modulated by one Gaussian per query, head i and level j, made from the query's state O (method.md §1, §3):
 
-    (2)  ref    = [ĉ_x, ĉ_y, 0, 0],   ĉ = center_head(O of the first layer) (+ query_center)      logits, for all layers
-    (3)  c_ij   = σ(ref_xy)·(w_j, h_j) + offset_ij(O)        in cells; (w_j, h_j): the unpadded image in cells of level j
-    (4)  r_ij   = scale head(O)                              1 / relative scale; 1 if fixed; one, or one an axis
-    (5)  λ_ij   = 2·r_ij²/β_j = (r_ij·stride_j/σ_px)²        β_j = 2·(σ_px/stride_j)²: σ_px is the prior's width in pixels
-    (6)  α      = softmax over levels of level_head(O)       one for all heads (method.md §4); 1/J without scale selection
-    (7)  X_i    = Σ_j α_j·smca_attention(q_i, k_ij, v_ij, c_ij, λ_ij)        λ = 0, and ref = 0 at first, if "dense"
+    (D2) ref    = [ĉ_x, ĉ_y, 0, 0],   ĉ = center_head(O of the first layer) (+ query_center)      logits, for all layers
+    (D3) c_ij   = σ(ref_xy)·(w_j, h_j) + offset_ij(O)        in cells; (w_j, h_j): the unpadded image in cells of level j
+    (D4) r_ij   = scale head(O)                              1 / relative scale; 1 if fixed; one, or one per axis
+    (D5) λ_ij   = 2·r_ij²/β_j = (r_ij·stride_j/σ_px)²        β_j = 2·(σ_px/stride_j)²: σ_px is the prior's width in pixels
+    (D6) α      = softmax over levels of level_head(O)       one for all heads (method.md §4); 1/J without scale selection
+    (D7) X_i    = Σ_j α_j·smca_attention(q_i, k_ij, v_ij, c_ij, λ_ij)        λ = 0, and ref = 0 at first, if "dense"
 
 One level is the case J = 1: α = 1, and there is no level head. A plain DETR has no head that reads O, so no state_norm.
 After every layer, heads decode it, the same ones for all (method.md §5; paper, "SMCA box prediction"):
 
-    (8)  D = norm(t);   logits = class_head(D);   box logits = box_head(D) + ref;   box = σ(box logits)
-    (9)  with box refinement, every layer has a box_head of its own, and the next layer's ref = this layer's box logits
+    (D8) D = norm(t);   logits = class_head(D);   box logits = box_head(D) + ref;   box = σ(box logits)
+    (D9) with box refinement, every layer has a box_head of its own, and the next layer's ref = this layer's box logits
          (no gradient passes there in training)
 
-Without refinement, (2) is the published method: one reference centre from the first layer, reused by all. What
+Without refinement, (D2) is the published method: one reference centre from the first layer, reused by all. What
 changes from layer to layer then is O, and so offsets, scales and level weights.
 """
 
@@ -56,7 +56,7 @@ from smca.reference.position import Grid
 def decoder(
     memory: Sequence[FloatArray], grids: Sequence[Grid], params: Params, config: ModelConfig
 ) -> tuple[FloatArray, FloatArray]:
-    """All layers and their decoded outputs. Equations (1), (2), (8), (9).
+    """All layers and their decoded outputs. Equations (D1), (D2), (D8), (D9).
 
     Args:
         memory: the encoder's output, J arrays [B, L_j, C].
@@ -106,13 +106,13 @@ def decoder(
         layer_logits.append(linear(decoded, params, "decoder.class_head"))
         layer_boxes.append(sigmoid(box_logits))
         if config.box_refinement:
-            reference_logits = box_logits  # (9)
+            reference_logits = box_logits  # (D9)
 
     return np.stack(layer_logits), np.stack(layer_boxes)
 
 
 def initial_center_logits(state: FloatArray, params: Params, config: ModelConfig) -> FloatArray:
-    """ĉ of every query: state O [B, N, C] → [B, N, 2], logits (x, y). Equation (2); method.md §1.
+    """ĉ of every query: state O [B, N, C] → [B, N, 2], logits (x, y). Equation (D2); method.md §1.
 
     Paper, "Dynamic spatial weight maps". With `query_init="grid"` a learned centre of the query's own is added, which
     training starts on a grid, so that the queries begin spread over the image.
@@ -131,7 +131,7 @@ def spatial_prior(
     name: str,
     config: ModelConfig,
 ) -> list[tuple[FloatArray, FloatArray]]:
-    """Centre and precision of every query's Gaussians. Equations (3), (4), (5); method.md §1, §3 and §4.
+    """Centre and precision of every query's Gaussians. Equations (D3), (D4), (D5); method.md §1, §3 and §4.
 
     Args:
         state: O, [B, N, C].
@@ -154,21 +154,21 @@ def spatial_prior(
     each = (batch, queries, groups, len(grids))
     offset_xy = linear(state, params, f"{name}.prior.offset_head").reshape(*each, 2)
     if config.prior_scale == "fixed":
-        inverse_scale = np.ones((*each, 1))  # (4)
+        inverse_scale = np.ones((*each, 1))  # (D4)
     else:
         inverse_scale = linear(state, params, f"{name}.prior.scale_head").reshape(*each, -1)
 
     priors = []
     for j, grid in enumerate(grids):
         center_xy = sigmoid(reference_logits[..., :2]) * grid.valid_cells[:, None, ::-1]  # [B, N, 2]
-        center_xy = center_xy[:, :, None, :] + offset_xy[:, :, :, j]  # (3) [B, N, g, 2]
-        precision_xy = (inverse_scale[:, :, :, j] * grid.stride / config.prior_sigma_px) ** 2  # (5) [B, N, g, 1 or 2]
+        center_xy = center_xy[:, :, None, :] + offset_xy[:, :, :, j]  # (D3) [B, N, g, 2]
+        precision_xy = (inverse_scale[:, :, :, j] * grid.stride / config.prior_sigma_px) ** 2  # (D5) [B, N, g, 1 or 2]
         priors.append((_for_heads(center_xy, config.num_heads), _for_heads(precision_xy, config.num_heads)))
     return priors
 
 
 def scale_selection(state: FloatArray, params: Params, name: str, config: ModelConfig) -> FloatArray:
-    """How much each query takes from each level. Equation (6); paper, "SMCA with multi-scale visual features".
+    """How much each query takes from each level. Equation (D6); paper, "SMCA with multi-scale visual features".
 
     Args:
         state: O, [B, N, C].
@@ -194,7 +194,7 @@ def cross_attention(
     name: str,
     config: ModelConfig,
 ) -> FloatArray:
-    """X: project, attend to every level with its prior, mix the levels, project back. Equation (7); method.md §2, §4.
+    """X: project, attend to every level with its prior, mix the levels, project back. Equation (D7); method.md §2, §4.
 
     Args:
         query: [B, N, C].

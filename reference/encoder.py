@@ -3,31 +3,31 @@
 x_j [B, L_j, C] are the cells of level j, pos_j what tells their place; A is multi-head attention, ffn the feed-forward
 network. A block mixes the cells of all levels (M), then changes each cell by itself. All levels share its parameters:
 
-    (1)  post-norm   x_j = norm1(x_j + M_j(x));                x_j = norm2(x_j + ffn(x_j))
+    (E1) post-norm   x_j = norm1(x_j + M_j(x));                x_j = norm2(x_j + ffn(x_j))
          pre-norm    y_j = norm1(x_j);  x_j = x_j + M_j(y);    x_j = x_j + ffn(norm2(x_j))
          and, behind the last block of a pre-norm encoder, x_j = encoder.norm(x_j)
 
 With attention, a level attends to itself, but in the blocks that the configuration names all levels are one sequence:
 
-    (2)  M_j(x) = A(x_j + pos_j, x_j + pos_j, x_j)
-    (3)  [M_0(x), M_1(x), …] = A(x + pos, x + pos, x)          x = [x_0, x_1, …], pos = [pos_0, pos_1, …]
+    (E2) M_j(x) = A(x_j + pos_j, x_j + pos_j, x_j)
+    (E3) [M_0(x), M_1(x), …] = A(x + pos, x + pos, x)          x = [x_0, x_1, …], pos = [pos_0, pos_1, …]
 
 The position encoding is added to queries and keys, never to values, and again in every block (DETR, "Transformer").
 With convolutions, each level takes from itself, from its finer and from its coarser neighbour. Cells are (row, column)
 here; ρ_j = stride_j / stride_{j−1} of the finer cells, along each axis, lie in one of level j; * is depthwise:
 
-    (4)  y_j(a, b) = (own * x_j)(a, b)
+    (E4) y_j(a, b) = (own * x_j)(a, b)
                    + (finer * x_{j−1})(ρ_j·a, ρ_j·b)                            read at every ρ_j-th cell only
                    + (coarser * x_{j+1})(⌊a / ρ_{j+1}⌋, ⌊b / ρ_{j+1}⌋)           the coarse cell that holds this one
          M_j(x) = out_proj(y_j)                                                linear, C → C
 
-What lies outside a map and what is padded is 0 in (4), a neighbour that doesn't exist adds nothing, and a level's map
+What lies outside a map and what is padded is 0 in (E4), a neighbour that doesn't exist adds nothing, and a level's map
 need not be ρ times smaller than the next finer one: cells correspond by index, from the top left corner, whatever
 the maps' sizes, so that an image gives the same whatever padding it is given. A convolution knows what is beside what,
-so (4) needs no position encoding.
+so (E4) needs no position encoding.
 
-Sources: method.md §4; DETR, "Transformer", for one level; paper, "SMCA with multi-scale visual features", for (3). The
-convolutions of (4), one kernel for each neighbour and shared by the levels, are those of "Scale-Equalizing Pyramid
+Sources: method.md §4; DETR, "Transformer", for one level; paper, "SMCA with multi-scale visual features", for (E3). The
+convolutions of (E4), one kernel for each neighbour and shared by the levels, are those of "Scale-Equalizing Pyramid
 Convolution" (arXiv 2005.03101), here depthwise.
 """
 
@@ -54,7 +54,7 @@ from smca.reference.position import Grid
 def encoder(
     levels: Sequence[FloatArray], grids: Sequence[Grid], params: Params, config: ModelConfig
 ) -> list[FloatArray]:
-    """All blocks. Equation (1).
+    """All blocks. Equation (E1).
 
     Args:
         levels: J arrays [B, L_j, C], finest level first.
@@ -75,7 +75,7 @@ def encoder_block(
     levels: Sequence[FloatArray], grids: Sequence[Grid], params: Params, index: int, config: ModelConfig
 ) -> list[FloatArray]:
     """Block `index`, with the parameters `encoder.layers.<index>`: norm1, norm2, linear1, linear2, and `self_attn` or
-    `conv`. Equation (1); arguments and result as of `encoder`.
+    `conv`. Equation (E1); arguments and result as of `encoder`.
     """
     name = f"encoder.layers.{index}"
     y = [layer_norm(x, params, f"{name}.norm1") for x in levels] if config.pre_norm else list(levels)
@@ -95,7 +95,7 @@ def encoder_block(
 def attend_within_levels(
     levels: Sequence[FloatArray], grids: Sequence[Grid], params: Params, name: str, num_heads: int
 ) -> list[FloatArray]:
-    """Each level attends to itself. Equation (2). J arrays [B, L_j, C] → the same."""
+    """Each level attends to itself. Equation (E2). J arrays [B, L_j, C] → the same."""
     return [
         multi_head_attention(x + grid.position, x + grid.position, x, params, name, num_heads, grid.key_padding_mask)
         for x, grid in zip(levels, grids, strict=True)
@@ -105,7 +105,7 @@ def attend_within_levels(
 def attend_across_levels(
     levels: Sequence[FloatArray], grids: Sequence[Grid], params: Params, name: str, num_heads: int
 ) -> list[FloatArray]:
-    """All cells of all levels attend to each other. Equation (3). J arrays [B, L_j, C] → the same."""
+    """All cells of all levels attend to each other. Equation (E3). J arrays [B, L_j, C] → the same."""
     x = np.concatenate(list(levels), axis=1)  # [B, L_0 + L_1 + …, C]
     position = np.concatenate([grid.position for grid in grids], axis=1)
     padding = np.concatenate([grid.key_padding_mask for grid in grids], axis=1)
@@ -115,7 +115,7 @@ def attend_across_levels(
 
 
 def exchange(levels: Sequence[FloatArray], grids: Sequence[Grid], params: Params, name: str) -> list[FloatArray]:
-    """Each level takes from itself and from its neighbours, by depthwise convolution. Equation (4).
+    """Each level takes from itself and from its neighbours, by depthwise convolution. Equation (E4).
 
     Args:
         levels: J arrays [B, L_j, C]. Padded cells are never read: they may be NaN.

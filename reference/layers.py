@@ -1,11 +1,11 @@
 """The parts that everybody knows, so that nothing about them is left to guess.
 
-    (1)  σ(x) = 1 / (1 + e^−x)            softplus(x) = ln(1 + e^x) = −ln σ(−x)
-    (2)  linear(x) = x·Wᵀ + b             W is [out, in], as PyTorch stores it
-    (3)  layer_norm(x) = (x − mean) / √(variance + 10⁻⁵) · weight + bias      over the last axis, biased variance
-    (4)  attention(q, k, v) = softmax(q·kᵀ/√d)·v                              −∞ at padded keys
-    (5)  ffn(x) = linear2(relu(linear1(x)))
-    (6)  conv(x)_o(i, j) = b_o + Σ_c Σ_st W_oc(s, t)·x_c(S·i + s, S·j + t)    stride S; 0 outside the map
+    (L1) σ(x) = 1 / (1 + e^−x)            softplus(x) = ln(1 + e^x) = −ln σ(−x)
+    (L2) linear(x) = x·Wᵀ + b             W is [out, in], as PyTorch stores it
+    (L3) layer_norm(x) = (x − mean) / √(variance + 10⁻⁵) · weight + bias      over the last axis, biased variance
+    (L4) attention(q, k, v) = softmax(q·kᵀ/√d)·v                              −∞ at padded keys
+    (L5) ffn(x) = linear2(relu(linear1(x)))
+    (L6) conv(x)_o(i, j) = b_o + Σ_c Σ_st W_oc(s, t)·x_c(S·i + s, S·j + t)    stride S; 0 outside the map
          depthwise(x)_c(i, j) = Σ_st W_c(s, t)·x_c(S·i + s, S·j + t)          each channel by itself, no bias
          k × k taps, k odd: s and t from −(k − 1)/2 to (k − 1)/2, s along rows
 
@@ -27,7 +27,7 @@ Params = Mapping[str, FloatArray]
 
 
 def sigmoid(x: FloatArray) -> FloatArray:
-    """σ(x), elementwise, exact at both ends. Equation (1).
+    """σ(x), elementwise, exact at both ends. Equation (L1).
 
     Both branches use e^−|x|, which cannot overflow and keeps small results small instead of 0.
 
@@ -39,7 +39,7 @@ def sigmoid(x: FloatArray) -> FloatArray:
 
 
 def softplus(x: FloatArray) -> FloatArray:
-    """ln(1 + e^x), elementwise, without overflow: −ln σ(−x). Equation (1).
+    """ln(1 + e^x), elementwise, without overflow: −ln σ(−x). Equation (L1).
 
     >>> softplus(np.array([-1000.0, 0.0, 1000.0])).round(4).tolist()
     [0.0, 0.6931, 1000.0]
@@ -59,7 +59,7 @@ def relu(x: FloatArray) -> FloatArray:
 
 
 def softmax(x: FloatArray) -> FloatArray:
-    """e^x over its sum along the last axis. Equation (4).
+    """e^x over its sum along the last axis. Equation (L4).
 
     It doesn't see a constant, so the largest x is taken off, and no exponential overflows; −∞ becomes 0.
 
@@ -72,7 +72,7 @@ def softmax(x: FloatArray) -> FloatArray:
 
 
 def linear(x: FloatArray, params: Params, name: str) -> FloatArray:
-    """x·Wᵀ + b with W = `name`.weight [out, in] and b = `name`.bias [out]. Equation (2). [..., in] → [..., out].
+    """x·Wᵀ + b with W = `name`.weight [out, in] and b = `name`.bias [out]. Equation (L2). [..., in] → [..., out].
 
     >>> linear(np.array([1.0, 2.0]), {"f.weight": np.array([[3.0, 4.0]]), "f.bias": np.array([0.5])}, "f").tolist()
     [11.5]
@@ -89,12 +89,12 @@ def mlp(x: FloatArray, params: Params, name: str, layers: int = 3) -> FloatArray
 
 
 def feed_forward(x: FloatArray, params: Params, name: str) -> FloatArray:
-    """ffn(x) = linear2(relu(linear1(x))), [..., C] → [..., F] → [..., C]. Equation (5)."""
+    """ffn(x) = linear2(relu(linear1(x))), [..., C] → [..., F] → [..., C]. Equation (L5)."""
     return linear(relu(linear(x, params, f"{name}.linear1")), params, f"{name}.linear2")
 
 
 def layer_norm(x: FloatArray, params: Params, name: str) -> FloatArray:
-    """Equation (3). [..., C] → [..., C].
+    """Equation (L3). [..., C] → [..., C].
 
     Two channels at distance 2 from each other become ±1 (a hair less, because of the 10⁻⁵):
 
@@ -122,7 +122,7 @@ def merge_heads(x: FloatArray) -> FloatArray:
 def dot_product_attention(
     q: FloatArray, k: FloatArray, v: FloatArray, key_padding_mask: BoolArray | None = None
 ) -> FloatArray:
-    """Plain attention. Equation (4); DETR's.
+    """Plain attention. Equation (L4); DETR's.
 
     Args:
         q: [B, h, N, d].
@@ -167,7 +167,7 @@ def multi_head_attention(
 
 
 def convolution(x: FloatArray, params: Params, name: str, stride: int = 1) -> FloatArray:
-    """A k × k convolution with zeros outside the map. Equation (6). `name`.weight [out, in, k, k], `name`.bias [out].
+    """A k × k convolution with zeros outside the map. Equation (L6). `name`.weight [out, in, k, k], `name`.bias [out].
 
     [B, in, H, W] → [B, out, ⌈H/stride⌉, ⌈W/stride⌉]; output cell (i, j) has its middle tap on input cell
     (stride·i, stride·j).
@@ -179,7 +179,7 @@ def convolution(x: FloatArray, params: Params, name: str, stride: int = 1) -> Fl
 
 
 def depthwise_convolution(x: FloatArray, params: Params, name: str, stride: int = 1) -> FloatArray:
-    """As `convolution`, but each channel by itself and without bias. Equation (6). `name`.weight [C, 1, k, k].
+    """As `convolution`, but each channel by itself and without bias. Equation (L6). `name`.weight [C, 1, k, k].
 
     Kernels of three ones in a row add up neighbours; with a stride of 2, those around cells 0 and 2:
 

@@ -3,16 +3,16 @@
 For the outputs of one decoder layer, with π(t) the query matched to object t of its image (`matching`), x the class
 logits and b the boxes (method.md §5; DETR, "Object detection set prediction loss"):
 
-    (1)  boxes     = max(1, number of objects in the batch)                   averaged over processes when training
-    (2)  z_nk      = 1 where query n is matched to an object of class k, else 0
-    (3)  focal     = z·positive(x) + (1 − z)·negative(x)                      positive, negative: matching (1)
-    (4)  class/l   = w_class / boxes · Σ over images, queries n, classes k of focal(x_nk, z_nk)
-    (5)  l1/l      = w_l1 / boxes · Σ over images, matched t of ‖b_π(t) − b_t‖₁
-    (6)  giou/l    = w_giou / boxes · Σ over images, matched t of ( 1 − GIoU(b_π(t), b_t) )
-    (7)  loss      = Σ over layers l of class/l + l1/l + giou/l
+    (S1) boxes     = max(1, number of objects in the batch)                   averaged over processes when training
+    (S2) z_nk      = 1 where query n is matched to an object of class k, else 0
+    (S3) focal     = z·positive(x) + (1 − z)·negative(x)                      positive, negative: matching (A1)
+    (S4) class/l   = w_class / boxes · Σ over images, queries n, classes k of focal(x_nk, z_nk)
+    (S5) l1/l      = w_l1 / boxes · Σ over images, matched t of ‖b_π(t) − b_t‖₁
+    (S6) giou/l    = w_giou / boxes · Σ over images, matched t of ( 1 − GIoU(b_π(t), b_t) )
+    (S7) loss      = Σ over layers l of class/l + l1/l + giou/l
 
-Each layer is matched by itself. The sum in (4) runs over all queries, matched or not: it is how a query learns that it
-sees no object. There is no class for "no object"; every sigmoid says no. An image without objects takes part in (4)
+Each layer is matched by itself. The sum in (S4) runs over all queries, matched or not: it is how a query learns that it
+sees no object. There is no class for "no object"; every sigmoid says no. An image without objects takes part in (S4)
 only.
 """
 
@@ -69,7 +69,7 @@ class Targets:
 def sigmoid_focal_loss(
     logits: FloatArray, targets: FloatArray, alpha: float = FOCAL_ALPHA, gamma: float = FOCAL_GAMMA
 ) -> FloatArray:
-    """The focal loss of every logit, not reduced. Equation (3); arXiv 1708.02002, equation (5).
+    """The focal loss of every logit, not reduced. Equation (S3); arXiv 1708.02002, equation (5).
 
     Args:
         logits: any shape. Of any size: nothing overflows.
@@ -96,7 +96,7 @@ def sigmoid_focal_loss(
 def match(
     logits: npt.ArrayLike, boxes: npt.ArrayLike, targets: PaddedTargets, weights: Mapping[str, float]
 ) -> IntArray:
-    """The query of every object, for every decoder layer and image by itself. Matching (3); method.md §5.
+    """The query of every object, for every decoder layer and image by itself. Matching (A3); method.md §5.
 
     Args:
         logits: [M, B, N, K], as `model.forward` returns them.
@@ -128,7 +128,7 @@ def match(
 def set_loss(
     outputs: Mapping[str, npt.ArrayLike], targets: PaddedTargets, weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """The whole loss. Equations (1) to (7); method.md §5.
+    """The whole loss. Equations (S1) to (S7); method.md §5.
 
     Args:
         outputs: "logits" [M, B, N, K] and "boxes" [M, B, N, 4] (cxcywh in [0, 1]), as `model.forward` returns.
@@ -163,23 +163,23 @@ def set_loss(
     check_weights(weights)
     logits, boxes, labels, target_boxes, valid = _arrays(outputs["logits"], outputs["boxes"], targets)
     query_of_target = match(logits, boxes, targets, weights)
-    num_boxes = max(1, int(valid.sum()))  # (1)
+    num_boxes = max(1, int(valid.sum()))  # (S1)
 
     terms: dict[str, float] = {}
     for layer in range(logits.shape[0]):
         image, target = np.nonzero(query_of_target[layer] >= 0)  # one entry per matched pair
         query = query_of_target[layer, image, target]
         present = np.zeros(logits.shape[1:])  # [B, N, K]
-        present[image, query, labels[image, target]] = 1.0  # (2)
+        present[image, query, labels[image, target]] = 1.0  # (S2)
         predicted, wanted = boxes[layer, image, query], target_boxes[image, target]  # [pairs, 4] each
         giou = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
         sums = {
-            "class": sigmoid_focal_loss(logits[layer], present).sum(),  # (4)
-            "l1": np.abs(predicted - wanted).sum(),  # (5)
-            "giou": (1.0 - giou).sum(),  # (6)
+            "class": sigmoid_focal_loss(logits[layer], present).sum(),  # (S4)
+            "l1": np.abs(predicted - wanted).sum(),  # (S5)
+            "giou": (1.0 - giou).sum(),  # (S6)
         }
         terms |= {f"{term}/{layer}": float(weights[term] * total / num_boxes) for term, total in sums.items()}
-    return {**terms, "loss": sum(terms.values())}  # (7)
+    return {**terms, "loss": sum(terms.values())}  # (S7)
 
 
 def _arrays(

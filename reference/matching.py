@@ -3,15 +3,15 @@
 Every ground-truth object of an image gets one query of its own; the others stand for "no object". Which, is decided by
 the least total cost (method.md §5; DETR, "Object detection set prediction loss"):
 
-    (1)  positive(x) = α·(1 − p)^γ·(−ln p)            negative(x) = (1 − α)·p^γ·(−ln(1 − p))          p = σ(x)
-    (2)  cost(n, t) = w_class·( positive(x_n,label(t)) − negative(x_n,label(t)) )
+    (A1) positive(x) = α·(1 − p)^γ·(−ln p)            negative(x) = (1 − α)·p^γ·(−ln(1 − p))          p = σ(x)
+    (A2) cost(n, t) = w_class·( positive(x_n,label(t)) − negative(x_n,label(t)) )
                     + w_l1·‖b_n − b_t‖₁  +  w_giou·( −GIoU(b_n, b_t) )
-    (3)  the pairs (n, t), each n and each t at most once, as many as fit, that minimise Σ cost(n, t)
+    (A3) the pairs (n, t), each n and each t at most once, as many as fit, that minimise Σ cost(n, t)
 
-with α = ¼ and γ = 2. The focal loss (`losses`) is made of the same two functions (1): the class cost is what the loss
+with α = ¼ and γ = 2. The focal loss (`losses`) is made of the same two functions (A1): the class cost is what the loss
 would change by if query n took on the object.
 
-(3) is the assignment problem. `linear_sum_assignment` solves it by shortest augmenting paths with dual prices, for a
+(A3) is the assignment problem. `linear_sum_assignment` solves it by shortest augmenting paths with dual prices, for a
 cost matrix with n ≤ m (a taller one is transposed):
 
     1.  Keep a price u_i for every row and v_j for every column with u_i + v_j ≤ c_ij, and equality on matched pairs.
@@ -44,7 +44,7 @@ TERMS = ("class", "l1", "giou")
 def focal_terms(
     logits: FloatArray, alpha: float = FOCAL_ALPHA, gamma: float = FOCAL_GAMMA
 ) -> tuple[FloatArray, FloatArray]:
-    """(positive, negative): what a logit costs where the class is present, and where it is absent. Equation (1).
+    """(positive, negative): what a logit costs where the class is present, and where it is absent. Equation (A1).
 
     Written with σ(−x) for 1 − p and softplus for the logarithms, so that no logit of any size overflows, or rounds
     1 − p to 0. Source: focal loss, arXiv 1708.02002, equation (5).
@@ -75,7 +75,7 @@ def match_cost(
     target_boxes_cxcywh: FloatArray,
     weights: Mapping[str, float],
 ) -> FloatArray:
-    """The cost of every pair of a query and an object of one image. Equation (2); method.md §5.
+    """The cost of every pair of a query and an object of one image. Equation (A2); method.md §5.
 
     Args:
         logits: [N, K].
@@ -119,7 +119,7 @@ def match_cost(
 
 
 def linear_sum_assignment(cost: npt.ArrayLike) -> tuple[IntArray, IntArray]:
-    """The assignment with the least total cost. Equation (3) and steps 1 to 4 of this module.
+    """The assignment with the least total cost. Equation (A3) and steps 1 to 4 of this module.
 
     Args:
         cost: [n, m], any shape, also with n or m = 0. +inf forbids a pair.
@@ -200,7 +200,7 @@ def _columns_of_rows(cost: FloatArray) -> IntArray:
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Raise a ValueError unless `weights` has exactly the terms of (2), each finite and ≥ 0."""
+    """Raise a ValueError unless `weights` has exactly the terms of (A2), each finite and ≥ 0."""
     if set(weights) != set(TERMS):
         raise ValueError(
             f"weights: expected the terms {list(TERMS)}, got {list(weights)}. Name each of them, no other."

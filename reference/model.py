@@ -1,13 +1,13 @@
 """From a backbone's features to class logits and boxes.
 
-    (1)  (h_j, w_j) = valid size / stride_j, padding_j               the image in cells of level j (`position` (1), (2))
-    (2)  x_j = input_proj_j(features_j)                              1 × 1 convolution: a linear map of each cell
-    (3)  x_j = input_proj_j(x_{j−1})                                 levels beyond the backbone's: 3 × 3, stride 2
-    (4)  pos_j = sine encoding of the cells (`position` (3) to (5))  + level_embed_j, where attention mixes several levels
-    (5)  x = encoder (`encoder`)
-    (6)  logits, boxes = decoder (`decoder`)
+    (M1) (h_j, w_j) = valid size / stride_j, padding_j               the image in cells of level j (`position` (P1), (P2))
+    (M2) x_j = input_proj_j(features_j)                              1 × 1 convolution: a linear map of each cell
+    (M3) x_j = input_proj_j(x_{j−1})                                 levels beyond the backbone's: 3 × 3, stride 2
+    (M4) pos_j = sine encoding of the cells (`position` (P3) to (P5))  + level_embed_j, where attention mixes several levels
+    (M5) x = encoder (`encoder`)
+    (M6) logits, boxes = decoder (`decoder`)
 
-A backbone gives a map for each of the first levels. Each level beyond them is made from the level before it (3), with 0
+A backbone gives a map for each of the first levels. Each level beyond them is made from the level before it (M3), with 0
 in place of padded cells, and has twice its stride. (Of the projected level, C → C. Read from a ResNet-50's last stage,
 2048 → C, this convolution alone would have 4.7 M parameters, more than the published 40 M leave room for.)
 
@@ -35,7 +35,7 @@ def forward(
     valid_sizes: npt.ArrayLike,
     config: ModelConfig,
 ) -> dict[str, FloatArray]:
-    """The model in evaluation mode. Equations (1) to (6).
+    """The model in evaluation mode. Equations (M1) to (M6).
 
     Args:
         params: named and shaped as in `parameters.parameter_shapes`. Keys that begin with "backbone." are ignored.
@@ -59,14 +59,14 @@ def forward(
     sizes = [(each.shape[2], each.shape[3]) for each in maps]
     while len(sizes) < len(config.strides):
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))  # what a stride of 2 leaves
-    grids = _grids(np.asarray(valid_sizes, dtype=np.float64), len(maps[0]), sizes, weights, config)  # (1), (4)
-    memory = encoder(project(maps, grids, weights), grids, weights, config)  # (5)
-    logits, boxes = decoder(memory, grids, weights, config)  # (6)
+    grids = _grids(np.asarray(valid_sizes, dtype=np.float64), len(maps[0]), sizes, weights, config)  # (M1), (M4)
+    memory = encoder(project(maps, grids, weights), grids, weights, config)  # (M5)
+    logits, boxes = decoder(memory, grids, weights, config)  # (M6)
     return {"logits": logits, "boxes": boxes}
 
 
 def project(features: Sequence[FloatArray], grids: Sequence[Grid], params: Params) -> list[FloatArray]:
-    """Every level with C channels. Equations (2) and (3).
+    """Every level with C channels. Equations (M2) and (M3).
 
     Args:
         features: [B, C_j, H_j, W_j] for the first levels.
@@ -79,17 +79,17 @@ def project(features: Sequence[FloatArray], grids: Sequence[Grid], params: Param
     maps: list[FloatArray] = []
     for j in range(len(grids)):
         if j < len(features):
-            maps.append(convolution(features[j], params, f"input_proj.{j}"))  # (2)
+            maps.append(convolution(features[j], params, f"input_proj.{j}"))  # (M2)
         else:
             source = zero_padded(maps[-1], grids[j - 1].key_padding_mask)
-            maps.append(convolution(source, params, f"input_proj.{j}", stride=2))  # (3)
+            maps.append(convolution(source, params, f"input_proj.{j}", stride=2))  # (M3)
     return [cells_of_map(x) for x in maps]
 
 
 def _grids(
     valid_sizes: FloatArray, batch: int, sizes: Sequence[tuple[int, int]], params: Params, config: ModelConfig
 ) -> list[Grid]:
-    """(1) and (4), with a check that images and maps belong together: [B, 2] pixels → where the cells of each level are."""
+    """(M1) and (M4), with a check that images and maps belong together: [B, 2] pixels → where the cells of each level are."""
     require_shape("valid_sizes", valid_sizes, (batch, 2), "Give (height, width) in pixels, one row per image.")
     grids = []
     for j, (size, stride) in enumerate(zip(sizes, config.strides, strict=True)):

@@ -2,17 +2,17 @@
 
 For an image whose unpadded part is H_px × W_px pixels, and a level with a stride of S pixels per cell:
 
-    (1)  (h, w) = (H_px, W_px) / S                                            the unpadded image in cells, fractional
-    (2)  the cell in column i and row j is padded if i ≥ w or j ≥ h           it holds no pixel of the image
-    (3)  u_x = 2π·(i + ½)/w          u_y = 2π·(j + ½)/h                       0 to 2π over the unpadded image
-    (4)  f_t(u) = sin(u / 10000^(2·⌊t/2⌋/(C/2)))  for even t
+    (P1) (h, w) = (H_px, W_px) / S                                            the unpadded image in cells, fractional
+    (P2) the cell in column i and row j is padded if i ≥ w or j ≥ h           it holds no pixel of the image
+    (P3) u_x = 2π·(i + ½)/w          u_y = 2π·(j + ½)/h                       0 to 2π over the unpadded image
+    (P4) f_t(u) = sin(u / 10000^(2·⌊t/2⌋/(C/2)))  for even t
                   cos(u / 10000^(2·⌊t/2⌋/(C/2)))  for odd t                   t = 0 … C/2 − 1
-    (5)  encoding = [ f_0(u_y) … f_{C/2−1}(u_y), f_0(u_x) … f_{C/2−1}(u_x) ]  y first
+    (P5) encoding = [ f_0(u_y) … f_{C/2−1}(u_y), f_0(u_x) … f_{C/2−1}(u_x) ]  y first
 
 Source of the encoding: DETR, appendix "Spatial positional encoding", with coordinates normalised by the unpadded
 image. DETR's code counts cells from 1, which puts a cell at its far edge; here it is at its centre, as everywhere else
 in this package. One place in an image has one encoding, then, in every level; a learned embedding tells levels apart
-in the encoder (`model` (4)).
+in the encoder (`model` (M4)).
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ class Grid(NamedTuple):
 
 
 def key_padding_mask(valid_cells: FloatArray, size: tuple[int, int]) -> BoolArray:
-    """[B, H·W], True where a cell holds no pixel of the image. Equation (2).
+    """[B, H·W], True where a cell holds no pixel of the image. Equation (P2).
 
     Args:
         valid_cells: [B, 2], (height, width) of the unpadded image in cells, fractional.
@@ -58,7 +58,7 @@ def key_padding_mask(valid_cells: FloatArray, size: tuple[int, int]) -> BoolArra
 
 
 def sine_position_encoding(size: tuple[int, int], valid_cells: FloatArray, channels: int) -> FloatArray:
-    """The encoding of every cell of every image. Equations (3) to (5); method.md, Notation (cell centres).
+    """The encoding of every cell of every image. Equations (P3) to (P5); method.md, Notation (cell centres).
 
     Args:
         size: (H, W) of the map.
@@ -87,15 +87,15 @@ def sine_position_encoding(size: tuple[int, int], valid_cells: FloatArray, chann
     height, width = size
     half = channels // 2
     batch = valid_cells.shape[0]
-    angle_y = 2 * np.pi * (np.arange(height) + 0.5) / valid_cells[:, :1]  # (3) [B, H]
-    angle_x = 2 * np.pi * (np.arange(width) + 0.5) / valid_cells[:, 1:]  # (3) [B, W]
+    angle_y = 2 * np.pi * (np.arange(height) + 0.5) / valid_cells[:, :1]  # (P3) [B, H]
+    angle_x = 2 * np.pi * (np.arange(width) + 0.5) / valid_cells[:, 1:]  # (P3) [B, W]
     encoded_y = np.broadcast_to(_waves(angle_y, half)[:, :, None, :], (batch, height, width, half))
     encoded_x = np.broadcast_to(_waves(angle_x, half)[:, None, :, :], (batch, height, width, half))
-    return np.concatenate([encoded_y, encoded_x], axis=-1).reshape(batch, height * width, channels)  # (5)
+    return np.concatenate([encoded_y, encoded_x], axis=-1).reshape(batch, height * width, channels)  # (P5)
 
 
 def _waves(angle: FloatArray, channels: int) -> FloatArray:
-    """[..., ] → [..., channels]: equation (4)."""
+    """[..., ] → [..., channels]: equation (P4)."""
     t = np.arange(channels)
     scaled = angle[..., None] / TEMPERATURE ** (2 * (t // 2) / channels)
     return np.where(t % 2 == 0, np.sin(scaled), np.cos(scaled))

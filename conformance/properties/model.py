@@ -17,7 +17,7 @@ Array = npt.NDArray[np.float64]
 
 PROPERTIES: list[Property] = []
 
-MODEL = "method.md §1 to §5; reference/model.py, equations (1) to (6), with the decoder's and the encoder's"
+MODEL = "method.md §1 to §5; reference/model.py, equations (M1) to (M6), with the decoder's and the encoder's"
 PADDED = "method.md §2 and §5: padded keys get a logit of −∞; boxes are relative to the unpadded image"
 NAMES = ("logits", "boxes")
 WHOLE = ("float64", "float32")
