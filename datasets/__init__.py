@@ -4,10 +4,12 @@ from smca.datasets.augmented import Augmented
 from smca.datasets.batch import Batch, Category, DetectionDataset, Report, Sample, Targets, collate
 from smca.datasets.coco import CocoDetection, require_same_categories
 from smca.datasets.layout import find_split
+from smca.datasets.options import AnnotationOptions
 from smca.datasets.synthetic import SyntheticShapes
 from smca.datasets.transforms import Augmentation
 
 __all__ = [
+    "AnnotationOptions",
     "Augmentation",
     "Augmented",
     "Batch",

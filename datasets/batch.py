@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 UInt8Array = NDArray[np.uint8]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 CocoDict = dict[str, Any]
+
+_CLASSES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,16 @@ class Report:
     """Boxes wholly outside their image: dropped."""
     clipped: int = 0
     """Boxes that reached out of their image by more than rounding: cut at the border and kept."""
+    turned: int = 0
+    """Images whose EXIF orientation turns them for viewing."""
+    frame: str = "upright"
+    """What boxes refer to in those: the picture as viewers show it ("upright") or as it is stored."""
+    links: int = 0
+    """Images that are symbolic links."""
+    uncached: int = 0
+    """Images that the cache has no room for: read from their file whenever they are needed."""
+    repairs: tuple[str, ...] = ()
+    """What the annotation file writes otherwise than COCO's format has it, with counts, in words."""
     unused_classes: tuple[str, ...] = ()
     """Names of classes without a single box."""
     dropped_examples: tuple[str, ...] = ()
@@ -142,11 +155,40 @@ class Report:
             parts.append(f"dropped {self.outside:,} outside the image")
         if self.clipped:
             parts.append(f"clipped {self.clipped:,} at the border")
+        if self.turned:
+            frame = "the pictures as viewers show them" if self.frame == "upright" else "the pictures as stored"
+            parts.append(f"{self.turned:,} with an EXIF orientation: boxes refer to {frame}")
+        parts += self.repairs
+        if self.links:
+            parts.append(f"{self.links:,} symbolic links")
+        if self.uncached:
+            parts.append(f"{self.uncached:,} images do not fit into the cache")
         if self.dropped_examples:
             parts.append("dropped: " + "; ".join(self.dropped_examples))
         if self.unused_classes:
-            parts.append("no box of " + ", ".join(self.unused_classes))
+            shown = ", ".join(self.unused_classes[:_CLASSES_SHOWN])
+            parts.append(f"no box of {shown}" + ", …" * (len(self.unused_classes) > _CLASSES_SHOWN))
         return " · ".join(parts)
+
+
+def coco_annotation(
+    annotation_id: int,
+    image_id: int,
+    category_id: int,
+    bbox: Sequence[float],
+    *,
+    area: float | None = None,
+    crowd: bool = False,
+) -> dict[str, Any]:
+    """An entry of a COCO dictionary's "annotations". bbox: x, y, width, height in pixels; area: theirs unless given, in pixels²."""
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": list(bbox),
+        "area": bbox[2] * bbox[3] if area is None else area,
+        "iscrowd": int(crowd),
+    }
 
 
 class DetectionDataset(Protocol):
@@ -188,24 +230,16 @@ class DetectionDataset(Protocol):
             if sample.image_id in images:
                 raise ValueError(f"sample {index}: image_id {sample.image_id} occurs twice; every image needs its own")
             images[sample.image_id] = {"id": sample.image_id, "width": width, "height": height}
-            scale = np.array([width, height, width, height]) / np.array([sample.image.shape[:2][::-1]] * 2).reshape(4)
-            for (x0, y0, x1, y1), label in zip(
-                (sample.boxes_xyxy * scale).tolist(), sample.labels.tolist(), strict=True
-            ):
+            rows, columns = sample.image.shape[:2]
+            boxes = sample.boxes_xyxy * [width / columns, height / rows, width / columns, height / rows]
+            for (x0, y0, x1, y1), label in zip(boxes.tolist(), sample.labels.tolist(), strict=True):
                 if not 0 <= label < len(self.categories):
                     raise ValueError(
                         f"sample {index}: label {label} is not an index into the {len(self.categories)} categories"
                     )
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": sample.image_id,
-                        "category_id": self.categories[label].id,
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": (x1 - x0) * (y1 - y0),
-                        "iscrowd": 0,
-                    }
-                )
+                category_id = self.categories[label].id
+                bbox = [x0, y0, x1 - x0, y1 - y0]
+                annotations.append(coco_annotation(len(annotations) + 1, sample.image_id, category_id, bbox))
         categories = [{"id": category.id, "name": category.name} for category in self.categories]
         return {"info": {}, "images": list(images.values()), "annotations": annotations, "categories": categories}
 

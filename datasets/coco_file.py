@@ -1,181 +1,144 @@
-"""Reading and checking a COCO annotation file; the arrays that `CocoDetection` serves from.
+"""Reading a COCO annotation file: what it says, before it is held against the pictures.
 
     {"images":      [{"id", "file_name", "width", "height"}, …],
      "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, width, height], "iscrowd"?, "area"?}, …],
      "categories":  [{"id", "name"}, …]}
 
-Annotations are kept in flat arrays sorted by image, without segmentations: COCO's training split thus takes 50 MB
-instead of 3 GB, and loader workers do not copy it page by page as they would copy Python objects.
+Annotations are kept in flat arrays, without segmentations: COCO's training split thus takes 50 MB instead of 3 GB, and loader
+workers do not copy it page by page as they would copy Python objects.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from smca.datasets.batch import Category, CocoDict, FloatArray, IntArray, Report
+from smca.datasets import json_values
+from smca.datasets.batch import BoolArray, Category, FloatArray, IntArray
+from smca.datasets.json_values import Entry, Identity
+from smca.datasets.settings import shown
 
-ROUNDING_PX = 0.5
-"""A box may reach out of its image by this much (rounding) before it is counted as clipped."""
-_EXAMPLES = 3
+_LARGEST_ID = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False)
-class CocoAnnotations:
-    """A checked annotation file. A row is an annotation; rows of image i are starts[i] to starts[i + 1]."""
+class CocoFile:
+    """An annotation file. A row is an annotation; rows stand in the file's order."""
 
     image_ids: list[int]
+    """The file's own, if all are whole numbers of 64 bits; otherwise 1, 2, 3 …"""
+    own_image_ids: list[Any]
+    """As the file writes them."""
     file_names: list[str]
-    sizes: list[tuple[int, int]]
-    """(height, width) in pixels."""
+    """As written."""
+    sizes: list[tuple[int, int] | None]
+    """(height, width) in pixels; None where the file has none."""
     categories: tuple[Category, ...]
-    report: Report
-    starts: IntArray
-    """[images + 1]."""
-    boxes_xyxy: FloatArray
-    """[rows, 4] pixels, inside the image."""
+    """Sorted by id; ids as of images."""
+    own_category_ids: dict[int, Any]
+    """As the file writes them, by the id in `categories`."""
+    positions: IntArray
+    """[rows] index of the image."""
+    boxes: FloatArray
+    """[rows, 4] as written."""
     labels: IntArray
     """[rows] index into `categories`."""
-    crowd: NDArray[np.bool_]
-    """[rows]."""
+    crowd: BoolArray
+    """[rows] iscrowd."""
     areas: FloatArray
-    """[rows] pixels²: the file's own (of the segmentation, if it has one), or that of the box."""
+    """[rows] pixels²; NaN where the file has none, or an impossible one."""
     annotation_ids: IntArray
-    """[rows] the file's own."""
-
-    def ground_truth(self) -> CocoDict:
-        """See `CocoDetection.ground_truth`."""
-        shift = max(0, 1 - int(self.annotation_ids.min())) if len(self.annotation_ids) else 0
-        annotations: list[dict[str, Any]] = []
-        for i, image_id in enumerate(self.image_ids):
-            for row in range(int(self.starts[i]), int(self.starts[i + 1])):
-                x0, y0, x1, y1 = (float(value) for value in self.boxes_xyxy[row])
-                annotations.append(
-                    {
-                        "id": int(self.annotation_ids[row]) + shift,
-                        "image_id": image_id,
-                        "category_id": self.categories[self.labels[row]].id,
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": float(self.areas[row]),
-                        "iscrowd": int(self.crowd[row]),
-                    }
-                )
-        return {
-            "info": {},
-            "licenses": [],
-            "images": [
-                {"id": image_id, "file_name": name, "width": width, "height": height}
-                for image_id, name, (height, width) in zip(self.image_ids, self.file_names, self.sizes, strict=True)
-            ],
-            "annotations": annotations,
-            "categories": [{"id": category.id, "name": category.name} for category in self.categories],
-        }
+    """[rows] the file's own, if all are whole numbers of 64 bits; otherwise 1, 2, 3 …"""
+    repairs: Counter[str]
+    """What was written otherwise than COCO's format has it, and how often."""
 
 
-def read_annotations(path: Path) -> CocoAnnotations:
-    """Read and check the annotation file at `path`.
+def read_coco_file(path: Path) -> CocoFile:
+    """Read the annotation file at `path`.
 
     Raises FileNotFoundError if it is missing; ValueError, naming the file and the entry, if it is not JSON, lacks a
-    key, has a value of the wrong kind, repeats an id, or refers to an image or a category that it does not list.
+    key, has a value whose meaning is not certain, repeats an id, or refers to an image or a category that it does not list.
     """
     content = _load(path)
-    categories = _categories(content["categories"], path)
-    image_ids, file_names, sizes = _images(content["images"], path)
-    label_of = {category.id: label for label, category in enumerate(categories)}
-    position_of = {image_id: position for position, image_id in enumerate(image_ids)}
+    repairs: Counter[str] = Counter()
+    categories = _unique(content["categories"], "categories", "category id", path, repairs)
+    names = {key: json_values.text(entry, "name", f"{path}: categories[{n}]") for key, (n, entry) in categories.items()}
+    order = sorted(categories, key=lambda key: (isinstance(key, str), key))
+    category_ids = _numbered(order)
+    label_of = {key: label for label, key in enumerate(order)}
 
-    positions: list[int] = []
-    rows: list[tuple[float, float, float, float, float]] = []
-    labels: list[int] = []
-    crowd: list[bool] = []
-    annotation_ids: list[int] = []
-    seen: set[int] = set()
-    counts = {"degenerate": 0, "outside": 0, "clipped": 0}
-    dropped: list[str] = []
-    for number, entry in enumerate(content["annotations"]):
-        where = f"{path}: annotations[{number}]"
-        annotation_id = _integer(entry, "id", where)
-        where = f"{where} (id {annotation_id})"
-        if annotation_id in seen:
-            raise ValueError(f"{where}: this id was used before; give every annotation its own id")
-        seen.add(annotation_id)
-        image_id, category_id = _integer(entry, "image_id", where), _integer(entry, "category_id", where)
+    images = _unique(content["images"], "images", "id", path, repairs)
+    position_of = {key: position for position, key in enumerate(images)}
+    file_names, sizes = [], []
+    for number, entry in images.values():
+        where = f"{path}: images[{number}] (id {shown(entry['id'])})"
+        file_names.append(json_values.text(entry, "file_name", where))
+        height, width = json_values.side(entry, "height", where), json_values.side(entry, "width", where)
+        sizes.append(None if height is None or width is None else (height, width))
+    if unknown := sizes.count(None):
+        repairs["image sizes taken from the pictures"] = unknown
+
+    count = len(content["annotations"])
+    positions, labels = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+    boxes, areas = np.zeros((count, 4)), np.full(count, np.nan)
+    crowd = np.zeros(count, dtype=np.bool_)
+    ids: list[Identity | None] = []
+    seen: set[Identity] = set()
+    for row, entry in enumerate(content["annotations"]):
+        where = f"{path}: annotations[{row}]"
+        annotation_id = None
+        if entry.get("id") is not None:
+            annotation_id = json_values.identity(entry, "id", where, repairs)
+            where = f"{where} (id {shown(annotation_id)})"
+            if annotation_id in seen:
+                raise ValueError(f"{where}: this id was used before; give every annotation its own id")
+            seen.add(annotation_id)
+        ids.append(annotation_id)
+        image_id = json_values.identity(entry, "image_id", where, repairs)
+        category_id = json_values.identity(entry, "category_id", where, repairs)
         if image_id not in position_of:
-            raise ValueError(f"{where}: image_id {image_id} is not in 'images'; add the image or remove the annotation")
+            raise ValueError(
+                f"{where}: image_id {shown(image_id)} is not in 'images'; add the image or remove the annotation"
+            )
         if category_id not in label_of:
             raise ValueError(
-                f"{where}: category_id {category_id} is not in 'categories' (ids {sorted(label_of)[:20]}); "
+                f"{where}: category_id {shown(category_id)} is not in 'categories' (ids {shown(order[:20])}); "
                 "add the category or correct the annotation"
             )
-        x, y, w, h = bbox = _bbox(entry, where)
-        position = position_of[image_id]
-        height, width = sizes[position]
-        x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-        fault = ""
-        if not all(math.isfinite(value) for value in bbox) or w <= 0 or h <= 0:
-            fault = "degenerate"
-        elif x1 <= x0 or y1 <= y0:
-            fault = "outside"
-        elif max(-x, -y, x + w - width, y + h - height) > ROUNDING_PX:
-            counts["clipped"] += 1
-        if fault:
-            counts[fault] += 1
-            if len(dropped) < _EXAMPLES:
-                dropped.append(f"annotation {annotation_id} of {file_names[position]}, bbox {entry['bbox']}")
-            continue
-        positions.append(position)
-        clipped = (x0, y0, x1, y1) != (x, y, x + w, y + h)
-        rows.append((x0, y0, x1, y1, _area(entry, (x1 - x0) * (y1 - y0), clipped)))
-        labels.append(label_of[category_id])
-        crowd.append(_iscrowd(entry, where))
-        annotation_ids.append(annotation_id)
-
-    # A stable sort: annotations of an image stay in the file's order.
-    order = np.argsort(np.array(positions, dtype=np.int64), kind="stable")
-    table = np.array(rows, dtype=np.float64).reshape(-1, 5)[order]
-    label_array = np.array(labels, dtype=np.int64)[order]
-    crowd_array = np.array(crowd, dtype=np.bool_)[order]
-    per_image = np.bincount(np.array(positions, dtype=np.int64), minlength=len(image_ids))
-    trained = np.bincount(np.array(positions, dtype=np.int64)[order][~crowd_array], minlength=len(image_ids))
-    used = np.bincount(label_array[~crowd_array], minlength=len(categories))
-    return CocoAnnotations(
-        image_ids=image_ids,
+        positions[row], labels[row] = position_of[image_id], label_of[category_id]
+        boxes[row] = json_values.box(entry, where, repairs)
+        crowd[row] = json_values.crowd(entry, where)
+        area = json_values.number(entry.get("area"))
+        areas[row] = area if area is not None and math.isfinite(area) and area > 0 else np.nan
+    if missing := ids.count(None):
+        repairs["annotations without an id numbered"] = missing
+    return CocoFile(
+        image_ids=_numbered(list(images)),
+        own_image_ids=[entry["id"] for _, entry in images.values()],
         file_names=file_names,
         sizes=sizes,
-        categories=categories,
-        report=Report(
-            images=len(image_ids),
-            boxes=int(trained.sum()),
-            classes=len(categories),
-            empty_images=int((trained == 0).sum()),
-            crowds=int(crowd_array.sum()),
-            unused_classes=tuple(category.name for category, n in zip(categories, used, strict=True) if n == 0),
-            dropped_examples=tuple(dropped),
-            **counts,
-        ),
-        starts=np.concatenate([[0], np.cumsum(per_image)]).astype(np.int64),
-        boxes_xyxy=table[:, :4].copy(),
-        labels=label_array,
-        crowd=crowd_array,
-        areas=table[:, 4].copy(),
-        annotation_ids=np.array(annotation_ids, dtype=np.int64)[order],
+        categories=tuple(Category(number, names[key]) for number, key in zip(category_ids, order, strict=True)),
+        own_category_ids={number: categories[key][1]["id"] for number, key in zip(category_ids, order, strict=True)},
+        positions=positions,
+        boxes=boxes,
+        labels=labels,
+        crowd=crowd,
+        areas=areas,
+        annotation_ids=np.array(_numbered(ids), dtype=np.int64),
+        repairs=repairs,
     )
 
 
-def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _load(path: Path) -> dict[str, list[Entry]]:
     if not path.is_file():
         raise FileNotFoundError(f"the annotation file {path} does not exist; expected a JSON file in COCO's format")
-    try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; was the download or the export cut short?") from error
+    content = json_values.load_json(path)
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected an object with 'images', 'annotations' and 'categories', got a {type(content).__name__}"
@@ -184,87 +147,40 @@ def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     for key in ("images", "annotations", "categories"):
         if key not in content:
             raise ValueError(
-                f"{path}: the key {key!r} is missing (the file has {sorted(content)}); export in COCO's format"
+                f"{path}: the key {key!r} is missing (the file has {shown(sorted(content))}); export in COCO's format"
             )
         if not isinstance(content[key], list):
             raise ValueError(f"{path}: {key!r} must be a list, got a {type(content[key]).__name__}")
         for number, entry in enumerate(content[key]):
             if not isinstance(entry, dict):
-                raise ValueError(f"{path}: {key}[{number}] must be an object, got {entry!r}")
+                raise ValueError(f"{path}: {key}[{number}] must be an object, got {shown(entry)}")
     for key in ("images", "categories"):
         if not content[key]:
             raise ValueError(f"{path}: {key!r} is empty; there is nothing to train on or to evaluate")
     return content
 
 
-def _categories(entries: Sequence[dict[str, Any]], path: Path) -> tuple[Category, ...]:
-    categories: dict[int, Category] = {}
+def _unique(
+    entries: Sequence[Entry], table: str, name: str, path: Path, repairs: Counter[str]
+) -> Mapping[Identity, tuple[int, Entry]]:
+    """Each id with its entry and the entry's number."""
+    known: dict[Identity, tuple[int, Entry]] = {}
     for number, entry in enumerate(entries):
-        where = f"{path}: categories[{number}]"
-        category = Category(_integer(entry, "id", where), _text(entry, "name", where))
-        if category.id in categories:
-            raise ValueError(f"{where}: category id {category.id} was used before; give every category its own id")
-        categories[category.id] = category
-    return tuple(categories[category_id] for category_id in sorted(categories))
+        where = f"{path}: {table}[{number}]"
+        key = json_values.identity(entry, "id", where, repairs)
+        if key in known:
+            raise ValueError(
+                f"{where}: {name} {shown(key)} was used before, by {table}[{known[key][0]}]; give every entry its own id"
+            )
+        known[key] = number, entry
+    return known
 
 
-def _images(entries: Sequence[dict[str, Any]], path: Path) -> tuple[list[int], list[str], list[tuple[int, int]]]:
-    ids: dict[int, int] = {}
-    names: list[str] = []
-    sizes: list[tuple[int, int]] = []
-    for number, entry in enumerate(entries):
-        where = f"{path}: images[{number}]"
-        image_id = _integer(entry, "id", where)
-        where = f"{where} (id {image_id})"
-        if image_id in ids:
-            raise ValueError(f"{where}: images[{ids[image_id]}] has the same id; give every image its own")
-        ids[image_id] = number
-        names.append(_text(entry, "file_name", where))
-        size = _integer(entry, "height", where), _integer(entry, "width", where)
-        if min(size) < 1:
-            raise ValueError(f"{where}: width and height must be at least 1, got {size[1]}×{size[0]}")
-        sizes.append(size)
-    return list(ids), names, sizes
-
-
-def _require(entry: dict[str, Any], key: str, where: str) -> Any:
-    if key not in entry:
-        raise ValueError(f"{where}: the key {key!r} is missing (the entry has {sorted(entry)}); COCO's format needs it")
-    return entry[key]
-
-
-def _integer(entry: dict[str, Any], key: str, where: str) -> int:
-    value = _require(entry, key, where)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{where}: {key!r} must be an integer, got {value!r}")
-    return value
-
-
-def _text(entry: dict[str, Any], key: str, where: str) -> str:
-    value = _require(entry, key, where)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{where}: {key!r} must be a non-empty string, got {value!r}")
-    return value
-
-
-def _bbox(entry: dict[str, Any], where: str) -> tuple[float, float, float, float]:
-    value = _require(entry, "bbox", where)
-    numeric = isinstance(value, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
-    if not numeric or len(value) != 4:
-        raise ValueError(f"{where}: 'bbox' must be four numbers [x, y, width, height] in pixels, got {value!r}")
-    x, y, w, h = (float(v) for v in value)
-    return x, y, w, h
-
-
-def _iscrowd(entry: dict[str, Any], where: str) -> bool:
-    value = entry.get("iscrowd", 0)
-    if value not in (0, 1):
-        raise ValueError(f"{where}: 'iscrowd' must be 0 or 1, got {value!r}")
-    return bool(value)
-
-
-def _area(entry: dict[str, Any], box_area: float, clipped: bool) -> float:
-    area = entry.get("area")
-    if not isinstance(area, (int, float)) or isinstance(area, bool) or not math.isfinite(area) or area <= 0:
-        return box_area
-    return min(float(area), box_area) if clipped else float(area)
+def _numbered(ids: Sequence[Identity | None]) -> list[int]:
+    """`ids` if all are whole numbers of 64 bits, a missing one after the largest; otherwise 1, 2, 3 …"""
+    whole = [key for key in ids if isinstance(key, int) and abs(key) <= _LARGEST_ID]
+    missing = ids.count(None)
+    if len(whole) + missing < len(ids) or max(whole, default=0) > _LARGEST_ID - missing:
+        return list(range(1, len(ids) + 1))
+    following = iter(range(max(whole, default=0) + 1, max(whole, default=0) + 1 + missing))
+    return [key if isinstance(key, int) else next(following) for key in ids]

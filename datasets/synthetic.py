@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from smca.datasets.batch import Category, CocoDict, FloatArray, IntArray, Report, Sample, UInt8Array
+from smca.datasets.batch import (
+    Category,
+    CocoDict,
+    FloatArray,
+    IntArray,
+    Report,
+    Sample,
+    UInt8Array,
+    coco_annotation,
+)
 from smca.datasets.cache import ImageCache
 from smca.datasets.layout import Split
 from smca.datasets.settings import require
@@ -95,7 +104,8 @@ class SyntheticShapes:
     def report(self) -> Report:
         """Counts over all images; lays out every image (about 0.5 ms each), but renders none."""
         counts = [len(self._targets(index)[1]) for index in range(self.count)]
-        return Report(images=self.count, boxes=sum(counts), classes=len(CLASSES), empty_images=counts.count(0))
+        left_out = self._cache.left_out if self._cache is not None else 0
+        return Report(self.count, sum(counts), len(CLASSES), counts.count(0), uncached=left_out)
 
     def __len__(self) -> int:
         return self.count
@@ -119,16 +129,8 @@ class SyntheticShapes:
         for index in range(self.count):
             boxes_xyxy, labels = self._targets(index)
             for (x0, y0, x1, y1), label in zip(boxes_xyxy.tolist(), labels.tolist(), strict=True):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": index + 1,
-                        "category_id": label + 1,
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": (x1 - x0) * (y1 - y0),
-                        "iscrowd": 0,
-                    }
-                )
+                bbox = [x0, y0, x1 - x0, y1 - y0]
+                annotations.append(coco_annotation(len(annotations) + 1, index + 1, label + 1, bbox))
         return {
             "info": {"description": f"synthetic shapes, seed {self.seed}"},
             "licenses": [],
@@ -153,7 +155,7 @@ class SyntheticShapes:
         annotations_file.unlink(missing_ok=True)
         for index in range(self.count):
             Image.fromarray(self[index].image).save(images_dir / _file_name(index))
-        annotations_file.write_text(json.dumps(self.ground_truth()))
+        annotations_file.write_text(json.dumps(self.ground_truth()), encoding="utf-8")
         return images_dir, annotations_file
 
     def _shapes(self, index: int) -> list[Shape]:
