@@ -177,7 +177,7 @@ class CocoDetection:
 
     def _make_report(self, corrected: int, links: int, turned: int) -> Report:
         file, boxes = self._file, self._boxes
-        trained = np.zeros(len(self._order), dtype=np.bool_)
+        trained: BoolArray = np.zeros(len(self._order), dtype=np.bool_)
         trained[self._order] = self._trained
         used = np.bincount(file.labels[trained], minlength=len(file.categories))
         with_boxes = np.unique(file.positions[trained])
@@ -188,7 +188,7 @@ class CocoDetection:
             boxes=int(trained.sum()),
             classes=len(file.categories),
             empty_images=len(self) - len(with_boxes),
-            crowds=int((self._crowd & ~boxes.degenerate & ~boxes.outside).sum()),
+            crowds=int(np.count_nonzero(self._crowd & ~boxes.degenerate & ~boxes.outside)),
             degenerate=int(boxes.degenerate.sum()),
             outside=int(boxes.outside.sum()),
             clipped=int(boxes.clipped.sum()),

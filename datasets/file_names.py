@@ -113,7 +113,7 @@ def _forms(written: str) -> Iterator[str]:
     for form in (slashed, unquote(slashed)):
         yield form
         for normal in ("NFC", "NFD"):  # a Mac writes é as two characters
-            yield unicodedata.normalize(normal, form)  # type: ignore[arg-type]
+            yield unicodedata.normalize(normal, form)
     address = re.sub(r"^[a-zA-Z]:/|^[a-z]+://[^/]*/", "", slashed)  # a drive, or a server
     path, _, query = address.partition("?")
     for form in (query.removeprefix("d="), path):  # Label Studio's /data/local-files/?d=folder/photo.jpg

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from smca.datasets.batch import UInt8Array
 from smca.datasets.settings import shortened
@@ -128,13 +128,18 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             raise ValueError(f"cannot read {path}: {_reason(error)}; replace the file") from error
 
 
+def suffixes() -> tuple[str, ...]:
+    """Endings of the names of files that are read, in lower case."""
+    return tuple(sorted(end for end, name in Image.registered_extensions().items() if name in FORMATS))
+
+
 def _decoders() -> dict[str, Any]:
     Image.init()
     return Image.OPEN
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return f"not a picture of a known format ({', '.join(FORMATS)})"
     return shortened(str(error) or type(error).__name__, 200)
 

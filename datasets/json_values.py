@@ -87,7 +87,8 @@ def box(entry: Entry, where: str, repairs: Counter[str]) -> tuple[float, float, 
     if "bbox" not in entry:
         required(entry, "bbox", f"{where}, which has no 'segmentation' either")
     parts = re.split(r"[,;\s]+", value.strip().strip("[]()").strip()) if isinstance(value, str) else value
-    numbers = [number(part) for part in parts] if isinstance(parts, list) else []
+    parts = parts if isinstance(parts, list) else []
+    numbers = [number(part) for part in parts]
     if len(numbers) != 4 or None in numbers:
         raise ValueError(f"{where}: 'bbox' must be four numbers [x, y, width, height] in pixels, got {shown(value)}")
     if any(isinstance(part, str) for part in parts):

@@ -84,6 +84,16 @@ def find_split(root: str | os.PathLike[str], split: Split) -> tuple[Path, Path]:
     return (present[0] if len(present) == 1 else _folder_with_images(present, file)), file
 
 
+def folder_of_images(file: Path) -> Path:
+    """The folder with the images of an annotation file that lies anywhere: one of its name, or images/, beside it or one folder up;
+    otherwise its own folder."""
+    name = file.stem.removeprefix("instances_")
+    near = [each for parent in (file.parent, file.parent.parent) for each in _folders(parent, [name, *_IMAGE_FOLDERS])]
+    near += [file.parent.parent / "images" / name, file.parent]
+    present = [folder for folder in near if folder.is_dir()]
+    return _folder_with_images(present, file) if present else file.parent
+
+
 def _flags(split: Split) -> str:
     name = f"--{split}-json FILE --{split}-images DIR" if split != "test" else "--json FILE --images DIR"
     return name + (" (smca evaluate: --json FILE --images DIR)" if split == "val" else "")

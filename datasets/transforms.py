@@ -165,12 +165,20 @@ class Augmentation:
         return x, y, sides[0], sides[1]
 
     def _output_size(self, view: tuple[float, float, float, float], rng: np.random.Generator) -> tuple[int, int]:
-        """(height, width) in pixels of the result."""
+        """(height, width) in pixels of the result, rounded as in DETR: the longer side down, a limited shorter side to the
+        nearest."""
         width, height = view[2], view[3]
-        scale = int(rng.choice(self.short_sides)) / min(width, height) if self.short_sides else 1.0
-        if self.max_size is not None:
-            scale = min(scale, self.max_size / max(width, height))
-        return max(1, round(height * scale)), max(1, round(width * scale))
+        shorter, longer = min(width, height), max(width, height)
+        if not self.short_sides:
+            scale = 1.0 if self.max_size is None else min(1.0, self.max_size / longer)
+            return max(1, round(height * scale)), max(1, round(width * scale))
+        short_side = int(rng.choice(self.short_sides))
+        if self.max_size is not None and short_side * longer / shorter > self.max_size:
+            short_side = max(1, round(self.max_size * shorter / longer))
+        long_side = max(short_side, int(short_side * longer / shorter))
+        if self.max_size is not None:  # which rounding a short side of a few pixels up would exceed
+            long_side = min(long_side, max(short_side, self.max_size))
+        return (short_side, long_side) if height <= width else (long_side, short_side)
 
     def _zoom(
         self, view: tuple[float, float, float, float], rng: np.random.Generator

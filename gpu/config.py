@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from smca.datasets import Augmentation
+from smca.datasets import AnnotationOptions, Augmentation
 from smca.datasets.settings import require
 
 CrossAttention = Literal["smca", "dense"]
@@ -298,6 +298,16 @@ class RunConfig:
 
     data: str | None = None
     """Folder with data in COCO format (docs/data.md lists the layouts), or "synthetic" for the built-in data."""
+    train_json: Path | None = None
+    """Annotation file of the training images, wherever it lies; the one that is found in `data` otherwise."""
+    train_images: Path | None = None
+    """Folder with the training images; given without `train_json`, the annotation file is that found in `data`."""
+    val_json: Path | None = None
+    """Annotation file of the held-out images, likewise."""
+    val_images: Path | None = None
+    """Folder with the held-out images, likewise."""
+    annotations: AnnotationOptions = AnnotationOptions()
+    """How to understand annotation files where they leave room."""
     output: Path = Path("runs/train")
     """Folder that receives checkpoint, metrics, curves, pictures and the final model."""
     model: ModelConfig = ModelConfig()
@@ -342,9 +352,11 @@ class RunConfig:
     dry_run: bool = False
     """Only print what would be trained: parameters, multiply-adds, levels. Reads no data, writes nothing."""
     resume: bool = False
-    """Go on from the checkpoint in `output`."""
+    """Go on from the checkpoint in `output`, under the settings that the run was started with; others are refused."""
+    resume_changed: bool = False
+    """With `resume`: take other settings, data and numbers of steps from here on."""
     overwrite: bool = False
-    """Start anew although `output` already holds a run."""
+    """Start anew although `output` already holds a run, whose files are removed before the first step."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_every", "eval_batch_size", "shape_bucket"):
@@ -356,5 +368,8 @@ class RunConfig:
             "attention",
             'left at its default with model.cross_attention="dense", which has no SMCA attention',
             self.attention,
+        )
+        require(
+            self.resume or not self.resume_changed, "resume_changed", "given together with resume", self.resume_changed
         )
         require(not (self.resume and self.overwrite), "resume", "not given together with overwrite", self.resume)

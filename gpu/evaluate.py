@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from smca.datasets import AnnotationOptions, CocoDetection
 from smca.datasets.layout import Split
 from smca.gpu.config import ModelConfig, SyntheticConfig
 from smca.gpu.evaluation import detect, evaluate_detections, evaluation_loader, open_split, pick_device
@@ -40,6 +41,12 @@ class EvaluateArgs:
     """Folder with data in COCO format, or "synthetic"."""
     split: Split = "val"
     """Which part of the data."""
+    json: Path | None = None
+    """Annotation file, wherever it lies; the one that is found in `data` otherwise."""
+    images: Path | None = None
+    """Folder with its images."""
+    annotations: AnnotationOptions = AnnotationOptions()
+    """How to understand the annotation file where it leaves room."""
     batch_size: int = 8
     """Images per forward pass."""
     workers: int = 1
@@ -49,22 +56,25 @@ class EvaluateArgs:
     synthetic: SyntheticConfig = SyntheticConfig()
     """The built-in data."""
     output: Path | None = None
-    """File that receives the detections as COCO results JSON."""
+    """File that receives the detections as COCO results JSON, in the annotation file's ids and frame."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``smca evaluate``."""
     args = tyro.cli(EvaluateArgs, args=argv, prog="smca evaluate")
     model = SMCADETR.from_pretrained(args.model).to(pick_device(args.device))
-    data = open_split(args.data, args.split, args.synthetic)
+    data = open_split(
+        args.data, args.split, args.synthetic, args.annotations, json_file=args.json, images_dir=args.images
+    )
     ground_truth = data.ground_truth()
-    check_categories(model.config, ground_truth, args.data)
+    check_categories(model.config, ground_truth, str(args.json or args.data))
     results = detect(model, evaluation_loader(data, model.config, args.batch_size, args.workers))
     print(data.report)
     print(evaluate_detections(ground_truth, results).table())
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results))
+        in_file = data.with_own_ids(results) if isinstance(data, CocoDetection) else results
+        args.output.write_text(json.dumps(in_file), encoding="utf-8")
         print(f"detections written to {args.output}")
 
 

@@ -2,28 +2,38 @@
 
     smca predict runs/small/model photo.jpg folder/ --output out
 
-writes one annotated picture per image into out/ and all detections into out/results.json (COCO results, with file names).
+writes one annotated picture per image into out/ and all detections into out/results.json (COCO results, with file names; boxes in
+pixels of the image as a viewer shows it). A file that cannot be read is skipped and named; what was found until then is in
+results.json even if the command is stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import tyro
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 from rich.progress import track
 
+from smca.datasets.batch import UInt8Array
+from smca.datasets.images import read_image, suffixes
 from smca.gpu.evaluation import coco_results, pick_device
-from smca.gpu.model import SMCADETR
+from smca.gpu.model import SMCADETR, Detections
 from smca.gpu.pictures.drawing import draw_detections
 from smca.gpu.pictures.run import DRAW_THRESHOLD
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Files that are taken from a folder."""
+DRAWN_SIDE = 4096
+"""Pictures whose longer side exceeds this many pixels are drawn at this size."""
+_SIGN = "smca predict"
+"""Written into each picture, so that it is not taken for an image to detect in."""
+_SKIPPED_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -50,14 +60,16 @@ class PredictArgs:
             raise ValueError(f"--max-detections must be at least 1, got {self.max_detections}")
 
 
-def find_images(paths: tuple[Path, ...]) -> list[Path]:
-    """The named files, and every image file below the named folders, in order."""
+def find_images(paths: tuple[Path, ...], output: Path) -> list[Path]:
+    """The named files, and every image file below the named folders, in order; not what this command wrote itself."""
     files: list[Path] = []
+    own = output.resolve()
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes() and p.is_file())
+            inside = [p for p in inside if own not in p.resolve().parents and not _is_signed(p)]
             if not inside:
-                raise ValueError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}): name another folder")
+                raise ValueError(f"{path} holds no image ({', '.join(suffixes())}): name another folder")
             files += inside
         elif path.is_file():
             files.append(path)
@@ -68,48 +80,89 @@ def find_images(paths: tuple[Path, ...]) -> list[Path]:
     return files
 
 
-def open_upright(path: Path) -> Image.Image:
-    """An image as RGB, turned as its EXIF orientation says; ValueError naming the file if it cannot be read."""
+def _is_signed(path: Path) -> bool:
+    if path.suffix != ".png":
+        return False
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get("Software") == _SIGN
+    except Exception:  # damaged: reported when it is read
+        return False
+
+
+@contextlib.contextmanager
+def _results_file(path: Path) -> Iterator[TextIO]:
+    """A list of results that is written as they come, and whole whatever happens in between."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write("[")
+        try:
+            yield file
+        finally:
+            file.write("\n]\n")
+            file.close()
+            os.replace(partial, path)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``smca predict``."""
     args = tyro.cli(PredictArgs, args=argv, prog="smca predict")
-    paths = find_images(args.images)
+    paths = find_images(args.images, args.output)
     model = SMCADETR.from_pretrained(args.model).to(pick_device(args.device))
     args.output.mkdir(parents=True, exist_ok=True)
-    category_ids = model.config.category_ids or tuple(range(model.config.num_classes))
-    results: list[dict[str, Any]] = []
     skipped: list[str] = []
-    for image_id, path in enumerate(track(paths, "detecting", disable=not sys.stdout.isatty()), start=1):
+    done = found = 0
+    with _results_file(args.output / "results.json") as results:
         try:
-            image = open_upright(path)
-        except ValueError as error:
-            skipped.append(str(error))
-            continue
-        detected = model.predict([image], max_detections=args.max_detections)[0]
-        keep = detected.scores >= args.threshold
-        scores, labels, boxes = (
-            detected.scores[keep].cpu(),
-            detected.labels[keep].cpu(),
-            detected.boxes_xyxy[keep].cpu(),
-        )
-        for result in coco_results(scores, labels, boxes, image_id, category_ids):
-            results.append({**result, "file_name": str(path)})
-        picture = draw_detections(
-            image, boxes.numpy(), labels.numpy(), scores.numpy(), model.config.names, args.threshold
-        )
-        picture.save(args.output / f"{image_id:04d}_{path.stem}.png")
-    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{len(results)} objects in {len(paths) - len(skipped)} images → {args.output}/ (pictures, results.json)")
+            for image_id, path in enumerate(track(paths, "detecting", disable=not sys.stdout.isatty()), start=1):
+                try:
+                    image = read_image(path)
+                except (ValueError, OSError) as error:
+                    skipped.append(str(error))
+                    continue
+                detected = _detect(model, image, args)
+                for result in _results(model, detected, image_id, path):
+                    results.write(("," if found else "") + "\n" + json.dumps(result))
+                    found += 1
+                _draw(model, image, detected, args.threshold, args.output / f"{image_id:04d}_{path.stem[:100]}.png")
+                done += 1
+        finally:
+            stopped = "" if done + len(skipped) == len(paths) else f" of {len(paths)}; the others were not looked at"
+            print(f"{found} objects in {done} images{stopped} → {args.output}/ (pictures, results.json)", flush=True)
     if skipped:
-        print(f"skipped {len(skipped)} of {len(paths)} files:\n  " + "\n  ".join(skipped), file=sys.stderr)
+        more = f"\n  and {len(skipped) - _SKIPPED_SHOWN} more" if len(skipped) > _SKIPPED_SHOWN else ""
+        listed = "\n  ".join(skipped[:_SKIPPED_SHOWN])
+        print(f"skipped {len(skipped)} of {len(paths)} files:\n  {listed}{more}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def _detect(model: SMCADETR, image: UInt8Array, args: PredictArgs) -> Detections:
+    detected = model.predict([image], max_detections=args.max_detections)[0]
+    keep = detected.scores >= args.threshold
+    return Detections(detected.scores[keep].cpu(), detected.labels[keep].cpu(), detected.boxes_xyxy[keep].cpu())
+
+
+def _results(model: SMCADETR, detected: Detections, image_id: int, path: Path) -> Iterator[dict[str, Any]]:
+    category_ids = model.config.category_ids or tuple(range(model.config.num_classes))
+    for result in coco_results(detected.scores, detected.labels, detected.boxes_xyxy, image_id, category_ids):
+        yield {**result, "file_name": str(path)}
+
+
+def _draw(model: SMCADETR, image: UInt8Array, detected: Detections, threshold: float, path: Path) -> None:
+    picture, scale = Image.fromarray(image), min(1.0, DRAWN_SIDE / max(image.shape[:2]))
+    if scale < 1:
+        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    drawn = draw_detections(
+        picture,
+        detected.boxes_xyxy.numpy() * scale,
+        detected.labels.numpy(),
+        detected.scores.numpy(),
+        model.config.names,
+        threshold,
+    )
+    sign = PngImagePlugin.PngInfo()
+    sign.add_text("Software", _SIGN)
+    drawn.save(path, pnginfo=sign)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ tensorboard/, curves.png, predictions.png, model/ (config.json + model.safetenso
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -34,7 +35,17 @@ from smca.gpu.presets import PRESETS
 from smca.gpu.training.checkpoint import CHECKPOINT_FILE, save_checkpoint
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
-from smca.gpu.training.setup import Criterion, Run, checkpoint_of, gather, most_objects, process_group, set_up
+from smca.gpu.training.resume import BEST_FOLDER, MODEL_FOLDER, checkpoint_of, claim, clear, resume
+from smca.gpu.training.setup import (
+    Criterion,
+    Run,
+    as_the_first_says,
+    gather,
+    mean_over_processes,
+    process_group,
+    set_up,
+    share_buffers,
+)
 
 LOG_EVERY = 10
 """Steps between updates of the progress bar and TensorBoard."""
@@ -63,28 +74,58 @@ def train(
         ValueError: configuration, data and loss that do not fit, found before anything is trained.
         NonFiniteError: loss or gradient is not finite; names term and layer. The last checkpoint stays as it was.
     """
+    claim(config)
     with process_group() as (rank, world):
         run = set_up(config, rank, world, train_data, val_data, criterion)
+        if rank == 0:
+            _require_boxes(run)
+        if config.resume:
+            resume(run)
+        elif rank == 0:
+            clear(config.output)
         with RunLog(
-            run.config.output, run.total_steps, first_step=run.step, first_epoch=run.epoch, main_process=rank == 0
+            config.output, run.total_steps, first_step=run.step, first_epoch=run.epoch, main_process=rank == 0
         ) as log:
-            _announce(run, log)
-            while run.step < run.total_steps:
-                loss, images_per_second = _train_epoch(run, log)
-                if run.epoch % run.config.eval_every == 0 or run.step >= run.total_steps:
-                    _evaluate(run, log, loss, images_per_second)
+            try:
+                _train(run, log)
+            except KeyboardInterrupt:
                 if rank == 0:
-                    save_checkpoint(run.config.output / CHECKPOINT_FILE, checkpoint_of(run))
+                    log.say(_keep_interrupted(run))
+                raise
             if rank == 0:
-                run.trained.save_pretrained(run.config.output / "model")
-                draw_run(run.trained, run.val_data, log.metrics, run.config.output)
-                log.say(_closing_message(run.config, log.metrics[-1]))
+                draw_run(run.trained, run.val_data, log.metrics, config.output)
+                log.say(_closing_message(run.config, log.metrics))
         del run.parallel  # it holds the process group, which ends next
-        return run.config.output / "model"
+        return config.output / MODEL_FOLDER
 
 
-def _train_epoch(run: Run, log: RunLog) -> tuple[float, float]:
-    """Pass over the training images once, or up to the last step; returns the mean loss and images per second."""
+def _train(run: Run, log: RunLog) -> None:
+    """All epochs that are left. What is needed to go on, and a model, are on disk before anything else can go wrong."""
+    first, path = run.rank == 0, run.config.output / CHECKPOINT_FILE
+    if first:
+        _announce(run, log)
+        if not run.config.resume:
+            save_checkpoint(path, checkpoint_of(run))
+    if run.epoch and _is_due(run):
+        evaluated = first and bool(log.metrics) and log.metrics[-1]["epoch"] == run.epoch
+        if not as_the_first_says(evaluated, run):
+            _evaluate(run, log)  # the run was stopped between its checkpoint and its evaluation
+    while run.step < run.total_steps:
+        _train_epoch(run, log)
+        share_buffers(run)
+        if first:
+            save_checkpoint(path, checkpoint_of(run))
+        if _is_due(run):
+            _evaluate(run, log)
+
+
+def _is_due(run: Run) -> bool:
+    """Whether the epoch that has just ended is to be evaluated."""
+    return run.epoch % run.config.eval_every == 0 or run.step >= run.total_steps
+
+
+def _train_epoch(run: Run, log: RunLog) -> None:
+    """Pass over the training images once, or up to the last step."""
     config, criterion, optimizer, check = run.config, run.criterion, run.optimizer, run.check
     run.augmented.set_epoch(run.epoch)
     run.sampler.set_epoch(run.epoch)
@@ -117,30 +158,60 @@ def _train_epoch(run: Run, log: RunLog) -> tuple[float, float]:
         sum_of_losses += terms["loss"].detach()
         if run.step % LOG_EVERY == 0:
             speed = (run.step - first_step) * config.batch_size / (time.perf_counter() - start)
-            log.step(f"epoch {run.epoch + 1}", run.step, check.values, optimizer.param_groups[0]["lr"], speed)
+            terms_of_all = mean_over_processes(check.values, run)
+            log.step(f"epoch {run.epoch + 1}", run.step, terms_of_all, optimizer.param_groups[0]["lr"], speed)
     check.raise_if_not_finite()
     run.epoch += 1
     steps, seconds = run.step - first_step, time.perf_counter() - start
     run.train_seconds += seconds
-    return sum_of_losses.item() / max(steps, 1), steps * config.batch_size / seconds
+    run.images_per_second = steps * config.batch_size / seconds
+    run.loss = mean_over_processes({"loss": sum_of_losses.item() / max(steps, 1)}, run)["loss"]
 
 
-def _evaluate(run: Run, log: RunLog, loss: float, images_per_second: float) -> None:
-    """COCO's metrics of the held-out images, of which each process takes its part."""
+def _evaluate(run: Run, log: RunLog) -> None:
+    """COCO's metrics of the held-out images, of which each process takes its part. The model is saved before, and again if it is
+    the best so far."""
+    output = run.config.output
+    if run.rank == 0:
+        run.trained.save_pretrained(output / MODEL_FOLDER)
     results = gather(detect(run.trained, run.val_loader), run.world)
     if run.rank != 0:
         return
-    metrics = evaluate_detections(run.val_data.ground_truth(), results)
+    metrics = evaluate_detections(run.val_truth, results).as_dict()
+    best = _best(log.metrics)
+    if metrics["ap"] is not None and (best is None or metrics["ap"] > best["ap"]):
+        run.trained.save_pretrained(output / BEST_FOLDER)
     log.evaluation(
         {
             "epoch": run.epoch,
             "step": run.step,
-            "loss": loss,
-            **metrics.as_dict(),
+            "loss": run.loss,
+            **metrics,
             "train_seconds": round(run.train_seconds, 1),
-            "images_per_second": images_per_second,
+            "images_per_second": run.images_per_second,
         }
     )
+
+
+def _best(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The evaluation of the highest AP, the first of equals; None without any AP."""
+    return max((line for line in metrics if line["ap"] is not None), key=lambda line: line["ap"], default=None)
+
+
+def _require_boxes(run: Run) -> None:
+    if not run.train_data.report.boxes:
+        raise ValueError(
+            f"there is no box to train on (training images: {run.train_data.report}): a detector that never sees an object learns "
+            "to find none; is this the right annotation file, and do its annotations have boxes?"
+        )
+
+
+def _keep_interrupted(run: Run) -> str:
+    """Save the model as it is; what to say."""
+    if run.step:
+        run.trained.save_pretrained(run.config.output / MODEL_FOLDER)
+    saved = f"{run.config.output / MODEL_FOLDER} has its weights; " if run.step else ""
+    return f"stopped at step {run.step}: {saved}`smca train … --resume` continues from the end of epoch {run.epoch}"
 
 
 def _announce(run: Run, log: RunLog) -> None:
@@ -152,21 +223,28 @@ def _announce(run: Run, log: RunLog) -> None:
         f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(run.loader)} steps per epoch, "
         f"{run.total_steps} in all · {run.device} · {world} process{'es' * (world > 1)} · {torch.get_num_threads()} threads"
     )
-    if (most := most_objects(run.train_data)) > config.model.num_queries:
+    if (most := run.most_objects) > config.model.num_queries:
         log.say(
             f"warning: an image has {most} objects, but the model has {config.model.num_queries} queries, one for each "
             f"object it can find: set --model.num-queries to {most * 3 // 2} or so"
         )
 
 
-def _closing_message(config: RunConfig, last: dict[str, Any]) -> str:
+def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
+    last, best = metrics[-1], _best(metrics)
     ap, ap50 = ("–" if last[k] is None else f"{last[k]:.3f}" for k in ("ap", "ap50"))
     data = "" if config.data == "synthetic" else f" --data {config.data}"
     evaluate = f"  smca evaluate {config.output}/model{data}\n" if config.data else ""
+    of_best = (
+        ""
+        if best is None
+        else f"  best/             that of the highest AP, {best['ap']:.3f} after epoch {best['epoch']}\n"
+    )
     return (
         f"\ndone: AP {ap}, AP50 {ap50} on the held-out images after {last['train_seconds']:.0f} s of training.\n"
         f"In {config.output}:\n"
         f"  model/            config.json + model.safetensors\n"
+        f"{of_best}"
         f"  predictions.png   detections beside the truth\n"
         f"  curves.png        loss and AP by epoch (metrics.jsonl, tensorboard/)\n"
         f"  checkpoint.pt     everything that --resume needs\n"
@@ -204,6 +282,7 @@ def parse(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``smca train``."""
     config = parse(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop: as Ctrl-C
     if config.dry_run:
         print(summarize(config.model))
     else:

@@ -8,31 +8,57 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from smca.datasets import Augmentation, Augmented, CocoDetection, DetectionDataset, SyntheticShapes, collate, find_split
-from smca.datasets.layout import Split
+from smca.datasets import (
+    AnnotationOptions,
+    Augmentation,
+    Augmented,
+    CocoDetection,
+    DetectionDataset,
+    SyntheticShapes,
+    collate,
+    find_split,
+)
+from smca.datasets.layout import Split, folder_of_images
 from smca.gpu.config import ModelConfig, SyntheticConfig
 
 
 def open_split(
-    data: str | None, split: Split, synthetic: SyntheticConfig, *, cache: bool = False
+    data: str | None,
+    split: Split,
+    synthetic: SyntheticConfig,
+    options: AnnotationOptions | None = None,
+    *,
+    json_file: Path | None = None,
+    images_dir: Path | None = None,
+    cache: bool = False,
 ) -> CocoDetection | SyntheticShapes:
-    """The data that `data` names: a COCO-format folder's split, or "synthetic" (docs/data.md)."""
-    if data is None:
-        raise ValueError(
-            "no data given: pass --data DIR (a COCO-format folder, docs/data.md) or try the built-in data: smca train demo"
-        )
-    if data == "synthetic":
-        count, seed = {"train": (synthetic.train_images, 0), "val": (synthetic.val_images, 1)}[split]
+    """The data that `data` names: a COCO-format folder's split, or "synthetic" (docs/data.md).
+
+    json_file, images_dir: an annotation file and its images, in place of what is found in the folder; without `images_dir`, images
+    are beside the file or in a folder of the name that the split has.
+    """
+    if data == "synthetic" and json_file is None and images_dir is None:
+        seeds = {"train": 0, "val": 1, "test": 2}
         return SyntheticShapes(
-            count,
-            seed,
+            synthetic.train_images if split == "train" else synthetic.val_images,
+            seeds[split],
             image_size=synthetic.image_size,
             max_objects=synthetic.max_objects,
             min_side=synthetic.min_side,
             max_side=synthetic.max_side,
             cache=cache,
         )
-    return CocoDetection(*find_split(Path(data), split), cache=cache)
+    if json_file is None:
+        if data is None or data == "synthetic":
+            raise ValueError(
+                "no data given: pass --data DIR (a COCO-format folder, docs/data.md) or name files (--train-json, --train-images, "
+                "--val-json, --val-images; smca evaluate: --json, --images), or try the built-in data: smca train demo"
+            )
+        found_images, json_file = find_split(Path(data), split)
+        images_dir = images_dir or found_images
+    elif images_dir is None:
+        images_dir = folder_of_images(json_file)
+    return CocoDetection(images_dir, json_file, options=options, cache=cache)
 
 
 def evaluation_loader(

@@ -24,7 +24,7 @@ def detect(model: SMCADETR, loader: Iterable[Batch]) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for host_batch in loader:
         batch = host_batch.to(device)
-        outputs = model(batch.images, batch.padding_mask)
+        outputs = model(batch.images, batch.padding_mask if host_batch.padding_mask.any() else None)
         detected = decode(
             outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max(100, model.config.num_queries)
         )

@@ -88,6 +88,8 @@ class Backbone(nn.Module):
     Attributes:
         channels: channels of each feature map.
         strides: pixels of the input per cell of each, finest first.
+        divisor: images are zero-padded to multiples of so many pixels, if the network would drop what is left over; 1 = it does
+        not.
     """
 
     def __init__(self, config: BackboneConfig, strides: Sequence[int], *, download: bool = True) -> None:
@@ -124,6 +126,7 @@ class Backbone(nn.Module):
         self.body = _load_weights(config, settings) if config.weights and download else _build(settings)
         self.strides = tuple(taken)
         self.channels = tuple(int(channels) for channels in cast(Any, self.body).channels)
+        self.divisor = _side_divisor(settings, taken[-1])
         if config.frozen_norm:
             freeze_batch_norm(self.body)
         if config.frozen_stages:
@@ -137,7 +140,36 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W] → for each level features [B, channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
-        return list(self.body(images).feature_maps)
+        height, width = (-side % self.divisor for side in images.shape[-2:])
+        return list(
+            self.body(functional.pad(images, (0, width, 0, height)) if height or width else images).feature_maps
+        )
+
+    def each_alone(self, images: Tensor, valid_sizes: Tensor) -> list[Tensor]:
+        """The same for padded images, each as if it were in no batch: those of one size together, without their padding.
+
+        A network sees padding otherwise: after its first layer, a padded pixel is no longer what lies beyond an image's border, and
+        attention and statistics over an image take it in. This holds for any network, but waits for the device.
+
+        Args:
+            images: [B, 3, H, W] normalised, each in the top left corner.
+            valid_sizes: [B, 2] (height, width) of the unpadded images in pixels.
+
+        Returns:
+            For each level [B, channels, h, w], of the largest image's size, 0 where padded.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, (height, width) in enumerate(valid_sizes.tolist()):
+            groups.setdefault((int(height), int(width)), []).append(index)
+        parts = [(rows, self(images[rows, :, :height, :width])) for (height, width), rows in groups.items()]
+        maps = []
+        for level, channels in enumerate(self.channels):
+            sides = [max(features[level].shape[axis] for _, features in parts) for axis in (-2, -1)]
+            joined = parts[0][1][level].new_zeros(len(images), channels, *sides)
+            for rows, features in parts:
+                joined[rows, :, : features[level].shape[-2], : features[level].shape[-1]] = features[level]
+            maps.append(joined)
+        return maps
 
 
 def _backbone_settings(config: BackboneConfig) -> Any:
@@ -163,6 +195,14 @@ def _measure_strides(settings: Any) -> dict[str, int]:
         probe = _build(probe_settings).eval()
         maps = probe(torch.empty(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)).feature_maps
     return {name: round(_PROBE_PIXELS / features.shape[-1]) for name, features in zip(names, maps, strict=True)}
+
+
+def _side_divisor(settings: Any, stride: int) -> int:
+    """1, or `stride` if the network drops what is left over when an image is no multiple of it."""
+    side = _PROBE_PIXELS + 1
+    with torch.device("meta"):
+        maps = _build(settings).eval()(torch.empty(1, 3, side, side)).feature_maps
+    return 1 if maps[-1].shape[-1] == -(-side // stride) else stride
 
 
 def _build(settings: Any) -> nn.Module:

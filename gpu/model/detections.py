@@ -26,8 +26,16 @@ def decode(logits: Tensor, boxes: Tensor, original_sizes: Tensor, max_detections
     Args:
         logits: [B, N, K]. boxes: [B, N, 4] (cx, cy, w, h) in 0–1. original_sizes: [B, 2] (height, width) in pixels.
         max_detections: how many to keep per image.
+
+    Raises:
+        ValueError: a logit or a box that is not finite.
     """
     batch, queries, classes = logits.shape
+    if not (logits.isfinite().all() and boxes.isfinite().all()):
+        raise ValueError(
+            "the network's output is not finite, so that nothing can be detected: its weights are damaged, or training diverged; "
+            "take another checkpoint"
+        )
     scores, flat = logits.float().sigmoid().flatten(1).topk(min(max_detections, queries * classes), dim=1)
     query, label = flat // classes, flat % classes
     height, width = original_sizes.to(boxes).unbind(-1)

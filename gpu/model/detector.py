@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smca.datasets import Augmentation, Sample, collate
+from smca.datasets.images import to_rgb
 from smca.gpu.config import ModelConfig
 from smca.gpu.model.backbone import Backbone
 from smca.gpu.model.decoder import Decoder
@@ -69,23 +70,26 @@ class SMCADETR(nn.Module):
 
         Args:
             images: [B, 3, H, W] RGB, uint8 or float in [0, 1], each image in the top left corner.
-            padding_mask: [B, H, W] bool, True = padded; None = no padding anywhere.
+            padding_mask: [B, H, W] bool, True = padded; None = no padding anywhere. In evaluation mode, what is detected in an
+            image
+                does not depend on it, nor on the other images (to rounding).
 
         Returns:
             "logits" [M, B, N, K], one sigmoid per class; "boxes" [M, B, N, 4] (cx, cy, w, h) in 0–1 of the unpadded image;
             both after each of the M decoder layers, the last layer last.
         """
         pixels = self.normalize(images, padding_mask)
-        features = self.backbone(pixels)
         batch, _, height, width = images.shape
         if padding_mask is None:
             # Filled on the device: copying a tensor made from a list would wait for the GPU.
             valid_sizes = torch.stack(
                 [images.new_full((batch,), side, dtype=torch.int64) for side in (height, width)], -1
             )
-        else:
-            valid_sizes = valid_sizes_of(padding_mask)
-        return self.detect(features, valid_sizes, padded=padding_mask is not None)
+            return self.detect(self.backbone(pixels), valid_sizes, padded=False)
+        valid_sizes = valid_sizes_of(padding_mask)
+        # In training, where nothing may wait for the device, the backbone sees the padding.
+        features = self.backbone(pixels) if self.training else self.backbone.each_alone(pixels, valid_sizes)
+        return self.detect(features, valid_sizes)
 
     def normalize(self, images: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Pixels in the backbone's input range; padding becomes 0, whatever it held."""
@@ -129,21 +133,25 @@ class SMCADETR(nn.Module):
         """Detect in images of any size.
 
         Args:
-            images: PIL images or uint8 arrays [H, W, 3] (RGB).
+            images: PIL images of any mode, turned as their EXIF orientation says, or arrays: uint8 [H, W, 3] (RGB), or grey [H, W]
+                (``smca.datasets.images.to_rgb``).
             max_detections: how many of the best to return for each.
 
         Returns:
-            One result per image, boxes in pixels of that image. No threshold is applied.
+            One result per image, boxes in pixels of that image as a viewer shows it. No threshold is applied. It depends on the
+            image alone, not on the others (to rounding).
+
+        Raises:
+            ValueError: an image that is of no known kind, or a network whose output is not finite.
         """
         resize = Augmentation.evaluation(self.config.image_short_side, self.config.image_max_size)
         rng = np.random.default_rng(0)  # the evaluation transform draws nothing
         samples = []
         for index, image in enumerate(images):
-            pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-                raise ValueError(
-                    f"image {index} must be a PIL image or a uint8 array [H, W, 3], got {pixels.dtype} {pixels.shape}"
-                )
+            try:
+                pixels = to_rgb(image)
+            except ValueError as error:
+                raise ValueError(f"image {index}: {error}") from error
             sample = Sample(
                 image=pixels,
                 boxes_xyxy=np.zeros((0, 4)),
@@ -154,10 +162,11 @@ class SMCADETR(nn.Module):
             samples.append(resize(sample, rng))
         if not samples:
             return []
-        batch = collate(samples).to(self.pixel_mean.device)
+        host_batch = collate(samples)
+        batch = host_batch.to(self.pixel_mean.device)
         training = self.training
         self.eval()
-        outputs = self(batch.images, batch.padding_mask)
+        outputs = self(batch.images, batch.padding_mask if host_batch.padding_mask.any() else None)
         self.train(training)
         return decode(outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max_detections)
 

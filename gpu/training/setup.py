@@ -1,16 +1,17 @@
-"""Everything that training needs before its first step: processes, data, model, loss, optimiser, and where a run goes on."""
+"""Everything that training needs before its first step: processes, data, model, loss, optimiser."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from smca.datasets import Augmented, DetectionDataset, Targets, collate, require_same_categories
+from smca.datasets.batch import CocoDict
+from smca.datasets.settings import shown
 from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import evaluation_loader, open_split, pick_device
 from smca.gpu.loss import SetCriterion
 from smca.gpu.model import SMCADETR
-from smca.gpu.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
 from smca.gpu.training.guard import BAD_BATCH_FILE, FiniteCheck
 from smca.gpu.training.optimizer import make_optimizer
 
@@ -34,6 +36,15 @@ Criterion = Callable[[dict[str, Tensor], Targets], Mapping[str, Tensor]]
 TARGET_BUCKET = 16
 """Targets are padded to multiples of this if images are padded to multiples of ``RunConfig.shape_bucket``: COCO's images have
 7 objects on average and 63 at most."""
+
+
+def _fingerprint(truth: CocoDict, report: object) -> dict[str, str]:
+    """What tells one data set from another: a digest of its images' ids, classes and boxes, and a line about it."""
+    digest = hashlib.sha256(repr([(image["id"], image.get("file_name")) for image in truth["images"]]).encode())
+    digest.update(repr([(c["id"], c["name"]) for c in truth["categories"]]).encode())
+    rows = [(a["image_id"], a["category_id"], *a["bbox"], a["iscrowd"]) for a in truth["annotations"]]
+    digest.update(np.array(rows, dtype=np.float64).tobytes())
+    return {"digest": digest.hexdigest(), "report": shown(str(report))}
 
 
 @dataclass
@@ -73,11 +84,39 @@ class Run:
     """Epochs done."""
     train_seconds: float = 0.0
     """Seconds spent on training so far, evaluations not counted."""
+    loss: float = float("nan")
+    """Mean of the last epoch, over all processes."""
+    images_per_second: float = 0.0
+    """Of the last epoch, all processes together."""
 
     @property
     def trained(self) -> SMCADETR:
         """What is evaluated and saved."""
         return self.average or self.model
+
+    @cached_property
+    def train_truth(self) -> CocoDict:
+        """Ground truth of the training images: read once, since a dataset of one's own may have to read every image for it."""
+        return self.train_data.ground_truth()
+
+    @cached_property
+    def val_truth(self) -> CocoDict:
+        """Ground truth of the held-out images."""
+        return self.val_data.ground_truth()
+
+    @cached_property
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """What tells these data from others."""
+        return {
+            "training": _fingerprint(self.train_truth, self.train_data.report),
+            "held-out": _fingerprint(self.val_truth, self.val_data.report),
+        }
+
+    @property
+    def most_objects(self) -> int:
+        """Objects in the fullest training image, crowds not counted."""
+        counts = Counter(a["image_id"] for a in self.train_truth["annotations"] if not a["iscrowd"])
+        return max(counts.values(), default=0)
 
 
 def set_up(
@@ -88,23 +127,25 @@ def set_up(
     val_data: DetectionDataset | None,
     criterion: Criterion | None,
 ) -> Run:
-    """Build a run; with ``config.resume`` it stands where its checkpoint was written.
+    """Build a run at its first step.
 
     Raises:
-        ValueError: configuration, data, loss and checkpoint that do not fit each other.
+        ValueError: configuration, data and loss that do not fit each other.
     """
     device = pick_device(config.device)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    _prepare_output(config, rank)
     _seed(config.seed)
 
     # Data; the model's classes follow from it.
+    named = partial(
+        open_split, config.data, synthetic=config.synthetic, options=config.annotations, cache=config.cache_images
+    )
     if train_data is None:
-        train_data = open_split(config.data, "train", config.synthetic, cache=config.cache_images)
+        train_data = named("train", json_file=config.train_json, images_dir=config.train_images)
     if val_data is None:
-        val_data = open_split(config.data, "val", config.synthetic, cache=config.cache_images)
+        val_data = named("val", json_file=config.val_json, images_dir=config.val_images)
     else:
         config = dataclasses.replace(config, data=None)  # which is not what the model is measured on
     config = _with_classes(config, train_data, val_data)
@@ -114,12 +155,14 @@ def set_up(
     val_loader = evaluation_loader(
         val_data, config.model, config.eval_batch_size, config.workers, range(rank, len(val_data), world)
     )
-    total_steps = min(config.epochs * len(loader), config.max_steps or config.epochs * len(loader))
+    all_steps = config.epochs * len(loader)
+    total_steps = min(all_steps, config.max_steps or all_steps)
 
     # Model, loss, optimiser.
     model = SMCADETR(config.model, attention_backend=config.attention).to(device)
     model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
+    own_criterion = criterion is not None
     if criterion is None:
         criterion = SetCriterion(config.loss)
     if isinstance(criterion, nn.Module):
@@ -135,10 +178,14 @@ def set_up(
     optimizer = make_optimizer(model, config.optim, device)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     # After the optimiser, which may freeze the backbone: only what is trained is synchronised.
-    parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+    parallel: nn.Module = model
+    if world > 1:
+        # A loss of one's own may leave outputs unused, and with them parameters.
+        devices = [device] if device.type == "cuda" else None
+        parallel = DistributedDataParallel(model, devices, find_unused_parameters=own_criterion)
     file_name = BAD_BATCH_FILE if rank == 0 else f"rank{rank}_{BAD_BATCH_FILE}"
     check = FiniteCheck(model, config.output, delayed=device.type == "cuda", file_name=file_name)
-    run = Run(
+    return Run(
         config=config,
         rank=rank,
         world=world,
@@ -158,9 +205,6 @@ def set_up(
         base_lrs=base_lrs,
         check=check,
     )
-    if config.resume:
-        _resume(run)
-    return run
 
 
 def _checked(criterion: Criterion) -> Criterion:
@@ -208,57 +252,6 @@ def _with_classes(config: RunConfig, train_data: DetectionDataset, val_data: Det
     return dataclasses.replace(config, model=model)
 
 
-def most_objects(data: DetectionDataset) -> int:
-    """Objects in the fullest image, crowds not counted."""
-    counts = Counter(a["image_id"] for a in data.ground_truth()["annotations"] if not a["iscrowd"])
-    return max(counts.values(), default=0)
-
-
-def _prepare_output(config: RunConfig, rank: int) -> None:
-    checkpoint = config.output / CHECKPOINT_FILE
-    if checkpoint.exists() and not (config.resume or config.overwrite):
-        raise ValueError(
-            f"{config.output} already holds a run: --resume goes on with it, --overwrite starts anew, --output puts it elsewhere"
-        )
-    if rank == 0:
-        config.output.mkdir(parents=True, exist_ok=True)
-
-
-def _resume(run: Run) -> None:
-    """Put a run where its checkpoint was written."""
-    path = run.config.output / CHECKPOINT_FILE
-    state = load_checkpoint(path)
-    if state["config"] != run.config.model.to_json():
-        raise ValueError(
-            f"{path} belongs to a model configured otherwise: resume with the settings it was started with, or use --overwrite"
-        )
-    if (state["average"] is None) != (run.average is None):
-        raise ValueError(
-            f"{path} was trained {'without' if state['average'] is None else 'with'} optim.ema_decay: resume likewise"
-        )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.average is not None:
-        run.average.load_state_dict(state["average"])
-    torch.set_rng_state(state["rng"])
-    run.step, run.epoch, run.train_seconds = state["step"], state["epoch"], state["train_seconds"]
-
-
-def checkpoint_of(run: Run) -> dict[str, Any]:
-    """What ``set_up`` needs to go on from here."""
-    return {
-        "config": run.config.model.to_json(),
-        "model": run.model.state_dict(),
-        "average": run.average.state_dict() if run.average is not None else None,
-        "optimizer": run.optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "step": run.step,
-        "epoch": run.epoch,
-        "total_steps": run.total_steps,
-        "train_seconds": run.train_seconds,
-    }
-
-
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
     """(rank, world size); joins the group that torchrun set up, if it did."""
@@ -280,6 +273,32 @@ def gather(results: list[dict[str, Any]], world: int) -> list[dict[str, Any]]:
     parts: list[list[dict[str, Any]] | None] = [None] * world
     distributed.all_gather_object(parts, results)
     return [result for part in parts for result in part or []]
+
+
+def share_buffers(run: Run) -> None:
+    """Give every process the first one's batch norm statistics, so that what is evaluated in parts is what is saved."""
+    if run.world > 1:
+        for module in (run.model, run.average):
+            for buffer in module.buffers() if module is not None else ():
+                distributed.broadcast(buffer, 0)
+
+
+def as_the_first_says(value: bool, run: Run) -> bool:
+    """The first process's `value`, on all."""
+    answer = [value]
+    if run.world > 1:
+        distributed.broadcast_object_list(answer, 0)
+    return answer[0]
+
+
+def mean_over_processes(values: Mapping[str, float], run: Run) -> dict[str, float]:
+    """The mean of each number over all processes: a loss is that of the whole batch, not of one process's part."""
+    if run.world == 1:
+        return dict(values)
+    dtype = torch.float64 if run.device.type in ("cpu", "cuda") else torch.float32
+    numbers = torch.tensor(list(values.values()), dtype=dtype, device=run.device)
+    distributed.all_reduce(numbers)
+    return dict(zip(values, (numbers / run.world).tolist(), strict=True))
 
 
 def _seed(seed: int) -> None:
