@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from smca.datasets import Batch
+from smca.gpu.files import CHECKPOINT_FILE, write_atomically
 from smca.gpu.loss import NonFiniteError
-from smca.gpu.training.checkpoint import CHECKPOINT_FILE, write_atomically
 
 BAD_BATCH_FILE = "bad_batch.safetensors"
 

@@ -19,10 +19,10 @@ from smca.datasets import SyntheticShapes, Targets
 from smca.gpu import cli, train
 from smca.gpu.attention import dispatch
 from smca.gpu.config import LossConfig, RunConfig
+from smca.gpu.files import load_checkpoint
 from smca.gpu.loss import NonFiniteError, SetCriterion
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS, demo
-from smca.gpu.training.checkpoint import load_checkpoint
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.log import read_metrics
 

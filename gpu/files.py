@@ -1,4 +1,4 @@
-"""Checkpoints: everything that training needs to go on, in one file that is replaced in one step."""
+"""Files that a run leaves: checkpoints, with all that training needs to go on, each replaced in one step."""
 
 from __future__ import annotations
 
