@@ -13,11 +13,25 @@ from typing import Any, Literal
 
 from smca.datasets import AnnotationOptions, Augmentation
 from smca.datasets.settings import require
+from smca.gpu.config_json import read_json
 
 CrossAttention = Literal["smca", "dense"]
 EncoderKind = Literal["attention", "conv"]
 PriorScale = Literal["fixed", "single", "independent"]
 PriorHeads = Literal["shared", "independent"]
+
+_MOST = {
+    "num_classes": 100_000,
+    "hidden_dim": 16_384,
+    "num_heads": 1_024,
+    "num_queries": 100_000,
+    "encoder_layers": 1_000,
+    "decoder_layers": 1_000,
+    "feedforward_dim": 1_000_000,
+    "image_max_size": 32_768,
+}
+"""Far beyond what anyone trains: a configuration from anywhere must not build for ever, nor fill the memory."""
+_MOST_LEVELS = 16
 
 
 @dataclass(frozen=True)
@@ -105,25 +119,20 @@ class ModelConfig:
     """Divides the RGB input after the mean is subtracted."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_classes",
-            "hidden_dim",
-            "num_heads",
-            "num_queries",
-            "decoder_layers",
-            "feedforward_dim",
-        ):
-            require(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
+        for name, most in _MOST.items():
+            value, least = getattr(self, name), 0 if name == "encoder_layers" else 1
+            require(least <= value <= most, f"model.{name}", f"at least {least} and at most {most}", value)
+        require(len(self.strides) <= _MOST_LEVELS, "model.strides", f"at most {_MOST_LEVELS}", len(self.strides))
         require(
             len(self.strides) >= 1 and self.strides[0] >= 1 and all(a < b for a, b in itertools.pairwise(self.strides)),
             "model.strides",
             "at least one stride, from the finest to the coarsest",
             self.strides,
         )
-        require(self.encoder_layers >= 0, "model.encoder_layers", "0 or more", self.encoder_layers)
         self._check_levels()
         require(0.0 <= self.dropout < 1.0, "model.dropout", "in [0, 1)", self.dropout)
         require(self.prior_sigma_px > 0, "model.prior_sigma_px", "positive", self.prior_sigma_px)
+        require(min(self.pixel_std) > 0, "model.pixel_std", "positive", self.pixel_std)
         require(
             self.hidden_dim % self.num_heads == 0 and self.hidden_dim % 4 == 0,
             "model.hidden_dim",
@@ -199,19 +208,12 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str, source: str = "config.json") -> ModelConfig:
-        """Rebuild from ``to_json``'s text; unknown keys fail, naming `source`."""
-        values = json.loads(text)
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"{source}: unknown keys {unknown}; written by another version of smca-detr? Known: {sorted(known)}"
-            )
-        tuples = ("class_names", "category_ids", "strides", "cross_level_blocks", "pixel_mean", "pixel_std")
-        values = {k: tuple(v) if k in tuples else v for k, v in values.items()}
-        if "backbone" in values:
-            values["backbone"] = BackboneConfig(**values["backbone"])
-        return cls(**values)
+        """Rebuild from ``to_json``'s text.
+
+        Raises:
+            ValueError: anything else; begins with `source`, and says what was expected, what came and what to do.
+        """
+        return read_json(cls, text, source)
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,73 @@
-"""Files that a run leaves: checkpoints, with all that training needs to go on, each replaced in one step."""
+"""Files that a run leaves: checkpoints, with all that training needs to go on, and models, with what prediction needs.
+
+    runs/x/checkpoint.pt              after every epoch
+    runs/x/model/config.json          at the end
+    runs/x/model/model.safetensors
+
+Every file is replaced in one step. What is read may be cut, damaged or somebody else's: it is checked before it is used, no code
+in it is run, and a ValueError names the file.
+"""
 
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from smca.gpu.config import ModelConfig
+from smca.gpu.config_json import cut, shown
 
 CHECKPOINT_FILE = "checkpoint.pt"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+MODEL_FOLDER = "model"
 FORMAT = 1
-"""Layout of the file; raised when it changes."""
+"""Layout of the checkpoint; raised when it changes."""
+
+_CHECKPOINT_KEYS: Mapping[str, type | tuple[type, ...]] = {
+    "config": str,
+    "model": dict,
+    "average": (dict, type(None)),
+    "optimizer": dict,
+    "rng": Tensor,
+    "step": int,
+    "epoch": int,
+    "total_steps": int,
+    "train_seconds": (int, float),
+}
+"""What every checkpoint holds, and of which type."""
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""What weights may be, by safetensors' names."""
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a neighbour of `path`, then put it in place: a reader sees the old file or the new, never half."""
+    """Let `write` fill a neighbour of `path`, then put it in place: a reader sees the old file or the new, never half.
+
+    Raises:
+        OSError: it could not be written; says why, and how much space is left. The old file is untouched.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        # torch.save turns a write that came to nothing into a RuntimeError about positions in the file.
+        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "unexpected pos" in str(error)):
+            raise OSError(f"{path} could not be written: {_reason(error)}; {_free_space(path.parent)}") from error
+        raise
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -38,12 +83,194 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}: start without --resume, or point --output at the run to go on with")
+    _refuse_pointer(path)
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:  # damaged bytes end in errors of any type
         raise ValueError(
             f"{path} is damaged or is not a checkpoint of smca train ({type(error).__name__}): remove it and start anew"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by this version of smca train: start anew with --overwrite")
+    wrong = [k for k, kind in _CHECKPOINT_KEYS.items() if k not in state or not isinstance(state[k], kind)]
+    wrong += [k for k in ("model", "average") if k not in wrong and not _are_weights(state[k])]
+    if wrong:
+        raise ValueError(
+            f"{path} is damaged or is not a checkpoint of smca train: {', '.join(wrong)} missing or of the wrong type; "
+            "remove it and start anew"
+        )
     return state
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model as it was found: what it is, which weights there are, and how to read them."""
+
+    config: ModelConfig
+    config_source: str
+    """File of the configuration, for messages."""
+    weights_source: str
+    """File of the weights, for messages."""
+    layout: Mapping[str, tuple[tuple[int, ...], bool]]
+    """Name of each weight → its shape, and whether it is a floating-point number. Known without reading the weights."""
+    read: Callable[[], dict[str, Tensor]]
+    """The weights, on the CPU.
+
+    Raises ValueError where one is not finite."""
+
+
+def write_model(directory: Path, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write config.json and model.safetensors into `directory`; the configuration last, as it makes the model complete.
+
+    Raises:
+        OSError: as ``write_atomically``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    write_atomically(directory / WEIGHTS_FILE, lambda file: file.write(save(tensors)))
+    write_atomically(directory / CONFIG_FILE, lambda file: file.write((config.to_json() + "\n").encode()))
+
+
+def open_model(name: str | Path) -> SavedModel:
+    """Find a model and read its configuration and the shapes of its weights.
+
+    Args:
+        name: folder of a model, folder of a run (its model if it is complete, otherwise its checkpoint), a checkpoint, or a
+            repository on the Hugging Face hub.
+
+    Raises:
+        ValueError: nothing there (names what is there instead), or files that are damaged or somebody else's.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if _is_complete(path):
+            return _open_folder(path)
+        if _is_complete(path / MODEL_FOLDER):
+            return _open_folder(path / MODEL_FOLDER)
+        if (path / CHECKPOINT_FILE).is_file():
+            return _open_checkpoint(path / CHECKPOINT_FILE)
+        absent = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (path / f).is_file()]
+        raise ValueError(
+            f"{path} lacks {' and '.join(absent)}: {_instead(path) or 'give a folder written by save_pretrained (runs/…/model)'}"
+        )
+    if path.is_file():
+        if path.name in (CONFIG_FILE, WEIGHTS_FILE):
+            raise ValueError(f"{path} is half of a model: give its folder, {path.parent}")
+        return _open_checkpoint(path)
+    if instead := _instead(path):
+        raise ValueError(f"there is no {path}: {instead}")
+    return _open_folder(_from_hub(str(name)))
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
+
+
+def _instead(path: Path) -> str:
+    """What to give in place of `path`, of a run, which is not there or not complete; "" if there is nothing beside it."""
+    if _is_complete(path.parent / MODEL_FOLDER):
+        return f"give {path.parent / MODEL_FOLDER}"
+    if (path.parent / CHECKPOINT_FILE).is_file():
+        return f"give {path.parent / CHECKPOINT_FILE}, which the run has left (it is not finished)"
+    return ""
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is neither a folder, a checkpoint nor a reachable repository on the Hugging Face hub: check the name and "
+            "the connection"
+        ) from error
+    if not _is_complete(folder):
+        raise ValueError(
+            f"{name} on the Hugging Face hub holds no model of ours: it needs {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    return folder
+
+
+def _open_folder(folder: Path) -> SavedModel:
+    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    _refuse_pointer(config_path)
+    _refuse_pointer(weights_path)
+    config = ModelConfig.from_json(config_path.read_bytes().decode("utf-8", "replace"), str(config_path))
+    try:
+        with safe_open(weights_path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            layout = {k: (tuple(v.get_shape()), v.get_dtype() in _FLOATS) for k, v in parts.items()}
+    except SafetensorError as error:
+        raise _damaged(weights_path, error) from error
+
+    def read() -> dict[str, Tensor]:
+        try:
+            weights = load_file(weights_path)
+        except SafetensorError as error:
+            raise _damaged(weights_path, error) from error
+        return _finite(weights, weights_path)
+
+    return SavedModel(config, str(config_path), str(weights_path), layout, read)
+
+
+def _open_checkpoint(path: Path) -> SavedModel:
+    state = load_checkpoint(path)
+    weights: dict[str, Tensor] = state["average"] or state["model"]
+    # "model_config" names no published weights, whose repository may have said what "config" leaves open.
+    text = state.get("model_config", state["config"])
+    if not isinstance(text, str):
+        raise ValueError(f"{path}: model_config must be JSON text, got {shown(text)}: remove it and start anew")
+    layout = {k: (tuple(v.shape), v.dtype in _FLOATS.values()) for k, v in weights.items()}
+    return SavedModel(
+        ModelConfig.from_json(text, str(path)), str(path), str(path), layout, lambda: _finite(weights, path)
+    )
+
+
+def _are_weights(value: Any) -> bool:
+    """Whether it is None, or plain tensors by name."""
+    return value is None or all(
+        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided and v.device.type == "cpu"
+        for k, v in value.items()
+    )
+
+
+def _finite(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    bad = sorted(name for name, value in weights.items() if not bool(torch.isfinite(value).all()))
+    if bad:
+        raise ValueError(
+            f"{path}: {cut(bad[0])} has NaN or infinite values"
+            + (f" (and {len(bad) - 1} more weights have)" if len(bad) > 1 else "")
+            + ": the file is damaged or the training went wrong; take another checkpoint or copy"
+        )
+    return weights
+
+
+def _refuse_pointer(path: Path) -> None:
+    """A clone without Git LFS has short texts where the large files should be."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is cut, damaged or not a safetensors file ({cut(error)}): copy or download it again, or take the run's "
+        f"{CHECKPOINT_FILE}"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """Why a write failed: the operating system's words, if it was asked."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return (cause.strerror if cause is not None else None) or cut(error, 200)
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free in {folder}"
+    except OSError:
+        return f"there is no folder {folder}"

@@ -18,21 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smca.datasets import Augmentation, Sample, collate
 from smca.datasets.images import to_rgb
 from smca.gpu.config import ModelConfig
+from smca.gpu.config_json import cut
+from smca.gpu.files import SavedModel, open_model, write_model
 from smca.gpu.model.backbone import Backbone
 from smca.gpu.model.decoder import Decoder
 from smca.gpu.model.detections import Detections, decode
 from smca.gpu.model.encoder import Encoder
 from smca.gpu.model.layers import Grid
 from smca.gpu.model.position import sine_position_encoding
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 class SMCADETR(nn.Module):
@@ -171,46 +169,65 @@ class SMCADETR(nn.Module):
         return decode(outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max_detections)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors into `directory`."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        """Write config.json and model.safetensors into `directory`.
+
+        Raises:
+            OSError: a file could not be written; says why, and how much space is left.
+        """
         config = dataclasses.replace(self.config, backbone=self.backbone.resolved(self.config.backbone))
-        (directory / CONFIG_FILE).write_text(config.to_json() + "\n")
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, directory / WEIGHTS_FILE)
+        write_model(Path(directory), config, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, attention_backend: str = "auto") -> SMCADETR:
-        """Rebuild a saved model, in evaluation mode.
+        """Rebuild a saved model, in evaluation mode. Nothing is downloaded where the files are at hand, and no code in them is run.
 
         Args:
-            name: folder written by ``save_pretrained``, or a repository on the Hugging Face hub that holds its two files.
+            name: folder written by ``save_pretrained``; folder of a run (its model if it is complete, otherwise its checkpoint); a
+                checkpoint (the moving average of its weights, if it has one); or a repository on the Hugging Face hub that holds
+                the two files of ``save_pretrained``.
             attention_backend: backend of ``smca.gpu.attention.smca_attention``.
 
         Raises:
-            ValueError: files missing, or weights that do not fit the configuration (names the keys).
+            ValueError: files missing, damaged or somebody else's, or weights that do not fit the configuration (names file and
+                keys).
         """
-        directory = _resolve(name)
-        config = ModelConfig.from_json((directory / CONFIG_FILE).read_text(), str(directory / CONFIG_FILE))
-        model = cls(config, attention_backend=attention_backend, download=False)
-        load_weights(model, load_file(directory / WEIGHTS_FILE), str(directory / WEIGHTS_FILE))
+        saved = open_model(name)
+        # Published weights of the backbone are in the saved ones, and would be downloaded.
+        config = dataclasses.replace(saved.config, backbone=dataclasses.replace(saved.config.backbone, weights=None))
+        try:
+            with torch.device("meta"):  # no memory is taken before the weights are known to fit
+                blank = cls(config, attention_backend="eager")
+        except Exception as error:  # transformers refuses options with errors of any type
+            raise ValueError(f"{saved.config_source}: no model can be built from it: {cut(error, 300)}") from error
+        check_fit(blank, saved)
+        weights = saved.read()
+        model = cls(config, attention_backend=attention_backend)
+        model.load_state_dict(weights)
         return model.eval()
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load `weights` into `model` after checking every name and shape; the ValueError lists what does not fit."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{k} is {tuple(weights[k].shape)}, the model needs {tuple(own[k].shape)}"
-        for k in own.keys() & weights.keys()
-        if own[k].shape != weights[k].shape
+def check_fit(model: nn.Module, saved: SavedModel) -> None:
+    """Compare every name, shape and kind of number; the ValueError lists what does not fit."""
+    own = {k: (tuple(v.shape), v.is_floating_point()) for k, v in model.state_dict().items()}
+    missing, extra = sorted(own.keys() - saved.layout.keys()), sorted(saved.layout.keys() - own.keys())
+    differing = [
+        f"{k} is {_described(saved.layout[k])}, the model needs {_described(own[k])}"
+        for k in sorted(own.keys() & saved.layout.keys())
+        if own[k] != saved.layout[k]
     ]
-    if missing or extra or shapes:
-        problems = (
-            [f"missing {missing[:5]}"] * bool(missing) + [f"unknown {extra[:5]}"] * bool(extra) + sorted(shapes)[:5]
-        )
-        raise ValueError(f"{source} does not fit this model configuration: {'; '.join(problems)}")
-    model.load_state_dict(weights)
+    if not (missing or extra or differing):
+        return
+    kinds = {"missing": missing, "unknown": extra, "of another shape or kind": differing}
+    problems = [f"{len(found)} {kind}: {cut(found[0], 150)}" for kind, found in kinds.items() if found]
+    remedy = f"take {saved.config_source} and the weights from the same run"
+    if extra and not (missing or differing) and all(k.startswith("backbone.") for k in extra):
+        remedy = "an earlier version saved it, with stages of the backbone that are no longer kept: train it anew"
+    raise ValueError(f"{saved.weights_source} does not fit its configuration: {'; '.join(problems)}. {remedy}")
+
+
+def _described(layout: tuple[tuple[int, ...], bool]) -> str:
+    shape, floats = layout
+    return str(shape) if floats else f"{shape} of whole numbers"
 
 
 def _projections(channels: Sequence[int], config: ModelConfig) -> nn.ModuleList:
@@ -233,23 +250,3 @@ def _key_padding_mask(valid_cells: Tensor, size: tuple[int, int]) -> Tensor:
     rows = torch.arange(height, device=valid_cells.device) >= valid_cells[:, :1]
     columns = torch.arange(width, device=valid_cells.device) >= valid_cells[:, 1:]
     return rows[:, :, None] | columns[:, None, :]
-
-
-def _resolve(name: str | Path) -> Path:
-    directory = Path(name)
-    if directory.is_dir():
-        absent = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / f).is_file()]
-        if absent:
-            raise ValueError(
-                f"{directory} lacks {' and '.join(absent)}: give a folder written by save_pretrained (runs/…/model)"
-            )
-        return directory
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"{name} is neither a folder nor a reachable repository on the Hugging Face hub: check the name and the connection"
-        ) from error

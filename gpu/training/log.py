@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from smca.gpu.config_json import cut
+from smca.gpu.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -37,7 +41,8 @@ class RunLog:
         self._path = output / METRICS_FILE
         if first_epoch and self._path.is_file():
             self.metrics = [m for m in read_metrics(self._path) if m["epoch"] <= first_epoch]
-        self._path.write_text("".join(json.dumps(m) + "\n" for m in self.metrics))
+        lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
+        write_atomically(self._path, lambda file: file.write(lines.encode()))
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step if first_step else None)
         self._console = Console()
         self._progress = Progress(
@@ -104,5 +109,31 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """All lines of a metrics.jsonl. A last line that is cut, as by the end of the run, is left out with a warning.
+
+    Raises:
+        ValueError: another line is not an evaluation; names it.
+    """
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    metrics = []
+    for number, line in lines:
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, dict) and _is_evaluation(values):
+            metrics.append(values)
+        elif number == lines[-1][0]:
+            warnings.warn(f"{path}: line {number}, the last, is cut and is left out", stacklevel=2)
+        else:
+            raise ValueError(
+                f"{path}, line {number}: expected an object with the numbers epoch, step, loss and ap, "
+                f"got {cut(line.decode(errors='replace'))}: correct or remove the line"
+            )
+    return metrics
+
+
+def _is_evaluation(values: dict[str, Any]) -> bool:
+    """AP is None where there is nothing to find."""
+    numbers = [values.get(key) for key in ("epoch", "step", "loss")]
+    return all(isinstance(v, int | float) for v in numbers) and isinstance(values.get("ap", ""), int | float | None)
