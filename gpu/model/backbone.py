@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoBackbone, AutoConfig
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from smca.gpu.config import BackboneConfig
+from smca.gpu.config_json import cut, shown
 
 _PROBE_PIXELS = 256
 """Side of the blank image with which strides are measured; a multiple of every stride in use."""
 
-_NOT_ARCHITECTURE = (
-    "architectures",
-    "dtype",
-    "model_type",
-    "out_features",
-    "out_indices",
-    "stage_names",
-    "transformers_version",
-)
-"""Keys of a transformers configuration that describe its origin or which outputs are read, not what is built."""
+_READ = frozenset({"out_features", "out_indices", "stage_names"})
+"""Keys of a transformers configuration that say which outputs are read, not what is built."""
+_FORBIDDEN = frozenset({"auto_map", "attn_implementation", "experts_implementation", "custom_pipelines"})
+"""Keys that make transformers load code from the hub."""
+_COUNTS = ("depth", "layers", "blocks", "levels", "stages")
+"""What is in the name of an option that counts layers."""
+_MOST_LAYERS, _MOST = 1_000, 1_000_000
+"""Layers in one option together, and the largest number in any other: a configuration may come from anywhere."""
 
 
 class FrozenBatchNorm(nn.Module):
@@ -106,7 +107,10 @@ class Backbone(nn.Module):
         """
         super().__init__()
         settings = _backbone_settings(config)
-        offered = _measure_strides(settings)
+        try:
+            offered = _measure_strides(settings)
+        except Exception as error:  # transformers refuses combinations of options with errors of any type
+            raise _unbuildable(config.name, error) from error
         taken = [stride for stride in strides if stride <= max(offered.values())]
         absent = [stride for stride in taken if stride not in offered.values()]
         if absent or not taken:
@@ -123,7 +127,12 @@ class Backbone(nn.Module):
                 )
         # The last stage of a stride is the deepest: the most context at the same resolution.
         settings.out_features = [[name for name, value in offered.items() if value == stride][-1] for stride in taken]
-        self.body = _load_weights(config, settings) if config.weights and download else _build(settings)
+        settings = _without_unread_stages(settings)
+        _, trained = _probe(settings)
+        self.body = _load_weights(config, settings, trained) if config.weights and download else _build(settings)
+        for name, parameter in self.body.named_parameters():
+            if name not in trained:  # such as a mask token: processes that train together would wait for its gradient
+                parameter.requires_grad_(False)
         self.strides = tuple(taken)
         self.channels = tuple(int(channels) for channels in cast(Any, self.body).channels)
         self.divisor = _side_divisor(settings, taken[-1])
@@ -135,8 +144,7 @@ class Backbone(nn.Module):
     def resolved(self, config: BackboneConfig) -> BackboneConfig:
         """`config` with all that was built spelled out, so that it can be rebuilt without the published weights' repository."""
         settings = cast(Any, self.body).config
-        options = {key: value for key, value in settings.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
-        return replace(config, name=settings.model_type, options=options, weights=None)
+        return replace(config, name=settings.model_type, options=_options_of(settings), weights=None)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W] → for each level features [B, channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
@@ -173,28 +181,135 @@ class Backbone(nn.Module):
 
 
 def _backbone_settings(config: BackboneConfig) -> Any:
-    if config.weights is not None and not config.options:
+    """transformers' configuration of the network, from the options alone or else from the published weights' repository."""
+    name, options = config.name, config.options
+    if config.weights is not None and not options:
         try:
-            return AutoConfig.from_pretrained(config.weights)
+            published: Any = AutoConfig.from_pretrained(config.weights, trust_remote_code=False)
         except OSError as error:
             raise _unreachable(config) from error
-    try:
-        return AutoConfig.for_model(config.name, **config.options)
-    except ValueError as error:
+        except ValueError as error:
+            raise ValueError(
+                f"backbone weights {config.weights!r}: {cut(error, 300)}. Set model.backbone.name"
+            ) from error
+        name = published.model_type
+    if name not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
         raise ValueError(
-            f"transformers knows no model type {config.name!r}: {error}. Set model.backbone.name."
-        ) from error
+            f"transformers knows no model type {cut(name)!r} that is a backbone; resnet, convnext and swin are. "
+            "Set model.backbone.name."
+        )
+    try:
+        if config.weights is not None and not options:
+            options = _options_of(published)
+        _check_options(name, options)
+        settings: Any = AutoConfig.for_model(name, **options)
+        return type(settings).from_dict(
+            settings.to_dict()
+        )  # with lists for tuples, which some families cannot add to lists
+    except _OptionError:
+        raise
+    except Exception as error:  # transformers refuses options with errors of any type
+        raise _unbuildable(name, error) from error
+
+
+class _OptionError(ValueError):
+    """An option that is not handed to transformers."""
+
+
+def _unbuildable(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"backbone {name!r} cannot be built: {cut(error, 200) or type(error).__name__}. Set model.backbone.options"
+    )
+
+
+def _known_options(settings: Any) -> set[str]:
+    """What the class of `settings` has over any other transformers configuration."""
+    known = (type(settings)().to_dict().keys() - PreTrainedConfig().to_dict().keys()) | settings.attribute_map.keys()
+    return {key for key in known - _READ - _FORBIDDEN if not key.startswith("_")}
+
+
+def _options_of(settings: Any) -> dict[str, Any]:
+    """What is to be given to the class of `settings` to build the same network."""
+    known = _known_options(settings)
+    return {key: value for key, value in settings.to_diff_dict().items() if key in known}
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Only what describes the architecture, in sizes that can be built."""
+    known = _known_options(AutoConfig.for_model(name))
+    for key, value in options.items():
+        if key not in known:
+            raise _OptionError(
+                f"backbone {name!r} has no option {cut(key)!r}: it has {cut(', '.join(sorted(known)), 200)}. "
+                "Set model.backbone.options"
+            )
+        numbers, inner = _contents(value)
+        if hostile := [k for k in inner if k in _FORBIDDEN or k.startswith("_")]:
+            raise _OptionError(f"option {key!r} of backbone {name!r} must not hold {cut(hostile[0])!r}: remove it")
+        counts = any(part in key for part in _COUNTS)
+        if (sum(numbers) if counts else max(numbers, default=0)) > (_MOST_LAYERS if counts else _MOST):
+            limit = f"{_MOST_LAYERS} in all" if counts else str(_MOST)
+            raise _OptionError(f"option {key!r} of backbone {name!r} must be at most {limit}, got {shown(value)}")
+
+
+def _contents(value: Any) -> tuple[list[float], list[str]]:
+    """All numbers, without their signs, and all keys in a nested value."""
+    if isinstance(value, Mapping):
+        numbers, keys = _contents(list(value.values()))
+        return numbers, [*map(str, value), *keys]
+    if isinstance(value, list | tuple):
+        parts = [_contents(item) for item in value]
+        return [n for numbers, _ in parts for n in numbers], [k for _, keys in parts for k in keys]
+    return [abs(value)] if isinstance(value, int | float) else [], []
+
+
+def _stages(settings: Any) -> list[str]:
+    return [name for name in settings.stage_names if name != "stem"]
 
 
 def _measure_strides(settings: Any) -> dict[str, int]:
-    """Pixels per cell of each stage, read off a blank image's feature maps (on the meta device: nothing is computed)."""
-    names = [name for name in settings.stage_names if name != "stem"]
-    probe_settings = type(settings).from_dict(settings.to_dict())
-    probe_settings.out_features = names
-    with torch.device("meta"):
-        probe = _build(probe_settings).eval()
-        maps = probe(torch.empty(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)).feature_maps
-    return {name: round(_PROBE_PIXELS / features.shape[-1]) for name, features in zip(names, maps, strict=True)}
+    """Pixels per cell of each stage."""
+    probe = type(settings).from_dict(settings.to_dict())
+    probe.out_features = _stages(settings)
+    maps, _ = _probe(probe)
+    return {n: round(_PROBE_PIXELS / shape[-1]) for n, shape in zip(probe.out_features, maps, strict=True)}
+
+
+def _probe(settings: Any) -> tuple[list[torch.Size], dict[str, torch.Size]]:
+    """Shapes of a blank image's feature maps, and of the parameters by name that they depend on (on the meta device: nothing is
+    computed)."""
+    with torch.device("meta"), torch.enable_grad():
+        network = _build(settings).eval()
+        maps = network(torch.empty(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)).feature_maps
+        torch.autograd.backward([features.sum() for features in maps])
+    trained = {name: p.shape for name, p in network.named_parameters() if p.grad is not None}
+    return [features.shape for features in maps], trained
+
+
+def _without_unread_stages(settings: Any) -> Any:
+    """`settings` without the stages behind the last one that is read; as they are where that cannot be had.
+
+    A list in them is taken to have a value for each stage if it is as long as there are stages, here and in its class's own
+    settings. The result is looked at: what is read must come from the same parameters.
+    """
+    plain, names = type(settings)(), _stages(settings)
+    total, kept = len(names), names.index(settings.out_features[-1]) + 1
+    if kept == total:
+        return settings
+    lengths = {key: len(value) for key, value in plain.to_dict().items() if isinstance(value, list)}
+    known = _known_options(settings)
+    options = {key: value for key, value in settings.to_dict().items() if key in known}
+    for key, value in options.items():
+        if isinstance(value, list) and len(value) == total and lengths.get(key) == len(_stages(plain)):
+            options[key] = value[:kept]
+        elif key in ("num_stages", "num_encoder_blocks", "num_layers", "num_hidden_layers") and value == total:
+            options[key] = kept
+    try:
+        shorter = type(settings)(**options, out_features=list(settings.out_features))
+        same = _stages(shorter) == names[:kept] and _probe(shorter) == _probe(settings)
+    except Exception:  # a family whose settings hang together in another way
+        return settings
+    return shorter if same else settings
 
 
 def _side_divisor(settings: Any, stride: int) -> int:
@@ -206,17 +321,48 @@ def _side_divisor(settings: Any, stride: int) -> int:
 
 
 def _build(settings: Any) -> nn.Module:
-    return cast(nn.Module, AutoBackbone.from_config(settings))  # type: ignore[no-untyped-call]
+    return cast(nn.Module, AutoBackbone.from_config(settings, trust_remote_code=False))  # type: ignore[no-untyped-call]
 
 
-def _load_weights(config: BackboneConfig, settings: Any) -> nn.Module:
+def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]) -> nn.Module:
+    """The network with published weights; all that it reads must be among them.
+
+    Args:
+        config: names the weights.
+        settings: of the network.
+        trained: names of the parameters that the feature maps depend on.
+    """
     with torch.device("meta"):
-        network: Any = type(_build(settings))
+        blank: Any = _build(settings)
     try:
         # Not AutoBackbone.from_pretrained: it asks the hub even for a local folder or for what is already downloaded.
-        return cast(nn.Module, network.from_pretrained(config.weights, config=settings, use_safetensors=True))
+        network, report = type(blank).from_pretrained(
+            config.weights,
+            config=settings,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are reported
+            output_loading_info=True,
+        )
     except OSError as error:
         raise _unreachable(config) from error
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"backbone weights {config.weights!r} cannot be read ({cut(error, 200)}): copy or download them again"
+        ) from error
+    unread = {name for name, _ in blank.named_parameters() if name not in trained}
+    # Counters that nothing reads, and norms of the feature maps, which published classifiers do not have.
+    missing = {
+        k for k in report["missing_keys"] if not k.endswith("num_batches_tracked") and "hidden_states_norms." not in k
+    }
+    wrong = sorted((missing | {key for key, *_ in report["mismatched_keys"]}) - unread)
+    if wrong:
+        raise ValueError(
+            f"backbone weights {config.weights!r} do not fit {settings.model_type!r}: of its {len(blank.state_dict())} tensors "
+            f"{len(wrong)} are missing or of another shape, such as {cut(', '.join(wrong[:3]), 200)}. Name weights that "
+            "transformers published for this model type and these options (a model that this trainer saved has other names)"
+        )
+    return cast(nn.Module, network)
 
 
 def _unreachable(config: BackboneConfig) -> ValueError:
