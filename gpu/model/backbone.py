@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         taken = [stride for stride in strides if stride <= max(offered.values())]
         absent = [stride for stride in taken if stride not in offered.values()]
         if absent or not taken:
-            listing = ", ".join(f"{name}: {value}" for name, value in offered.items())
+            listing = cut(", ".join(f"{name}: {value}" for name, value in offered.items()), 200)
             raise ValueError(
                 f"backbone {config.name!r} has no stage of stride {(absent or strides)[0]}; it offers {listing}. "
                 "Set model.strides."
@@ -190,7 +190,7 @@ def _backbone_settings(config: BackboneConfig) -> Any:
             raise _unreachable(config) from error
         except ValueError as error:
             raise ValueError(
-                f"backbone weights {config.weights!r}: {cut(error, 300)}. Set model.backbone.name"
+                f"backbone weights {shown(config.weights)}: {cut(error, 300)}. Set model.backbone.name"
             ) from error
         name = published.model_type
     if name not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
@@ -245,11 +245,11 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
             )
         numbers, inner = _contents(value)
         if hostile := [k for k in inner if k in _FORBIDDEN or k.startswith("_")]:
-            raise _OptionError(f"option {key!r} of backbone {name!r} must not hold {cut(hostile[0])!r}: remove it")
+            raise _OptionError(f"option {shown(key)} of backbone {name!r} must not hold {cut(hostile[0])!r}: remove it")
         counts = any(part in key for part in _COUNTS)
         if (sum(numbers) if counts else max(numbers, default=0)) > (_MOST_LAYERS if counts else _MOST):
             limit = f"{_MOST_LAYERS} in all" if counts else str(_MOST)
-            raise _OptionError(f"option {key!r} of backbone {name!r} must be at most {limit}, got {shown(value)}")
+            raise _OptionError(f"option {shown(key)} of backbone {name!r} must be at most {limit}, got {shown(value)}")
 
 
 def _contents(value: Any) -> tuple[list[float], list[str]]:
@@ -278,7 +278,7 @@ def _measure_strides(settings: Any) -> dict[str, int]:
 def _probe(settings: Any) -> tuple[list[torch.Size], dict[str, torch.Size]]:
     """Shapes of a blank image's feature maps, and of the parameters by name that they depend on (on the meta device: nothing is
     computed)."""
-    with torch.device("meta"), torch.enable_grad():
+    with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
         network = _build(settings).eval()
         maps = network(torch.empty(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)).feature_maps
         torch.autograd.backward([features.sum() for features in maps])
@@ -348,7 +348,7 @@ def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]
         raise _unreachable(config) from error
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"backbone weights {config.weights!r} cannot be read ({cut(error, 200)}): copy or download them again"
+            f"backbone weights {shown(config.weights)} cannot be read ({cut(error, 200)}): copy or download them again"
         ) from error
     unread = {name for name, _ in blank.named_parameters() if name not in trained}
     # Counters that nothing reads, and norms of the feature maps, which published classifiers do not have.
@@ -358,8 +358,8 @@ def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]
     wrong = sorted((missing | {key for key, *_ in report["mismatched_keys"]}) - unread)
     if wrong:
         raise ValueError(
-            f"backbone weights {config.weights!r} do not fit {settings.model_type!r}: of its {len(blank.state_dict())} tensors "
-            f"{len(wrong)} are missing or of another shape, such as {cut(', '.join(wrong[:3]), 200)}. Name weights that "
+            f"backbone weights {shown(config.weights)} do not fit {settings.model_type!r}: of its "
+            f"{len(blank.state_dict())} tensors {len(wrong)} are missing or of another shape, such as {cut(', '.join(wrong[:3]), 200)}. Name weights that "
             "transformers published for this model type and these options (a model that this trainer saved has other names)"
         )
     return cast(nn.Module, network)
@@ -367,7 +367,7 @@ def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]
 
 def _unreachable(config: BackboneConfig) -> ValueError:
     return ValueError(
-        f"backbone weights {config.weights!r} are neither a local folder with safetensors weights nor reachable on the hub: "
+        f"backbone weights {shown(config.weights)} are neither a local folder with safetensors weights nor reachable on the hub: "
         "download them first (huggingface_hub.snapshot_download), or train from scratch (--model.backbone.weights None)"
     )
 
