@@ -120,7 +120,7 @@ def _expected(kind: Any) -> str:
         return "one of " + ", ".join(map(repr, get_args(kind)))
     if get_origin(kind) is Mapping:
         return "an object {…}"
-    names = {int: f"a whole number of at most {_LARGEST_WHOLE}", float: "a finite number", bool: "true or false"}
+    names = {int: "a whole number of at most 2^53", float: "a finite number", bool: "true or false"}
     return names.get(kind, "text")
 
 

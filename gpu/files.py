@@ -88,7 +88,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes end in errors of any type
         raise ValueError(
-            f"{path} is damaged or is not a checkpoint of smca train ({type(error).__name__}): remove it and start anew"
+            f"{path} is damaged or is not a checkpoint of smca train ({type(error).__name__}): take another copy, or remove "
+            "it and start anew"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by this version of smca train: start anew with --overwrite")
@@ -97,7 +98,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if wrong:
         raise ValueError(
             f"{path} is damaged or is not a checkpoint of smca train: {', '.join(wrong)} missing or of the wrong type; "
-            "remove it and start anew"
+            "take another copy, or remove it and start anew"
         )
     return state
 
@@ -183,8 +184,8 @@ def _from_hub(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ValueError(
-            f"{name} is neither a folder, a checkpoint nor a reachable repository on the Hugging Face hub: check the name and "
-            "the connection"
+            f"{name} is neither a folder nor a reachable repository on the Hugging Face hub, nor a checkpoint: check the name "
+            "and the connection"
         ) from error
     if not _is_complete(folder):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from smca.gpu.config import BackboneConfig
 from smca.gpu.config_json import cut, shown
@@ -334,6 +336,10 @@ def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]
     """
     with torch.device("meta"):
         blank: Any = _build(settings)
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(
+        logging.ERROR
+    )  # the report is looked at below, and says too much of what is not read
     try:
         # Not AutoBackbone.from_pretrained: it asks the hub even for a local folder or for what is already downloaded.
         network, report = type(blank).from_pretrained(
@@ -350,6 +356,8 @@ def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]
         raise ValueError(
             f"backbone weights {shown(config.weights)} cannot be read ({cut(error, 200)}): copy or download them again"
         ) from error
+    finally:
+        transformers_logging.set_verbosity(said)
     unread = {name for name, _ in blank.named_parameters() if name not in trained}
     # Counters that nothing reads, and norms of the feature maps, which published classifiers do not have.
     missing = {
@@ -358,9 +366,9 @@ def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]
     wrong = sorted((missing | {key for key, *_ in report["mismatched_keys"]}) - unread)
     if wrong:
         raise ValueError(
-            f"backbone weights {shown(config.weights)} do not fit {settings.model_type!r}: of its "
-            f"{len(blank.state_dict())} tensors {len(wrong)} are missing or of another shape, such as {cut(', '.join(wrong[:3]), 200)}. Name weights that "
-            "transformers published for this model type and these options (a model that this trainer saved has other names)"
+            f"backbone weights {shown(config.weights)} do not fit {settings.model_type!r} with its options: {len(wrong)} of "
+            f"{len(blank.state_dict())} tensors are missing or of another shape, such as {cut(', '.join(wrong[:3]), 200)}. Name "
+            "weights that transformers published for this model type (a model that this trainer saved has other names)"
         )
     return cast(nn.Module, network)
 

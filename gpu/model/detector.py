@@ -219,9 +219,14 @@ def check_fit(model: nn.Module, saved: SavedModel) -> None:
         return
     kinds = {"missing": missing, "unknown": extra, "of another shape or kind": differing}
     problems = [f"{len(found)} {kind}: {cut(found[0], 150)}" for kind, found in kinds.items() if found]
-    remedy = f"take {saved.config_source} and the weights from the same run"
-    if extra and not (missing or differing) and all(k.startswith("backbone.") for k in extra):
-        remedy = "an earlier version saved it, with stages of the backbone that are no longer kept: train it anew"
+    if extra and not (missing or differing) and all(name.startswith("backbone.") for name in extra):
+        remedy = "An earlier version saved it, with stages of the backbone that are no longer kept: train it anew"
+    elif saved.config_source != saved.weights_source:
+        remedy = f"Take {saved.config_source} and the weights from the same run"
+    else:
+        remedy = (
+            "It is damaged, or its configuration left to published weights what the backbone is: give the run's model"
+        )
     raise ValueError(f"{saved.weights_source} does not fit its configuration: {'; '.join(problems)}. {remedy}")
 
 

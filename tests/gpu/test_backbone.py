@@ -1,11 +1,13 @@
 """The backbone: its stages found by measuring, frozen norms and stages, and models that carry its description along."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoBackbone, AutoConfig
+from transformers import AutoBackbone, AutoConfig, AutoModelForImageClassification
 
 from smca.gpu.config import BackboneConfig, ModelConfig
 from smca.gpu.model import SMCADETR
@@ -110,3 +112,109 @@ def test_a_frozen_norm_is_batch_norm_that_keeps_its_input_for_nothing(dtype: tor
     exact = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(y.float(), expected, rtol=exact, atol=exact)
     torch.testing.assert_close(got.float(), expected_grad, rtol=exact, atol=exact)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "resnet": FOUR_STAGES,
+    "convnext": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
+    "swin": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "image_size": 128},
+    "pvt_v2": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]},
+    "bit": {"embedding_size": 8, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "num_groups": 4},
+    "dinov2": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 64},
+    "focalnet": {"embed_dim": 8, "hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1]},
+}
+UNREAD = {"dinov2": {"embeddings.mask_token"}, "focalnet": "stages cannot be cut off"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stages_behind_the_last_one_read_are_not_there(name: str, tmp_path: Path) -> None:
+    """With published weights and without: the same maps from fewer parameters, each of which is trained."""
+    torch.manual_seed(0)
+    settings: Any = AutoConfig.for_model(name, **FAMILIES[name])
+    names = [stage for stage in settings.stage_names if stage != "stem"]
+    read = 0 if name == "focalnet" else len(names) - 1 if name == "dinov2" else 1  # of stride 8
+    settings.out_features = [names[read]]
+    whole = AutoBackbone.from_config(settings).eval()
+    whole.save_pretrained(tmp_path)
+    config = BackboneConfig(name, FAMILIES[name], str(tmp_path), frozen_norm=False)
+    backbone = Backbone(config, (8,)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    (features,) = backbone(images)
+    torch.testing.assert_close(features, whole(images).feature_maps[0])
+
+    sizes = {key: p.shape for key, p in backbone.body.named_parameters()}
+    if name not in UNREAD:
+        assert len(sizes) < 0.75 * len(list(whole.parameters()))
+    plain = Backbone(BackboneConfig(name, FAMILIES[name], frozen_norm=False), (8,))
+    again = Backbone(backbone.resolved(config), (8,)).eval()
+    for other in (plain, again):
+        assert {key: p.shape for key, p in other.body.named_parameters()} == sizes
+    again.load_state_dict(backbone.state_dict())
+    assert torch.equal(again(images)[0], features)
+
+    backbone.train()(images)[0].square().sum().backward()
+    parameters = dict(backbone.body.named_parameters())
+    assert {key for key, p in parameters.items() if p.grad is None} == {
+        key for key, p in parameters.items() if not p.requires_grad
+    }
+    frozen = {key for key, p in parameters.items() if not p.requires_grad}
+    if name == "focalnet":
+        assert any("stages.2" in key for key in frozen)
+    else:
+        assert {key for key in frozen if "norm" not in key} == UNREAD.get(name, set())
+
+
+def test_a_network_is_built_in_inference_mode_too() -> None:
+    with torch.inference_mode():
+        assert Backbone(BackboneConfig(options=FOUR_STAGES), (8,)).channels == (16,)
+
+
+def test_published_weights_that_do_not_fit_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {**FOUR_STAGES, "depths": [1, 1, 1, 2]}
+    AutoModelForImageClassification.from_config(AutoConfig.for_model("resnet", **FOUR_STAGES)).half().save_pretrained(
+        tmp_path
+    )
+    body = Backbone(BackboneConfig(weights=str(tmp_path)), (32,)).body
+    assert {p.dtype for p in body.parameters()} == {torch.float32}
+    # Up to the stage that does not fit.
+    Backbone(BackboneConfig(options=options, weights=str(tmp_path)), (16,))
+    message = r"10 of 84 tensors are missing or of another shape, such as encoder\.stages\.3\.layers\.1\."
+    with pytest.raises(ValueError, match=message) as caught:
+        Backbone(BackboneConfig(options=options, weights=str(tmp_path)), (32,))
+    assert str(tmp_path) in str(caught.value)
+    assert "LOAD REPORT" not in caplog.text
+    wide = {**FOUR_STAGES, "hidden_sizes": [8, 16, 32, 48]}
+    with pytest.raises(ValueError, match=r"tensors are missing or of another shape, such as encoder\.stages\.3\."):
+        Backbone(BackboneConfig(options=wide, weights=str(tmp_path)), (32,))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="cannot be read"):
+        Backbone(BackboneConfig(weights=str(tmp_path)), (32,))
+
+
+def test_a_model_of_ours_is_no_published_backbone(tmp_path: Path) -> None:
+    backbone = BackboneConfig(options=FOUR_STAGES)
+    SMCADETR(ModelConfig(backbone=backbone, hidden_dim=8, feedforward_dim=8, num_queries=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a model that this trainer saved has other names"):
+        Backbone(BackboneConfig(options=FOUR_STAGES, weights=str(tmp_path)), (32,))
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        Backbone(BackboneConfig(weights=str(tmp_path)), (32,))
+
+
+@pytest.mark.parametrize("model_type", ["resnet", "evil"])
+def test_code_beside_published_weights_is_not_run(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AutoBackbone.from_config(AutoConfig.for_model("resnet", **FOUR_STAGES)).save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": model_type, "auto_map": {"AutoConfig": "evil.Evil", "AutoBackbone": "evil.Evil"}}
+    config |= {"attn_implementation": "nobody/kernels", "_attn_implementation": "nobody/kernels"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("socket.socket", None)
+    if model_type == "resnet":
+        assert Backbone(BackboneConfig(weights=str(tmp_path)), (32,)).channels == (64,)
+    else:
+        with pytest.raises(ValueError, match="backbone weights"):
+            Backbone(BackboneConfig(weights=str(tmp_path)), (32,))
+    assert not (tmp_path / "owned").exists()
