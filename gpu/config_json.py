@@ -10,6 +10,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from smca.datasets.settings import shortened, shown
+
 T = TypeVar("T")
 
 _LARGEST_WHOLE = 2**53
@@ -17,15 +19,10 @@ _LARGEST_WHOLE = 2**53
 _REMEDY = "correct it, or take the file from the run or the copy that it came from"
 
 
-def shown(value: object) -> str:
-    """A value for a message, cut to 80 characters."""
-    return cut(repr(value))
-
-
 def cut(text: object, length: int = 80) -> str:
     """A text, name or error for a message: on one line, printable, of at most `length` characters."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
-    return line if len(line) <= length else line[: length - 1] + "…"
+    return shortened(line, length)
 
 
 def read_json(kind: type[T], text: str, source: str) -> T:

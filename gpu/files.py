@@ -23,16 +23,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from smca.gpu.config import ModelConfig
-from smca.gpu.config_json import cut, shown
+from smca.gpu.config_json import cut
 
 CHECKPOINT_FILE = "checkpoint.pt"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FOLDER = "model"
+"""Of a run: the model as it was last evaluated, or when the run was stopped."""
 FORMAT = 1
 """Layout of the checkpoint; raised when it changes."""
 
-_CHECKPOINT_KEYS: Mapping[str, type | tuple[type, ...]] = {
+_CHECKPOINT_KEYS: dict[str, type | tuple[type, ...]] = {
     "config": str,
     "model": dict,
     "average": (dict, type(None)),
@@ -44,6 +45,14 @@ _CHECKPOINT_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "train_seconds": (int, float),
 }
 """What every checkpoint holds, and of which type."""
+_OPTIONAL_KEYS: dict[str, type | tuple[type, ...]] = {
+    "model_config": str,
+    "settings": dict,
+    "data": dict,
+    "loss": (int, float),
+    "images_per_second": (int, float),
+}
+"""What it may hold."""
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """What weights may be, by safetensors' names."""
 _LFS_POINTER = b"version https://git-lfs"
@@ -93,13 +102,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by this version of smca train: start anew with --overwrite")
-    wrong = [k for k, kind in _CHECKPOINT_KEYS.items() if k not in state or not isinstance(state[k], kind)]
+    kinds = _CHECKPOINT_KEYS | {k: kind for k, kind in _OPTIONAL_KEYS.items() if k in state}
+    wrong = [k for k, kind in kinds.items() if k not in state or not isinstance(state[k], kind)]
     wrong += [k for k in ("model", "average") if k not in wrong and not _are_weights(state[k])]
     if wrong:
         raise ValueError(
             f"{path} is damaged or is not a checkpoint of smca train: {', '.join(wrong)} missing or of the wrong type; "
             "take another copy, or remove it and start anew"
         )
+    ModelConfig.from_json(state["config"], str(path))
     return state
 
 
@@ -220,9 +231,7 @@ def _open_checkpoint(path: Path) -> SavedModel:
     state = load_checkpoint(path)
     weights: dict[str, Tensor] = state["average"] or state["model"]
     # "model_config" names no published weights, whose repository may have said what "config" leaves open.
-    text = state.get("model_config", state["config"])
-    if not isinstance(text, str):
-        raise ValueError(f"{path}: model_config must be JSON text, got {shown(text)}: remove it and start anew")
+    text: str = state.get("model_config", state["config"])
     layout = {k: (tuple(v.shape), v.dtype in _FLOATS.values()) for k, v in weights.items()}
     return SavedModel(
         ModelConfig.from_json(text, str(path)), str(path), str(path), layout, lambda: _finite(weights, path)

@@ -29,13 +29,13 @@ from torch import nn
 from smca.datasets import DetectionDataset
 from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import detect, evaluate_detections
-from smca.gpu.files import CHECKPOINT_FILE, save_checkpoint
+from smca.gpu.files import CHECKPOINT_FILE, MODEL_FOLDER, save_checkpoint
 from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
-from smca.gpu.training.resume import BEST_FOLDER, MODEL_FOLDER, checkpoint_of, claim, clear, resume
+from smca.gpu.training.resume import BEST_FOLDER, checkpoint_of, claim, clear, resume
 from smca.gpu.training.setup import (
     Criterion,
     Run,

@@ -16,8 +16,9 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from smca.datasets.settings import shown
 from smca.gpu.config import BackboneConfig
-from smca.gpu.config_json import cut, shown
+from smca.gpu.config_json import cut
 
 _PROBE_PIXELS = 256
 """Side of the blank image with which strides are measured; a multiple of every stride in use."""

@@ -12,12 +12,12 @@ import torch
 
 from smca.datasets.settings import shown
 from smca.gpu.config import RunConfig
-from smca.gpu.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
+from smca.gpu.files import CHECKPOINT_FILE, CONFIG_FILE, MODEL_FOLDER, WEIGHTS_FILE, load_checkpoint
 from smca.gpu.training.log import METRICS_FILE
 from smca.gpu.training.setup import Run
 
-MODEL_FOLDER, BEST_FOLDER = "model", "best"
-"""Of a run: the model as it was last evaluated or when the run was stopped, and that of the highest AP so far."""
+BEST_FOLDER = "best"
+"""Of a run: the model of the highest AP so far."""
 _WRITTEN = (
     CHECKPOINT_FILE,
     METRICS_FILE,
@@ -26,7 +26,7 @@ _WRITTEN = (
     "pictures/*.png",
     "tensorboard/events.out.tfevents.*",
     "*bad_batch.safetensors",
-    *(f"{folder}/{name}" for folder in (MODEL_FOLDER, BEST_FOLDER) for name in ("config.json", "model.safetensors")),
+    *(f"{folder}/{name}" for folder in (MODEL_FOLDER, BEST_FOLDER) for name in (CONFIG_FILE, WEIGHTS_FILE)),
 )
 """What runs write into their folder; nothing else is removed from it."""
 _FREE = {

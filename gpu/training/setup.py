@@ -25,7 +25,6 @@ from smca.datasets.batch import CocoDict
 from smca.datasets.settings import shown
 from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import evaluation_loader, open_split, pick_device
-from smca.gpu.files import CHECKPOINT_FILE, load_checkpoint
 from smca.gpu.loss import SetCriterion
 from smca.gpu.model import SMCADETR
 from smca.gpu.training.guard import BAD_BATCH_FILE, FiniteCheck

@@ -286,7 +286,7 @@ def test_a_checkpoint_without_an_average_serves_its_model_and_its_resolved_confi
     save_checkpoint(path, state_of(model, config=unresolved))
     assert "does not fit its configuration" in refused(path, path)
     save_checkpoint(path, state_of(model, model_config=3))
-    assert "model_config must be JSON text, got 3" in refused(path, path)
+    assert "model_config missing or of the wrong type" in refused(path, path)
     model.state_dict()["decoder.query_position"][1, 1] = torch.nan
     save_checkpoint(path, state_of(model))
     assert "decoder.query_position has NaN or infinite values" in refused(path, path)
