@@ -41,7 +41,7 @@ class BackboneConfig:
     name: str = "resnet"
     """transformers' model type (resnet, convnext, swin, dinov2 …), built from `options`."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of that model type's transformers configuration, e.g. {"depths": [3, 4, 6, 3]}."""
+    """Arguments of that model type's transformers configuration that describe its architecture, e.g. {"depths": [3, 4, 6, 3]}."""
     weights: str | None = None
     """Hub name or local folder of published weights, e.g. "microsoft/resnet-50"; None trains from random weights. With `options`
     empty they also say what to build; otherwise they must fit it."""

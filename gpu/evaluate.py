@@ -36,7 +36,8 @@ class EvaluateArgs:
     """Evaluate a trained model on COCO-format data."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Folder with config.json and model.safetensors (runs/…/model), or a name on the Hugging Face hub."""
+    """Folder with config.json and model.safetensors (runs/…/model), folder or checkpoint of a run, or a name on the Hugging Face
+    hub."""
     data: str = "synthetic"
     """Folder with data in COCO format, or "synthetic"."""
     split: Split = "val"

@@ -131,13 +131,13 @@ class Backbone(nn.Module):
         # The last stage of a stride is the deepest: the most context at the same resolution.
         settings.out_features = [[name for name, value in offered.items() if value == stride][-1] for stride in taken]
         settings = _without_unread_stages(settings)
-        _, trained = _probe(settings)
+        maps, trained = _probe(settings)
         self.body = _load_weights(config, settings, trained) if config.weights and download else _build(settings)
         for name, parameter in self.body.named_parameters():
             if name not in trained:  # such as a mask token: processes that train together would wait for its gradient
                 parameter.requires_grad_(False)
         self.strides = tuple(taken)
-        self.channels = tuple(int(channels) for channels in cast(Any, self.body).channels)
+        self.channels = tuple(shape[1] for shape in maps)
         self.divisor = _side_divisor(settings, taken[-1])
         if config.frozen_norm:
             freeze_batch_norm(self.body)

@@ -141,6 +141,7 @@ def test_stages_behind_the_last_one_read_are_not_there(name: str, tmp_path: Path
     images = torch.randn(2, 3, 64, 64)
     (features,) = backbone(images)
     torch.testing.assert_close(features, whole(images).feature_maps[0])
+    assert (features.shape[1], *features.shape[2:]) == (*backbone.channels, 8, 8)
 
     sizes = {key: p.shape for key, p in backbone.body.named_parameters()}
     if name not in UNREAD:
