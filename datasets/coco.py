@@ -142,8 +142,9 @@ class CocoDetection:
         """
         file, boxes = self._file, self._boxes.file_xywh
         shift = max(0, 1 - int(file.annotation_ids.min())) if len(file.annotation_ids) else 0
-        areas = np.where(np.isnan(file.areas), boxes[:, 2] * boxes[:, 3], file.areas)
-        usable = np.isfinite(boxes).all(axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            areas = np.where(np.isnan(file.areas), boxes[:, 2] * boxes[:, 3], file.areas)
+        usable = np.flatnonzero(np.isfinite(np.column_stack([boxes, areas])[self._order]).all(axis=1))
         annotations = [
             coco_annotation(
                 int(file.annotation_ids[row]) + shift,
@@ -153,7 +154,7 @@ class CocoDetection:
                 area=float(areas[row]),
                 crowd=bool(self._crowd[row]),
             )
-            for row in self._order[usable[self._order]].tolist()
+            for row in self._order[usable].tolist()
         ]
         return {
             "info": {},

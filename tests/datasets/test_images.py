@@ -2,14 +2,17 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from smca.datasets import CocoDetection
+from smca.datasets.cache import ImageCache
+from smca.datasets.images import MAX_PIXELS, read_header, read_image, to_rgb
 
 # tests/ is no package, so what several files share is loaded by its path.
 SPEC: Any = importlib.util.spec_from_file_location("coco_folder", Path(__file__).with_name("coco_folder.py"))
@@ -17,6 +20,7 @@ shared: Any = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(shared)
 content, write, open_with = shared.content, shared.write, shared.open_with
 HEIGHT, WIDTH = shared.HEIGHT, shared.WIDTH
+PILLOW_LIMIT = Image.MAX_IMAGE_PIXELS
 
 
 def test_the_cache_reads_every_file_once(tmp_path: Path) -> None:
@@ -32,6 +36,139 @@ def test_the_cache_reads_every_file_once(tmp_path: Path) -> None:
     assert len({a.image.tobytes() for a in after}) == 3
     with pytest.raises(FileNotFoundError, match=r"b\.png .*is gone"):
         plain[0]
+
+
+def test_a_cache_keeps_what_fits() -> None:
+    cache = ImageCache([(10, 10), (20, 10), (10, 10)], limit=300 + 600)
+    assert (cache.nbytes, cache.left_out) == (900, 1)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((10, 10), (20, 10), (10, 10))]
+    for index, image in enumerate(images):
+        np.testing.assert_array_equal(cache.put(index, image), image)
+    np.testing.assert_array_equal(cache.get(1), images[1])
+    assert cache.get(2) is None, "no room: read from its file again"
+
+
+def test_what_does_not_fit_into_the_cache_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, annotations = write(tmp_path, content())
+    monkeypatch.setattr("smca.datasets.cache.memory_limit", lambda: 2 * HEIGHT * WIDTH * 3)
+    dataset = CocoDetection(images, annotations, cache=True)
+    assert dataset.cache_bytes == 2 * HEIGHT * WIDTH * 3
+    assert "1 images do not fit into the cache" in str(dataset.report)
+    np.testing.assert_array_equal(dataset[2].image, np.asarray(Image.open(images / "sub/c.png")))
+
+
+# Pictures: one way in
+
+
+GREY = np.random.default_rng(5).integers(0, 256, (23, 31)).astype(np.uint8)
+GREY[0, 0] = 255
+
+
+def as_rgb(grey: Any) -> Any:
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tiff", "webp"])
+def test_upright_is_what_pillow_shows_and_stored_is_what_was_saved(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 12, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(pixels).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    with Image.open(path) as opened:
+        shown = np.asarray(ImageOps.exif_transpose(opened))
+        np.testing.assert_array_equal(to_rgb(opened), shown)
+    np.testing.assert_array_equal(read_image(path), shown)
+    np.testing.assert_array_equal(read_image(path, "stored"), pixels)
+    header = read_header(path)
+    assert (header.stored_size, header.size("upright"), header.orientation) == ((7, 12), shown.shape[:2], orientation)
+
+
+def test_a_nonsensical_orientation_turns_nothing(tmp_path: Path) -> None:
+    for number, value in enumerate((0, 9, 77)):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        Image.fromarray(GREY).save(tmp_path / f"{number}.png", exif=exif)
+        np.testing.assert_array_equal(read_image(tmp_path / f"{number}.png"), as_rgb(GREY))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_grey_of_16_bits_is_read_by_the_depth_that_it_fills(tmp_path: Path, bits: int, suffix: str) -> None:
+    values = GREY.astype(np.uint16) << (bits - 8)
+    values += np.random.default_rng(1).integers(0, max(1, 1 << (bits - 8)), GREY.shape).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}"), as_rgb(GREY))
+    np.testing.assert_array_equal(to_rgb(values), as_rgb(GREY))
+    np.testing.assert_array_equal(to_rgb(Image.fromarray(values)), as_rgb(GREY))
+    np.testing.assert_array_equal(to_rgb(values.astype(np.int32)), as_rgb(GREY))
+
+
+def test_a_declared_depth_and_a_reversed_scale_of_a_tiff(tmp_path: Path) -> None:
+    dark = GREY.astype(np.uint16) << 2  # of 12 bits, a quarter of them filled
+    Image.fromarray(dark).save(tmp_path / "a.tiff", tiffinfo={281: 4095})
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tiff"), as_rgb(GREY >> 2))
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "b.tiff", tiffinfo={262: 0})
+    np.testing.assert_array_equal(read_image(tmp_path / "b.tiff"), as_rgb(255 - GREY))
+
+
+def test_fractions(tmp_path: Path) -> None:
+    for number, values in enumerate((GREY.astype(np.float32) / 255, GREY.astype(np.float32))):
+        Image.fromarray(values).save(tmp_path / f"{number}.tiff")
+        np.testing.assert_array_equal(read_image(tmp_path / f"{number}.tiff"), as_rgb(GREY))
+
+
+@pytest.mark.parametrize("values", [[[-1.0, 3.0]], [[0.0, 256.0]], [[0.5, math.nan]], [[-1, 3]], [[0, 70000]]])
+def test_values_without_a_defined_range_are_refused(tmp_path: Path, values: list[list[float]]) -> None:
+    array = np.array(values)
+    array = array.astype(np.float32 if array.dtype.kind == "f" else np.int32)
+    Image.fromarray(array).save(tmp_path / "a.tiff")
+    for read in (
+        lambda: read_image(tmp_path / "a.tiff"),
+        lambda: to_rgb(array),
+        lambda: to_rgb(Image.fromarray(array)),
+    ):
+        with pytest.raises(ValueError, match="grey values lie between .* save it with 8 or 16 bits"):
+            read()
+
+
+def test_the_first_picture_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((8, 9, 3), value, dtype=np.uint8)) for value in (200, 10, 90)]
+    for suffix in ("gif", "webp", "tiff", "png"):
+        frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+        assert np.abs(read_image(tmp_path / f"a.{suffix}").astype(int) - 200).max() <= 2
+
+
+def test_a_very_large_picture_is_read(tmp_path: Path) -> None:
+    """Twice what Pillow takes for an attack; converted strip by strip."""
+    large = Image.new("1", (20_000, 18_000))
+    large.paste(1, (0, 17_000, 20_000, 18_000))
+    large.save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png")
+    assert pixels.shape == (18_000, 20_000, 3)
+    assert not pixels[16_999].any()
+    assert (pixels[17_000:] == 255).all()
+    assert Image.MAX_IMAGE_PIXELS == PILLOW_LIMIT, "for others, Pillow's limit stays"
+
+
+def test_too_large_a_picture_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    Image.new("1", (30_000, 20_000)).save(tmp_path / "a.png")
+    assert MAX_PIXELS < 30_000 * 20_000
+    for read in (read_header, read_image):
+        with pytest.raises(
+            ValueError, match=r"a\.png: 30000×20000 pixels are more than 500 million: cut the picture into tiles"
+        ):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8)])
+def test_arrays_that_are_no_pictures(array: Any) -> None:
+    with pytest.raises(ValueError, match="expected a PIL image, a uint8 array"):
+        to_rgb(array)
 
 
 # Image files
@@ -64,49 +201,59 @@ def test_a_palette_with_transparency(tmp_path: Path) -> None:
     assert CocoDetection(images, annotations)[0].image[0, 0].tolist() == [200, 100, 50]
 
 
-def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
-    """COCO's boxes refer to the stored pixels."""
-    images, annotations = write(tmp_path, content())
-    pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
-    pixels[:, : WIDTH // 2] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save(images / "b.png", exif=exif)
-    np.testing.assert_array_equal(CocoDetection(images, annotations)[0].image, pixels)
-    Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90).save(images / "b.png", exif=exif)
-    with pytest.raises(
-        ValueError, match=r"b\.png is 40×60 pixels, but image 70 of .* says 60×40; its EXIF orientation"
-    ):
-        CocoDetection(images, annotations)[0]
-
-
 def test_an_image_of_another_size(tmp_path: Path) -> None:
     images, annotations = write(tmp_path, content())
     Image.new("RGB", (50, 40)).save(images / "b.png")
-    with pytest.raises(
-        ValueError, match=r"b\.png is 50×40 pixels, but image 70 of .*annotations\.json says 60×40; boxes"
-    ):
-        CocoDetection(images, annotations)[0]
+    with pytest.raises(ValueError, match=r"b\.png is 50×40 pixels, but .*annotations\.json says 60×40; boxes"):
+        CocoDetection(images, annotations)
+
+
+def test_an_image_that_changes_its_size_later(tmp_path: Path) -> None:
+    images, annotations = write(tmp_path, content())
+    dataset = CocoDetection(images, annotations)
+    Image.new("RGB", (50, 40)).save(images / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png \(image 70 of .*\) is 50×40 pixels, but was 60×40 when"):
+        dataset[0]
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated png", "truncated jpeg", "empty", "text", "header only", "a 32-bit image"]
+    ("damage", "found"),
+    [
+        ("truncated png", "read"),
+        ("truncated jpeg", "read"),
+        ("truncated avif", "opened"),
+        ("empty", "opened"),
+        ("text", "opened"),
+        ("header only", "read"),
+        ("a 32-bit image", "read"),
+        ("an EPS named .png", "opened"),
+    ],
 )
-def test_a_damaged_image_is_named(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_image_is_named(tmp_path: Path, damage: str, found: str) -> None:
     images, annotations = write(tmp_path, content())
     path = images / "b.png"
-    if damage == "truncated jpeg":
-        Image.open(path).save(path, format="JPEG")
+    if damage in ("truncated jpeg", "truncated avif"):
+        Image.open(path).save(path, format=damage.split()[1].upper())
     if damage.startswith("truncated"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif damage == "a 32-bit image":
-        Image.fromarray(np.zeros((HEIGHT, WIDTH), dtype=np.float32)).save(path, format="TIFF")
+        Image.fromarray(np.full((HEIGHT, WIDTH), 300, dtype=np.float32)).save(path, format="TIFF")
+    elif damage == "an EPS named .png":
+        Image.open(path).save(path, format="EPS")  # which Pillow would hand to Ghostscript
     else:
         path.write_bytes({"empty": b"", "text": b"<html>404</html>", "header only": path.read_bytes()[:60]}[damage])
+    if found == "opened":
+        with pytest.raises(
+            ValueError,
+            match=r"1 of 3 images of .*annotations\.json cannot be used: cannot read .*b\.png: .*; replace the file",
+        ):
+            CocoDetection(images, annotations)
+        return
     dataset = CocoDetection(images, annotations)
     assert dataset[1].image_id == 9  # the others are not affected
     with pytest.raises(
-        ValueError, match=r"cannot read .*b\.png \(image 70 of .*annotations\.json\): .*; replace the file"
+        ValueError,
+        match=r"cannot read .*b\.png: .*; replace the file, or remove its entry \(image 70 of .*annotations\.json\)",
     ):
         dataset[0]
 
@@ -121,7 +268,7 @@ def test_a_png_broken_between_two_chunks_is_named(tmp_path: Path) -> None:
     data = content()
     data["images"][0].update(width=300, height=200)
     annotations.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"cannot read .*b\.png .*broken PNG"):
+    with pytest.raises(ValueError, match=r"cannot read .*b\.png: broken PNG"):
         CocoDetection(images, annotations)[0]
 
 
