@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from smca.datasets import SyntheticShapes
 from smca.gpu import evaluate, predict
 from smca.gpu.config import ModelConfig
 from smca.gpu.model import SMCADETR
@@ -78,8 +80,8 @@ def test_predict_gives_pixels_of_the_original_image(model_dir: Path) -> None:
     torch.testing.assert_close(a.boxes_xyxy.mean(0) * 3, b.boxes_xyxy.mean(0), rtol=0.05, atol=2.0)
     assert (a.scores.diff() <= 0).all()
     assert model.predict([]) == []
-    with pytest.raises(ValueError, match=r"image 0 must be a PIL image or a uint8 array"):
-        model.predict([np.zeros((4, 4))])
+    with pytest.raises(ValueError, match=r"image 1: expected a PIL image, a uint8 array"):
+        model.predict([small, np.zeros((4, 4))])
 
 
 def test_predict_command_writes_pictures_and_results_and_reports_bad_files(
@@ -94,7 +96,10 @@ def test_predict_command_writes_pictures_and_results_and_reports_bad_files(
     with pytest.raises(SystemExit) as stopped:
         predict.main([str(model_dir), str(images), "--output", str(out), "--threshold", "0"])
     assert stopped.value.code == 1, "a file that could not be read must show in the exit status"
-    assert "broken.jpg: not a readable image" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "skipped 1 of 3 files:\n  cannot read" in said.err
+    assert "broken.jpg: not a picture of a known format" in said.err
+    assert " objects in 2 images → " in said.out
     assert {p.suffix for p in out.iterdir()} == {".png", ".json"}
     assert len(list(out.glob("*.png"))) == 2
     results = json.loads((out / "results.json").read_text())
@@ -108,12 +113,83 @@ def test_predict_command_writes_pictures_and_results_and_reports_bad_files(
         predict.main([str(model_dir), str(tmp_path / "empty")])
 
 
-def test_predict_turns_images_upright(tmp_path: Path) -> None:
-    image = Image.new("RGB", (40, 20))
-    exif = image.getexif()
+def test_the_command_and_the_method_read_a_picture_alike(model_dir: Path, tmp_path: Path) -> None:
+    """Turned by EXIF, of 16 bits, with a palette: as a viewer shows it, whichever way it comes in."""
+    pixels = np.random.default_rng(3).integers(0, 256, (40, 64), dtype=np.uint8)
+    exif = Image.Exif()
     exif[0x0112] = 6  # "rotate 90° to view"
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert predict.open_upright(tmp_path / "turned.jpg").size == (20, 40)
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(pixels).convert("RGB").quantize(200).save(tmp_path / "b.png", exif=exif)
+    predict.main([str(model_dir), str(tmp_path), "--output", str(tmp_path / "out"), "--threshold", "0"])
+    model = SMCADETR.from_pretrained(model_dir)
+    by_command = json.loads((tmp_path / "out" / "results.json").read_text())
+    for number, name in enumerate(("a.png", "b.png"), start=1):
+        (by_method,) = model.predict([Image.open(tmp_path / name)])
+        boxes = [r["bbox"] for r in by_command if r["image_id"] == number]
+        corners = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes])
+        torch.testing.assert_close(corners, by_method.boxes_xyxy, rtol=0, atol=1e-3)
+    upright = np.rot90(pixels, -1)[..., None].repeat(3, axis=2)
+    (as_array,) = model.predict([upright])
+    (as_file,) = model.predict([Image.open(tmp_path / "a.png")])
+    assert torch.equal(as_array.boxes_xyxy, as_file.boxes_xyxy)
+
+
+def test_predict_does_not_take_its_own_pictures_as_input(model_dir: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (60, 50), "blue").save(tmp_path / "a.png")
+    for output in ("predictions", "others"):
+        predict.main([str(model_dir), str(tmp_path), "--output", str(tmp_path / output), "--threshold", "0"])
+        predict.main([str(model_dir), str(tmp_path), "--output", str(tmp_path / output), "--threshold", "0"])
+        assert [p.name for p in (tmp_path / output).glob("*.png")] == ["0001_a.png"]
+    predict.main([str(model_dir), str(tmp_path / "others/0001_a.png"), "--output", str(tmp_path / "named")])
+
+
+def test_what_was_found_is_kept_when_predict_is_stopped(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        Image.new("RGB", (60, 50), "blue").save(tmp_path / f"{name}.png")
+    read = predict.read_image
+
+    def stop_at_c(path: Path) -> Any:
+        if path.name == "c.png":
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(predict, "read_image", stop_at_c)
+    with pytest.raises(KeyboardInterrupt):
+        predict.main([str(model_dir), str(tmp_path), "--output", str(tmp_path / "out"), "--threshold", "0"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {Path(r["file_name"]).name for r in results} == {"a.png", "b.png"}
+    assert "in 2 images of 3; the others were not looked at" in capsys.readouterr().out
+
+
+def test_a_network_that_gives_nan_does_not_say_that_there_is_nothing(model_dir: Path) -> None:
+    model = SMCADETR.from_pretrained(model_dir)
+    with torch.no_grad():
+        model.decoder.class_head.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="the network's output is not finite"):
+        model.predict([np.zeros((64, 64, 3), np.uint8)])
+
+
+def test_evaluate_reads_any_file_and_writes_its_ids(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, annotations = SyntheticShapes(2, 0, image_size=64).export_coco(tmp_path, "train")
+    data = json.loads(annotations.read_text())
+    for table, key in (("images", "id"), ("annotations", "image_id")):
+        for entry in data[table]:
+            entry[key] = f"picture-{entry[key]}"
+    for annotation in data["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + w, y + h]
+    (tmp_path / "elsewhere.json").write_text(json.dumps(data))
+    arguments = [str(model_dir), "--json", str(tmp_path / "elsewhere.json"), "--images", str(images), "--workers", "0"]
+    with pytest.raises(ValueError, match="look like two corners"):
+        evaluate.main(arguments)
+    options = ["--annotations.box-format", "xyxy", "--output", str(tmp_path / "found.json")]
+    evaluate.main([*arguments, *options])
+    assert "ids written as text" not in capsys.readouterr().out, "a text that is no number is an id as it is"
+    assert {r["image_id"] for r in json.loads((tmp_path / "found.json").read_text())} == {"picture-1", "picture-2"}
 
 
 def test_evaluate_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
