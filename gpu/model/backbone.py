@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from smca.datasets.settings import shown
 from smca.gpu.config import BackboneConfig
 from smca.gpu.config_json import cut
+from smca.gpu.model.frozen_norm import freeze_batch_norm
 
 _PROBE_PIXELS = 256
 """Side of the blank image with which strides are measured; a multiple of every stride in use."""
@@ -29,61 +30,9 @@ _FORBIDDEN = frozenset({"auto_map", "attn_implementation", "experts_implementati
 """Keys that make transformers load code from the hub."""
 _COUNTS = ("depth", "layers", "blocks", "levels", "stages")
 """What is in the name of an option that counts layers."""
-_MOST_LAYERS, _MOST = 1_000, 1_000_000
-"""Layers in one option together, and the largest number in any other: a configuration may come from anywhere."""
-
-
-class FrozenBatchNorm(nn.Module):
-    """Batch norm with fixed statistics and parameters: y = scale·x + shift. It keeps what was learned before and trains nothing."""
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    zeros: Tensor
-
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.eps = norm.eps
-        ones = torch.ones(norm.num_features)
-        self.register_buffer("weight", ones if norm.weight is None else norm.weight.detach().clone())
-        self.register_buffer("bias", ones * 0 if norm.bias is None else norm.bias.detach().clone())
-        self.register_buffer("running_mean", ones * 0 if norm.running_mean is None else norm.running_mean.clone())
-        self.register_buffer("running_var", ones if norm.running_var is None else norm.running_var.clone())
-        self.register_buffer("zeros", ones * 0, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, C, H, W], in the dtype of x."""
-        statistics = (self.running_mean, self.running_var, self.weight, self.bias, self.zeros)
-        return cast(Tensor, _Normalize.apply(x, *statistics, self.eps))  # type: ignore[no-untyped-call]
-
-
-class _Normalize(torch.autograd.Function):
-    """Batch norm with fixed statistics and no trained parameters. Unlike ``batch_norm``, it does not keep x for the backward pass;
-    the kernel of ``batch_norm`` serves both directions, since the gradient is scaled as x is. (Written as arithmetic on broadcast
-    tensors, it takes half as long again on a GPU, and a third of a training step's launches.)"""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, zeros: Tensor, eps: float
-    ) -> Tensor:
-        ctx.save_for_backward(var, weight, zeros)
-        ctx.eps = eps
-        return functional.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        var, weight, zeros = ctx.saved_tensors
-        return functional.batch_norm(grad, zeros, var, weight, zeros, training=False, eps=ctx.eps), *[None] * 6
-
-
-def freeze_batch_norm(module: nn.Module) -> None:
-    """Replace every BatchNorm2d below `module` by a ``FrozenBatchNorm`` with the same values, in place."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, FrozenBatchNorm(child))
-        else:
-            freeze_batch_norm(child)
+_MOST_LAYERS, _MOST_TOGETHER, _MOST = 1_000, 10_000, 1_000_000
+"""Layers in one option, the product over such options (blocks of layers), and the largest number in any other option: a
+configuration may come from anywhere."""
 
 
 class Backbone(nn.Module):
@@ -191,7 +140,7 @@ def _backbone_settings(config: BackboneConfig) -> Any:
             published: Any = AutoConfig.from_pretrained(config.weights, trust_remote_code=False)
         except OSError as error:
             raise _unreachable(config) from error
-        except ValueError as error:
+        except Exception as error:  # transformers refuses foreign configurations with errors of any type
             raise ValueError(
                 f"backbone weights {shown(config.weights)}: {cut(error, 300)}. Set model.backbone.name"
             ) from error
@@ -239,7 +188,8 @@ def _options_of(settings: Any) -> dict[str, Any]:
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Only what describes the architecture, in sizes that can be built."""
-    known = _known_options(AutoConfig.for_model(name))
+    settings: Any = AutoConfig.for_model(name)
+    known = _known_options(settings)
     for key, value in options.items():
         if key not in known:
             raise _OptionError(
@@ -249,10 +199,21 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
         numbers, inner = _contents(value)
         if hostile := [k for k in inner if k in _FORBIDDEN or k.startswith("_")]:
             raise _OptionError(f"option {shown(key)} of backbone {name!r} must not hold {cut(hostile[0])!r}: remove it")
-        counts = any(part in key for part in _COUNTS)
+        counts = _is_count(key)
         if (sum(numbers) if counts else max(numbers, default=0)) > (_MOST_LAYERS if counts else _MOST):
             limit = f"{_MOST_LAYERS} in all" if counts else str(_MOST)
             raise _OptionError(f"option {shown(key)} of backbone {name!r} must be at most {limit}, got {shown(value)}")
+    counts_of = {
+        k: sum(_contents(v)[0]) for k, v in {**settings.to_dict(), **options}.items() if k in known and _is_count(k)
+    }
+    if math.prod(max(1, count) for count in counts_of.values()) > _MOST_TOGETHER:
+        raise _OptionError(
+            f"backbone {name!r} would have too many layers: lower {cut(', '.join(sorted(counts_of)), 200)}"
+        )
+
+
+def _is_count(key: str) -> bool:
+    return any(part in key for part in _COUNTS)
 
 
 def _contents(value: Any) -> tuple[list[float], list[str]]:
@@ -353,9 +314,10 @@ def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]
         )
     except OSError as error:
         raise _unreachable(config) from error
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files end in errors of any type
         raise ValueError(
-            f"backbone weights {shown(config.weights)} cannot be read ({cut(error, 200)}): copy or download them again"
+            f"backbone weights {shown(config.weights)} cannot be read ({cut(error, 200)}): copy or download them again, "
+            "with `git lfs pull` if they come from a clone"
         ) from error
     finally:
         transformers_logging.set_verbosity(said)

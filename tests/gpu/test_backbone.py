@@ -11,7 +11,8 @@ from transformers import AutoBackbone, AutoConfig, AutoModelForImageClassificati
 
 from smca.gpu.config import BackboneConfig, ModelConfig
 from smca.gpu.model import SMCADETR
-from smca.gpu.model.backbone import Backbone, FrozenBatchNorm
+from smca.gpu.model.backbone import Backbone
+from smca.gpu.model.frozen_norm import FrozenBatchNorm
 
 FOUR_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 

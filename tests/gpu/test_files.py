@@ -180,6 +180,14 @@ def test_options_of_the_backbone_describe_an_architecture_and_nothing_else(
     assert message in said
 
 
+def test_options_that_multiply_are_bounded_together(run: Path) -> None:
+    path = run / "model" / "config.json"
+    edit(
+        path, backbone={"name": "hgnet_v2", "options": {"stage_num_blocks": [99] * 4, "stage_numb_of_layers": [99] * 4}}
+    )
+    assert "would have too many layers: lower depths, stage_num_blocks, stage_numb_of_layers" in refused(run, path)
+
+
 @pytest.mark.parametrize("name", ["bert", "timm_backbone", "x" * 999])
 def test_a_backbone_is_one_of_transformers_backbones(run: Path, name: str) -> None:
     path = run / "model" / "config.json"
