@@ -100,10 +100,16 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W] → for each level features [B, channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
-        height, width = (-side % self.divisor for side in images.shape[-2:])
-        return list(
-            self.body(functional.pad(images, (0, width, 0, height)) if height or width else images).feature_maps
-        )
+        height, width = images.shape[-2:]
+        rows, columns = -height % self.divisor, -width % self.divisor
+        if not (rows or columns):
+            return list(self.body(images).feature_maps)
+        maps = self.body(functional.pad(images, (0, columns, 0, rows))).feature_maps
+        # Without the cells that hold only what was added.
+        return [
+            features[:, :, : -(-height // stride), : -(-width // stride)]
+            for features, stride in zip(maps, self.strides, strict=True)
+        ]
 
     def each_alone(self, images: Tensor, valid_sizes: Tensor) -> list[Tensor]:
         """The same for padded images, each as if it were in no batch: those of one size together, without their padding.
