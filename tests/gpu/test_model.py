@@ -34,7 +34,7 @@ def test_images_to_boxes_equal_the_oracle_behind_the_backbone() -> None:
         mask[index, :height, :width] = False
     with torch.no_grad():
         got = made(images, mask)
-        features = [f.numpy() for f in made.backbone(made.normalize(images, mask))]
+        features = [f.numpy() for f in made.backbone.each_alone(made.normalize(images, mask), torch.tensor(sizes))]
     params = {name: value.numpy() for name, value in made.state_dict().items()}
     expected = forward(params, features, np.array(sizes), SMALL)
     for name in ("logits", "boxes"):
