@@ -48,6 +48,43 @@ def find_split(root: str | os.PathLike[str], split: Split) -> tuple[Path, Path]:
     several files could be meant.
     """
     root = Path(root)
+    file, folders = _layout(root, split)
+    present = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+    if not present:
+        raise FileNotFoundError(
+            f"{file} exists, but no folder with its images; looked for "
+            f"{', '.join(str(folder.relative_to(root)) + '/' for folder in dict.fromkeys(folders))} in {root}; found "
+            f"{_contents(root)}. Move the images into one of these folders, or name theirs: {_flags(split)}"
+        )
+    return (present[0] if len(present) == 1 else _folder_with_images(present, file)), file
+
+
+def find_annotations(root: str | os.PathLike[str], split: Split) -> Path:
+    """The annotation file that `find_split` would find, wherever its images are."""
+    return _layout(Path(root), split)[0]
+
+
+def folder_of_images(file: Path) -> Path:
+    """The folder with the images of an annotation file that lies anywhere: one of its name, or images/, beside it or one folder up;
+    otherwise its own folder."""
+    name = file.stem.removeprefix("instances_")
+    near = [each for parent in (file.parent, file.parent.parent) for each in _folders(parent, [name, *_IMAGE_FOLDERS])]
+    near += [file.parent.parent / "images" / name, file.parent]
+    present = [folder for folder in near if folder.is_dir()]
+    return _folder_with_images(present, file) if present else file.parent
+
+
+def _flags(split: Split) -> str:
+    name = f"--{split}-json FILE --{split}-images DIR" if split != "test" else "--json FILE --images DIR"
+    return name + (" (smca evaluate: --json FILE --images DIR)" if split == "val" else "")
+
+
+Layout = tuple[Path, list[Path]]
+"""An annotation file, and the folders in which its images may be, the likeliest first."""
+
+
+def _layout(root: Path, split: Split) -> Layout:
+    """The one layout of a split that is there."""
     if split not in _NAMES:
         raise ValueError(f"find_split: split must be one of {', '.join(map(repr, _NAMES))}, got {split!r}")
     if not root.is_dir():
@@ -73,34 +110,7 @@ def find_split(root: str | os.PathLike[str], split: Split) -> tuple[Path, Path]:
             f"{root} holds several annotation files of the split {split!r}: "
             f"{', '.join(str(file.relative_to(root)) for file, _ in layouts)}; keep one, or name it: {_flags(split)}"
         )
-    file, folders = layouts[0]
-    present = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
-    if not present:
-        raise FileNotFoundError(
-            f"{file} exists, but no folder with its images; looked for "
-            f"{', '.join(str(folder.relative_to(root)) + '/' for folder in dict.fromkeys(folders))} in {root}; found "
-            f"{_contents(root)}. Move the images into one of these folders, or name theirs: {_flags(split)}"
-        )
-    return (present[0] if len(present) == 1 else _folder_with_images(present, file)), file
-
-
-def folder_of_images(file: Path) -> Path:
-    """The folder with the images of an annotation file that lies anywhere: one of its name, or images/, beside it or one folder up;
-    otherwise its own folder."""
-    name = file.stem.removeprefix("instances_")
-    near = [each for parent in (file.parent, file.parent.parent) for each in _folders(parent, [name, *_IMAGE_FOLDERS])]
-    near += [file.parent.parent / "images" / name, file.parent]
-    present = [folder for folder in near if folder.is_dir()]
-    return _folder_with_images(present, file) if present else file.parent
-
-
-def _flags(split: Split) -> str:
-    name = f"--{split}-json FILE --{split}-images DIR" if split != "test" else "--json FILE --images DIR"
-    return name + (" (smca evaluate: --json FILE --images DIR)" if split == "val" else "")
-
-
-Layout = tuple[Path, list[Path]]
-"""An annotation file, and the folders in which its images may be, the likeliest first."""
+    return layouts[0]
 
 
 def _named(root: Path, split: Split) -> list[Layout]:

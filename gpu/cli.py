@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -17,16 +18,28 @@ COMMANDS = {
 
 
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Run a command; expected errors become one readable message and exit status 1."""
+    """Run a command; expected errors become one readable message and exit status 1.
+
+    What a terminal cannot show (a code page without "→" or without the letters of a class name) is shown as "?". A reader that goes
+    away, such as ``head``, ends the command quietly with status 141, and Ctrl-C with 130.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What Python would still write as it ends goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (ValueError, OSError) as error:
         if os.environ.get("SMCA_TRACEBACK"):
             raise
         print(f"error: {_message(error)}\n(SMCA_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\nstopped; `smca train … --resume` continues from the last finished epoch", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -38,7 +51,11 @@ def _message(error: Exception) -> str:
 
 def main() -> None:
     """Entry point of ``smca``."""
-    argv = sys.argv[1:]
+    run(_dispatch)
+
+
+def _dispatch(argv: list[str]) -> None:
+    """Run the command that the first argument names."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: smca COMMAND [options]\n")
         print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
@@ -59,4 +76,4 @@ def main() -> None:
             raise
         print("error: the suite needs Hypothesis: pip install 'smca-detr[conformance]'", file=sys.stderr)
         raise SystemExit(1) from None
-    run(command, argv[1:])
+    command(argv[1:])

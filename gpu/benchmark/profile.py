@@ -240,7 +240,7 @@ def _trace(step: Callable[[], None], stem: Path, cuda: bool) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(f"{stem}.trace.json.gz")
     order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    Path(f"{stem}.ops.txt").write_text(profiler.key_averages().table(sort_by=order, row_limit=60))
+    Path(f"{stem}.ops.txt").write_text(profiler.key_averages().table(sort_by=order, row_limit=60), encoding="utf-8")
 
 
 def _bytes(tensors: Any) -> float:

@@ -180,5 +180,7 @@ class Report:
 
     def _write(self) -> None:
         self.stem.parent.mkdir(parents=True, exist_ok=True)
-        self.stem.with_name(f"{self.stem.name}.json").write_text(json.dumps(self.record, indent=2) + "\n")
-        self.stem.with_name(f"{self.stem.name}.md").write_text("\n".join(self.text) + "\n")
+        self.stem.with_name(f"{self.stem.name}.json").write_text(
+            json.dumps(self.record, indent=2) + "\n", encoding="utf-8"
+        )
+        self.stem.with_name(f"{self.stem.name}.md").write_text("\n".join(self.text) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from smca.datasets import (
     collate,
     find_split,
 )
-from smca.datasets.layout import Split, folder_of_images
+from smca.datasets.layout import Split, find_annotations, folder_of_images
 from smca.gpu.config import ModelConfig, SyntheticConfig
 
 
@@ -54,8 +54,10 @@ def open_split(
                 "no data given: pass --data DIR (a COCO-format folder, docs/data.md) or name files (--train-json, --train-images, "
                 "--val-json, --val-images; smca evaluate: --json, --images), or try the built-in data: smca train demo"
             )
-        found_images, json_file = find_split(Path(data), split)
-        images_dir = images_dir or found_images
+        if images_dir is None:
+            images_dir, json_file = find_split(Path(data), split)
+        else:
+            json_file = find_annotations(Path(data), split)
     elif images_dir is None:
         images_dir = folder_of_images(json_file)
     return CocoDetection(images_dir, json_file, options=options, cache=cache)

@@ -90,7 +90,7 @@ class RunLog:
         if not self.main_process:
             return
         self.metrics.append(metrics)
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         shown = {k: "–" if metrics[k] is None else f"{metrics[k]:.3f}" for k in ("ap", "ap50")}
         self._progress.update(self._task, ap=shown["ap"])

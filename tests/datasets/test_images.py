@@ -132,7 +132,7 @@ def test_values_without_a_defined_range_are_refused(tmp_path: Path, values: list
         lambda: to_rgb(array),
         lambda: to_rgb(Image.fromarray(array)),
     ):
-        with pytest.raises(ValueError, match="grey values lie between .* save it with 8 or 16 bits"):
+        with pytest.raises(ValueError, match=r"grey values lie between .* save it with 8 or 16 bits"):
             read()
 
 

@@ -1,0 +1,264 @@
+"""What a run leaves in its folder, whatever ends it: what is saved is what the log says, and what is resumed is the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from smca.datasets import AnnotationOptions, SyntheticShapes
+from smca.gpu import train
+from smca.gpu.config import RunConfig
+from smca.gpu.evaluation import detect, evaluate_detections, evaluation_loader
+from smca.gpu.model import SMCADETR
+from smca.gpu.training.log import read_metrics
+
+SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
+shared: Any = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(shared)
+
+
+def tiny(output: Path, **changes: Any) -> RunConfig:
+    run: RunConfig = shared.tiny(output, **changes)
+    return run
+
+
+def files(folder: Path) -> set[str]:
+    return {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name
+    }
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = KeyboardInterrupt) -> None:
+    """Let the optimiser's step number `steps` + 1 raise."""
+    taken = 0
+    step = torch.optim.AdamW.step
+
+    def counted(self: Any, *args: Any) -> Any:
+        nonlocal taken
+        if taken == steps:
+            raise error
+        taken += 1
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+
+
+def test_the_log_the_saved_model_and_the_best_model_have_one_ap(tmp_path: Path) -> None:
+    """To the last digit, read back from disk and evaluated in batches of another size."""
+    config = tiny(tmp_path, epochs=3, optim=dataclasses.replace(tiny(tmp_path).optim, lr=3e-3, backbone_lr=3e-3))
+    train.train(config)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    best = max(lines, key=lambda line: line["ap"])
+    assert best["ap"] > 0
+    data = SyntheticShapes(config.synthetic.val_images, 1, image_size=64)
+    for folder, line in (("model", lines[-1]), ("best", best)):
+        model = SMCADETR.from_pretrained(tmp_path / folder)
+        results = detect(model, evaluation_loader(data, model.config, batch_size=5, workers=0))
+        assert evaluate_detections(data.ground_truth(), results).ap == pytest.approx(line["ap"], abs=1e-6)
+
+
+def test_a_model_and_a_checkpoint_are_on_disk_before_the_first_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("a picture that cannot be read")
+
+    monkeypatch.setattr(train, "detect", fail)
+    with pytest.raises(ValueError, match="cannot be read"):
+        train.train(tiny(tmp_path))
+    assert {"model/config.json", "model/model.safetensors", "checkpoint.pt"} <= files(tmp_path)
+    trained = load_file(tmp_path / "model/model.safetensors")
+    monkeypatch.undo()
+    train.train(tiny(tmp_path, resume=True))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["epoch"] for line in lines] == [1, 2], "the evaluation that failed is made up for"
+    whole = tmp_path / "whole"
+    train.train(tiny(whole))
+    without_time = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    assert without_time == [
+        {k: v for k, v in line.items() if "second" not in k} for line in read_metrics(whole / "metrics.jsonl")
+    ]
+    assert trained.keys() == load_file(whole / "model/model.safetensors").keys()
+
+
+@pytest.mark.parametrize("stopped_at", [0, 1, 4])
+def test_a_stopped_run_leaves_a_model_and_goes_on(
+    tmp_path: Path, stopped_at: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three steps make an epoch: stopped before the first, within the first and within the second."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train.train(tiny(whole))
+    stop_after(stopped_at, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny(stopped))
+    monkeypatch.undo()
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"stopped at step {stopped_at}" in said
+    assert f"continues from the end of epoch {stopped_at // 3}" in said
+    for source in [stopped / "checkpoint.pt", stopped] + [stopped / "model"] * (stopped_at > 0):
+        SMCADETR.from_pretrained(source)
+    train.train(tiny(stopped, resume=True))
+    for name, tensor in load_file(whole / "model/model.safetensors").items():
+        assert torch.equal(tensor, load_file(stopped / "model/model.safetensors")[name]), name
+
+
+def test_a_scheduler_that_stops_a_run_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "train", lambda config: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["demo", "--output", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_overwrite_removes_what_it_replaces_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.train(tiny(tmp_path))
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model" / "mine.txt").write_text("mine")
+    old = (tmp_path / "checkpoint.pt").read_bytes()
+    stop_after(0, monkeypatch)
+    other = tiny(tmp_path, overwrite=True, seed=5)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(other)
+    monkeypatch.undo()
+    assert files(tmp_path) == {"checkpoint.pt", "metrics.jsonl", "notes.txt", "model/mine.txt"}
+    assert (tmp_path / "checkpoint.pt").read_bytes() != old
+    assert len(list((tmp_path / "tensorboard").glob("*"))) == 1
+    train.train(dataclasses.replace(other, overwrite=False, resume=True))
+    train.train(tiny(tmp_path / "fresh", seed=5))
+    resumed, fresh = (load_file(folder / "model/model.safetensors") for folder in (tmp_path, tmp_path / "fresh"))
+    assert all(torch.equal(resumed[name], fresh[name]) for name in fresh), "nothing of the old run came back"
+
+
+def test_a_mistake_leaves_the_old_run_alone(tmp_path: Path) -> None:
+    train.train(tiny(tmp_path))
+    before = files(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        train.train(tiny(tmp_path, overwrite=True, data=str(tmp_path / "nowhere")))
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 2}, "--batch-size is 2, was 4"),
+        ({"seed": 3}, "--seed is 3, was 0"),
+        ({"epochs": 4}, "--epochs is 4, was 2"),
+        ({"max_steps": 5}, "--max-steps is 5, was None"),
+        ({"precision": "bf16"}, "--precision is 'bf16', was 'fp32'"),
+        ({"optim": {"weight_decay": 0.5}}, "--optim.weight-decay is 0.5, was 0.0001"),
+        ({"loss": {"giou_weight": 9.0}}, "--loss.giou-weight is 9.0, was 2.0"),
+        ({"augmentation": {"zoom": (0.5, 1.0)}}, r"--augmentation.zoom is \[0.5, 1.0\], was \[1.0, 1.0\]"),
+        ({"synthetic": {"train_images": 16}}, "the training images or their boxes are others .*16 images.*12 images"),
+        ({"synthetic": {"max_objects": 2}}, "the held-out images or their boxes are others"),
+        ({"model": {"num_queries": 9}}, "--model.num-queries is 9, was 8"),
+    ],
+    ids=str,
+)
+def test_other_settings_are_seen_on_resume(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    config = tiny(tmp_path, max_steps=None)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(0, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config)
+    inner = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in changes.items()}
+    with pytest.raises(ValueError, match=named) as refused:
+        train.train(dataclasses.replace(config, resume=True, **inner))
+    assert ("--resume-changed" in str(refused.value)) == ("model" not in changes)
+
+
+def test_settings_that_change_nothing_of_what_is_learned_may_differ(tmp_path: Path) -> None:
+    train.train(tiny(tmp_path))
+    train.train(tiny(tmp_path, resume=True, eval_every=2, eval_batch_size=3, cache_images=False))
+
+
+def test_changed_settings_hold_from_then_on(tmp_path: Path) -> None:
+    train.train(tiny(tmp_path, epochs=1))
+    optim = dataclasses.replace(tiny(tmp_path).optim, weight_decay=0.5, lr=1e-3)
+    train.train(tiny(tmp_path, epochs=2, resume=True, resume_changed=True, optim=optim))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5, 0.5]
+    assert state["settings"]["optim"]["lr"] == 1e-3
+    train.train(tiny(tmp_path, epochs=2, resume=True, optim=optim))  # which are now the run's own
+
+
+def test_longer_training_at_a_constant_rate_is_no_change(tmp_path: Path) -> None:
+    optim = dataclasses.replace(tiny(tmp_path).optim, schedule="step")
+    train.train(tiny(tmp_path, epochs=1, optim=optim))
+    train.train(tiny(tmp_path, epochs=2, optim=optim, resume=True))
+    assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+# Data
+
+
+def coco(root: Path) -> Path:
+    for split, count, seed in (("train", 8, 0), ("val", 4, 1)):
+        SyntheticShapes(count, seed, image_size=64).export_coco(root, split)  # type: ignore[arg-type]
+    return root
+
+
+def edit(file: Path, change: Any) -> None:
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
+    root = coco(tmp_path / "data")
+    edit(root / "annotations/train.json", lambda data: data.update(annotations=[]))
+    with pytest.raises(ValueError, match=r"no box to train on \(training images: 8 images \(8 empty\)"):
+        train.train(tiny(tmp_path / "run", data=str(root)))
+    assert not (tmp_path / "run").exists()
+    edit(root / "annotations/val.json", lambda data: data.update(annotations=[]))
+    with pytest.raises(ValueError, match="no box to train on"):
+        train.train(tiny(tmp_path / "run", data=str(root)))
+
+
+def test_a_bad_held_out_image_is_found_before_training(tmp_path: Path) -> None:
+    root = coco(tmp_path / "data")
+    Image.new("RGB", (60, 60)).save(root / "val/000003.png")
+    with pytest.raises(ValueError, match=r"000003\.png is 60×60 pixels"):
+        train.train(tiny(tmp_path / "run", data=str(root)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_named_one_by_one(tmp_path: Path) -> None:
+    root = coco(tmp_path / "data")
+    (root / "annotations/train.json").rename(tmp_path / "a.json")
+    (root / "val").rename(tmp_path / "pictures")
+    edit(tmp_path / "a.json", lambda data: [a.update(iscrowd=1) for a in data["annotations"]])
+    config = tiny(
+        tmp_path / "run",
+        data=str(root),
+        train_json=tmp_path / "a.json",
+        train_images=root / "train",
+        val_images=tmp_path / "pictures",
+        max_steps=1,
+    )
+    with pytest.raises(ValueError, match=r"a\.json: all .* --annotations.crowd objects"):
+        train.train(config)
+    train.train(dataclasses.replace(config, annotations=AnnotationOptions(crowd="objects")))
+
+
+def test_options_have_the_names_that_messages_give_them(tmp_path: Path) -> None:
+    options = ["--train-json", "a.json", "--train-images", "a", "--val-json", "b.json", "--val-images", "b"]
+    options += ["--annotations.frame", "stored", "--annotations.box-format", "cxcywh-fractions"]
+    options += ["--annotations.crowd", "objects", "--resume", "--resume-changed"]
+    config = train.parse(["small", *options])
+    assert config.annotations == AnnotationOptions("stored", "cxcywh-fractions", "objects")
+    assert (config.train_json, config.val_images, config.resume_changed) == (Path("a.json"), Path("b"), True)
+    with pytest.raises(SystemExit):
+        train.parse(["small", "--resume-changed"])
