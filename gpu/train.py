@@ -177,7 +177,8 @@ def _evaluate(run: Run, log: RunLog) -> None:
     results = gather(detect(run.trained, run.val_loader), run.world)
     if run.rank != 0:
         return
-    metrics = evaluate_detections(run.val_truth, results).as_dict()
+    evaluated = evaluate_detections(run.val_truth, results)
+    metrics = evaluated.as_dict()
     best = _best(log.metrics)
     if metrics["ap"] is not None and (best is None or metrics["ap"] > best["ap"]):
         run.trained.save_pretrained(output / BEST_FOLDER)
@@ -191,6 +192,9 @@ def _evaluate(run: Run, log: RunLog) -> None:
             "images_per_second": run.images_per_second,
         }
     )
+    if run.step >= run.total_steps:
+        for note in evaluated.notes:
+            log.say(f"note: {note}")
 
 
 def _best(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@
 
 A number that has nothing to average over (a class or a size without ground truth) is NaN here, "–" in the table and
 null in JSON; COCOeval itself writes −1. Detections that fall on a crowd region count neither for nor against.
+
+Where these rules hide something that a reader of the numbers should know, `CocoMetrics.notes` says it.
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ _MEANING = {
     "ar_large": "AR      large, 100 detections",
 }
 """COCOeval's twelve numbers in its own order, with the words that the table uses."""
+COUNTED = 100
+"""Detections per image and class that COCO counts, and so the most objects that can be found."""
+_ROUNDING_PX = 0.5
+_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -57,20 +63,23 @@ class CocoMetrics:
     ar_large: float
     per_class: dict[str, tuple[float, float]]
     """Class name → (AP, AP50), in the order of category ids; NaN for a class without ground truth."""
+    notes: tuple[str, ...] = ()
+    """What COCO's rules hide in these data, one sentence each."""
 
     def table(self) -> str:
-        """The twelve numbers and AP by class as text, one per line."""
+        """The twelve numbers, AP by class and the notes as text, one per line."""
         width = max(len(text) for text in (*_MEANING.values(), *self.per_class))
         lines = [f"{text:<{width}}  {_number(getattr(self, name))}" for name, text in _MEANING.items()]
         if self.per_class:
             lines += ["", f"{'class':<{width}}     AP   AP50"]
             lines += [f"{name:<{width}}  {_number(ap)}  {_number(ap50)}" for name, (ap, ap50) in self.per_class.items()]
+        lines += ["", *(f"note: {note}" for note in self.notes)] if self.notes else []
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values that ``json.dumps`` takes as strict JSON: NaN becomes None."""
+        """The numbers as plain values that ``json.dumps`` takes as strict JSON: NaN becomes None."""
         numbers: dict[str, Any] = {
-            f.name: _or_none(getattr(self, f.name)) for f in fields(self) if f.name != "per_class"
+            f.name: _or_none(getattr(self, f.name)) for f in fields(self) if f.name not in ("per_class", "notes")
         }
         numbers["per_class"] = {
             name: {"ap": _or_none(ap), "ap50": _or_none(ap50)} for name, (ap, ap50) in self.per_class.items()
@@ -99,18 +108,80 @@ def evaluate_detections(ground_truth: Mapping[str, Any], detections: Sequence[Ma
         if key not in ground_truth:
             raise ValueError(f'ground truth needs COCO\'s "images", "categories" and "annotations"; {key!r} is missing')
     _check_detections(ground_truth, detections)
+    truth = _truth_entries(ground_truth)
+    crowded = _crowded_images(truth)
     # A silenced stdout: COCOeval prints its progress and its summary, and offers no way to turn either off.
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(
-            _index(ground_truth, _truth_entries(ground_truth)),
+            _index(ground_truth, truth),
             _index(ground_truth, _result_entries(detections)),
             "bbox",
         )
+        if crowded:  # the best hundred are matched as they would be without the others
+            evaluation.params.maxDets = [*evaluation.params.maxDets, max(crowded)]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     numbers = {name: _defined(value) for name, value in zip(_MEANING, evaluation.stats, strict=True)}
-    return CocoMetrics(**numbers, per_class=_per_class(ground_truth, evaluation))
+    notes = [*_notes_of_crowded(crowded, evaluation), *_notes_of_boxes(ground_truth, truth)]
+    return CocoMetrics(**numbers, per_class=_per_class(ground_truth, evaluation), notes=tuple(notes))
+
+
+def _crowded_images(truth: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Objects of one class in one image, where they are more than COCO counts."""
+    counts = Counter((a["image_id"], a["category_id"]) for a in truth if not a["iscrowd"])
+    return [count for count in counts.values() if count > COUNTED]
+
+
+def _notes_of_crowded(crowded: list[int], evaluation: COCOeval) -> list[str]:
+    if not crowded:
+        return []
+    every = _mean_precision(evaluation, index=-1)
+    return [
+        f"{_count(len(crowded), 'image has', 'images have')} more than {COUNTED} objects of a class, {max(crowded)} at most, and "
+        f"COCO counts {COUNTED} detections per image and class: the others are missed by rule. With as many as there are objects, "
+        f"AP is {_number(every).strip()}"
+    ]
+
+
+def _notes_of_boxes(ground_truth: Mapping[str, Any], truth: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = []
+    sizes = {i["id"]: (i["width"], i["height"]) for i in ground_truth["images"] if {"width", "height"} <= i.keys()}
+    beyond = flat = 0
+    for annotation in truth:
+        x, y, w, h = annotation["bbox"]
+        width, height = sizes.get(annotation["image_id"], (math.inf, math.inf))
+        if w <= 0 or h <= 0:
+            flat += 1
+        elif max(-x, -y, x + w - width, y + h - height) > _ROUNDING_PX:
+            beyond += 1
+    if beyond:
+        notes.append(
+            f"{_count(beyond, 'box', 'boxes')} of the ground truth reach{'es' * (beyond == 1)} beyond the image; detections end "
+            "at its border, so that they overlap less than they could"
+        )
+    if flat:
+        notes.append(
+            f"{_count(flat, 'object has', 'objects have')} no area: nobody can find them, and COCO counts them"
+        )
+    used = {annotation["category_id"] for annotation in truth if not annotation["iscrowd"]}
+    if used and (absent := [str(c["name"]) for c in ground_truth["categories"] if c["id"] not in used]):
+        listed = ", ".join(absent[:_NAMES_SHOWN]) + ", …" * (len(absent) > _NAMES_SHOWN)
+        notes.append(
+            f"{_count(len(absent), 'class has', 'classes have')} no object in these images and no part in the means: {listed}"
+        )
+    return notes
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number:,} {one if number == 1 else several}"
+
+
+def _mean_precision(evaluation: COCOeval, index: int) -> float:
+    """AP over all thresholds, classes and sizes, with the `index`-th of the numbers of detections."""
+    precision = evaluation.eval["precision"][:, :, :, 0, index]
+    defined = precision[precision > -1]
+    return float(defined.mean()) if defined.size else math.nan
 
 
 def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> COCO:
@@ -173,7 +244,7 @@ def _check_detections(ground_truth: Mapping[str, Any], detections: Sequence[Mapp
 def _per_class(ground_truth: Mapping[str, Any], evaluation: COCOeval) -> dict[str, tuple[float, float]]:
     names = {category["id"]: str(category["name"]) for category in ground_truth["categories"]}
     uses = Counter(names.values())
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, K]: all sizes, 100 detections
+    precision = evaluation.eval["precision"][:, :, :, 0, 2]  # [IoU, recall, K]: all sizes, 100 detections
     per_class = {}
     for k, category_id in enumerate(evaluation.params.catIds):
         name = names[category_id]

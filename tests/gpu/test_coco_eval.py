@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from smca.gpu.evaluation.coco import CocoMetrics, evaluate_detections
 
@@ -182,10 +187,10 @@ def test_table_names_numbers_and_classes() -> None:
     assert lines[0].split()[0] == "AP"
     assert lines[0].endswith("0.400")
     assert lines[1].endswith("1.000")
-    assert lines[-2].split() == ["cat", "0.400", "1.000"]
-    assert lines[-1].split() == ["dog", "–", "–"]
-    assert len(lines) == 12 + 2 + 2
-    assert len({len(line) for line in lines[-3:]}) == 1  # columns are aligned
+    assert lines[14].split() == ["cat", "0.400", "1.000"]
+    assert lines[15].split() == ["dog", "–", "–"]
+    assert lines[16:] == ["", "note: 1 class has no object in these images and no part in the means: dog"]
+    assert len({len(line) for line in lines[13:16]}) == 1  # columns are aligned
 
 
 def test_dict_is_strict_json() -> None:
@@ -196,3 +201,78 @@ def test_dict_is_strict_json() -> None:
         "cat": {"ap": pytest.approx(0.4), "ap50": pytest.approx(1.0)},
         "dog": {"ap": None, "ap50": None},
     }
+
+
+# What COCO's rules hide
+
+
+def crowded(count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """`count` objects of one class in one image, all found."""
+    boxes = [(60.0 * (i % 10), 20.0 * (i // 10), 40.0, 15.0) for i in range(count)]
+    return truth(*((1, 3, box) for box in boxes), (2, 7, BOX)), [
+        *(detection(1, 3, box) for box in boxes),
+        detection(2, 7, BOX),
+    ]
+
+
+def test_more_objects_than_coco_counts() -> None:
+    metrics = evaluate_detections(*crowded(150))
+    assert metrics.per_class["cat"][0] == pytest.approx(0.663, abs=1e-3), "COCO's own number stays"
+    assert metrics.ar100 == pytest.approx((100 / 150 + 1) / 2)
+    (note,) = metrics.notes
+    assert note == (
+        "1 image has more than 100 objects of a class, 150 at most, and COCO counts 100 detections per image and class: the others "
+        "are missed by rule. With as many as there are objects, AP is 1.000"
+    )
+    assert evaluate_detections(*crowded(100)).notes == ()
+
+
+def test_boxes_beyond_the_border_and_without_area() -> None:
+    ground_truth = truth(
+        (1, 3, BOX), (1, 3, (-4.0, 10.0, 50.0, 50.0)), (2, 7, (600.0, 10.0, 40.4, 50.0)), (2, 7, (9.0, 9.0, 0.0, 5.0))
+    )
+    metrics = evaluate_detections(ground_truth, [detection(1, 3, BOX)])
+    assert [note.split(";")[0] for note in metrics.notes[:1]] == ["1 box of the ground truth reaches beyond the image"]
+    assert metrics.notes[1] == "1 object has no area: nobody can find them, and COCO counts them"
+
+
+def test_nothing_hidden_nothing_said() -> None:
+    assert evaluate_detections(truth((1, 3, BOX), (2, 7, OTHER)), []).notes == ()
+    assert evaluate_detections(truth(), []).notes == ()
+
+
+@pytest.mark.parametrize("most", [5, 130])
+def test_the_numbers_are_pycocotools_own(most: int, tmp_path: Path) -> None:
+    """Of a file as pycocotools reads it: with crowds, objects beyond the border, without area, and more than 100 in an image."""
+    rng = np.random.default_rng(most)
+    boxes = [
+        (
+            int(rng.integers(1, 4)),
+            int(rng.choice([3, 7])),
+            tuple((rng.uniform(-30, 400, 4) * [1, 1, 0.5, 0.5]).tolist()),
+        )
+        for _ in range(3 * most)
+    ]
+    ground_truth = truth(*boxes, images=3)  # type: ignore[arg-type]
+    for number, annotation in enumerate(ground_truth["annotations"], start=1):
+        annotation.update(id=number, iscrowd=int(rng.random() < 0.1))
+    found = [
+        detection(
+            a["image_id"],
+            a["category_id"],
+            tuple((np.array(a["bbox"]) + rng.normal(0, 4, 4)).tolist()),
+            float(rng.random()),
+        )
+        for a in ground_truth["annotations"]
+        if rng.random() < 0.9
+    ]
+    file = tmp_path / "truth.json"
+    file.write_text(json.dumps(ground_truth))
+    coco = COCO(str(file))
+    evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(found)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    metrics = evaluate_detections(ground_truth, found)
+    ours = [getattr(metrics, field.name) for field in dataclasses.fields(CocoMetrics)[:12]]
+    assert [-1.0 if math.isnan(value) else value for value in ours] == evaluation.stats.tolist()
