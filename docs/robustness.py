@@ -31,6 +31,8 @@ from smca.gpu.model import SMCADETR
 
 KEPT_ROWS = 96
 """Of 128: a picture that is not square, so that its orientation shows in its size."""
+LEAST_SEEN = 0.4
+"""Of the height of an object that the cut leaves in the picture."""
 CONFIDENT = 0.3
 _UNDO = {
     1: lambda a: a,
@@ -108,12 +110,11 @@ class Pixels(DetectionDataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self._shapes[index]
-        whole = sample.boxes_xyxy[:, 3] <= KEPT_ROWS
+        boxes = np.minimum(sample.boxes_xyxy, [np.inf, KEPT_ROWS, np.inf, KEPT_ROWS])
+        seen = (boxes[:, 3] - boxes[:, 1]) / (sample.boxes_xyxy[:, 3] - sample.boxes_xyxy[:, 1]) >= LEAST_SEEN
         picture = self._convert(Image.fromarray(np.ascontiguousarray(sample.image[:KEPT_ROWS])))
         image: UInt8Array = np.asarray(picture.convert("RGB"))
-        return Sample(
-            image, sample.boxes_xyxy[whole], sample.labels[whole], sample.image_id, (KEPT_ROWS, image.shape[1])
-        )
+        return Sample(image, boxes[seen], sample.labels[seen], sample.image_id, (KEPT_ROWS, image.shape[1]))
 
 
 @dataclass(frozen=True)
