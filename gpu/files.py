@@ -1,8 +1,9 @@
 """Files that a run leaves: checkpoints, with all that training needs to go on, and models, with what prediction needs.
 
-    runs/x/checkpoint.pt              after every epoch
-    runs/x/model/config.json          at the end
+    runs/x/checkpoint.pt              before the first step, and after every epoch
+    runs/x/model/config.json          before every evaluation, and when the run is stopped
     runs/x/model/model.safetensors
+    runs/x/best/…                     likewise, at the highest AP so far
 
 Every file is replaced in one step. What is read may be cut, damaged or somebody else's: it is checked before it is used, no code
 in it is run, and a ValueError names the file.

@@ -285,8 +285,11 @@ def _without_unread_stages(settings: Any) -> Any:
 def _side_divisor(settings: Any, stride: int) -> int:
     """1, or `stride` if the network drops what is left over when an image is no multiple of it."""
     side = _PROBE_PIXELS + 1
-    with torch.device("meta"):
-        maps = _build(settings).eval()(torch.empty(1, 3, side, side)).feature_maps
+    try:
+        with torch.device("meta"):
+            maps = _build(settings).eval()(torch.empty(1, 3, side, side)).feature_maps
+    except Exception:  # a family that takes whole multiples only refuses with an error of any type
+        return stride
     return 1 if maps[-1].shape[-1] == -(-side // stride) else stride
 
 
