@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 COMMANDS = {
@@ -26,6 +27,7 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line that gave it
     try:
         command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

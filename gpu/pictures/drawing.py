@@ -5,17 +5,17 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from smca.gpu.pictures.fonts import label_and_font
 
 LEGIBLE_SIDE = 480
 """Small images are enlarged until the shorter side has at least this many pixels, so that text stays legible."""
@@ -74,7 +74,7 @@ def draw_detections(
     pen = ImageDraw.Draw(canvas)
     short_side = min(canvas.size)
     line = max(2, round(short_side / 240))
-    font = _font(max(13, round(short_side / 36)))
+    text_height = max(13, round(short_side / 36))
 
     for box in truth * factor:
         _dashed_rectangle(pen, _clipped(box, canvas.size), max(1, line // 2), dash=4 * line)
@@ -83,10 +83,11 @@ def draw_detections(
         pen.rectangle(_clipped(boxes[i] * factor, canvas.size), outline=class_color(int(label_of[i])), width=line)
     taken: list[_Rectangle] = []
     for i in reversed(kept):  # the most confident first: it gets the best place for its text
-        text = f"{class_names[int(label_of[i])]} {score_of[i]:.2f}"
+        label = int(label_of[i])
+        text, font = label_and_font(class_names[label], label, float(score_of[i]), text_height)
         place = _label_place(pen, text, font, _clipped(boxes[i] * factor, canvas.size), canvas.size, taken)
         taken.append(place)
-        color = class_color(int(label_of[i]))
+        color = class_color(label)
         pen.rectangle(place, fill=color)
         pen.text((place[0] + 2, place[1]), text, fill=_readable_on(color), font=font)
     return canvas
@@ -269,12 +270,6 @@ def _enlargement(size: tuple[int, int]) -> int:
 def _clipped(box_xyxy: NDArray[np.float64], size: tuple[int, int]) -> _Rectangle:
     x0, y0, x1, y1 = np.clip(box_xyxy, 0, [size[0] - 1, size[1] - 1] * 2).tolist()
     return x0, y0, x1, y1
-
-
-@cache
-def _font(pixels: int) -> ImageFont.FreeTypeFont:
-    # Matplotlib's own DejaVu Sans: Pillow's built-in font has Latin letters only, and class names come in any language.
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), pixels)
 
 
 def _readable_on(color: _Color) -> _Color:

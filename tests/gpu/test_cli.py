@@ -68,6 +68,7 @@ def test_output_survives_its_terminal(encoding: str, model_dir: Path, tmp_path: 
     )
     assert done.returncode == 0, done.stderr.decode(encoding, "replace")
     assert " objects in 1 images " in done.stdout.decode(encoding)
+    assert "line" not in done.stderr.decode(encoding), "what a class name lacks is said without code"
     done = subprocess.run(
         [*SMCA, "evaluate", str(model_dir), "--workers", "0"], env=environment, capture_output=True, check=False
     )
