@@ -54,8 +54,10 @@ def smca_attention(
         precision_xy: [B, h, N, 2] inverse variance λ of each Gaussian per axis, in cells⁻²; 0 is plain attention.
         size: (H, W) of the map.
         key_padding_mask: [B, H·W] bool, True = padded. At least one key of each image must be unpadded.
-        backend: "eager", "lifted", "triton", or "auto": the fastest that is as exact as "eager" for these inputs, "triton" on
-            a GPU (from Ampere on).
+        backend: "eager", "lifted", "triton", or "auto": the fastest that is known to be as exact as "eager" for these
+            inputs: "triton" on an NVIDIA GPU (from Ampere on), "lifted" on a CPU for priors that are not too narrow, else "eager".
+            (On other GPUs "lifted" by name takes less time and memory; how exact it is depends on the priors, which "auto" could
+            only look at by waiting for the device.)
 
     Returns:
         [B, h, N, d]; differentiable in q, k, v, center_xy and precision_xy.
@@ -131,18 +133,17 @@ def multi_scale_smca_attention(
 
 
 def _choose_backend(q: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> str:
-    """The kernels on a GPU that runs them, which are as exact as eager for any prior. Otherwise lifted, unless it would be less
-    exact: in float32, for priors that are narrow and far from the middle."""
+    """The kernels on a GPU that runs them, which are as exact as eager for any prior. On a CPU lifted, unless it would be less
+    exact: in float32, for priors that are narrow and far from the middle. Where neither can be had: the definition."""
     if q.dtype == torch.float64:
         return "lifted"
     if q.is_cuda and q.shape[-1] <= fused.MAX_HEAD_WIDTH and (torch.compiler.is_compiling() or _runs_triton(q.device)):
         return "triton"
-    if q.device.type == "cpu":  # reading one number is free here; on a GPU it would wait for the device
-        if torch.compiler.is_compiling():  # nothing can be read while tracing: take what is exact for any number
-            return "eager"
-        reach = precision_xy.detach().amax().item() * (max(size) / 2) ** 2 if precision_xy.numel() else 0.0
-        return "lifted" if reach <= LIFTED_LOGIT_LIMIT else "eager"
-    return "lifted"
+    # Reading one number is free on a CPU. Elsewhere it would wait for the device, and while tracing nothing can be read.
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return "eager"
+    reach = precision_xy.detach().amax().item() * (max(size) / 2) ** 2 if precision_xy.numel() else 0.0
+    return "lifted" if reach <= LIFTED_LOGIT_LIMIT else "eager"
 
 
 @functools.cache

@@ -16,7 +16,15 @@ from torch.nn import functional
 
 from smca.gpu.attention import Level, multi_scale_smca_attention
 from smca.gpu.config import ModelConfig
-from smca.gpu.model.layers import MLP, Attention, Grid, feed_forward_block, plain_attention, split_levels
+from smca.gpu.model.layers import (
+    MLP,
+    Attention,
+    Grid,
+    feed_forward_block,
+    in_full_precision,
+    plain_attention,
+    split_levels,
+)
 from smca.gpu.model.position import sine_of_points
 from smca.gpu.model.prior import Prior
 
@@ -171,8 +179,8 @@ class Decoder(nn.Module):
         for index, layer in enumerate(cast("list[DecoderLayer]", self.layers)):
             t = layer.attend_queries(t, position)
             state = layer.state(t, position)
-            if index == 0 and self.center_head is not None:
-                center_logits = self.center_head(state).to(dtype)
+            if index == 0 and self.center_head is not None and state is not None:
+                center_logits = in_full_precision(self.center_head, state).to(dtype)
                 if self.query_center is not None:
                     center_logits = center_logits + self.query_center
                 reference_logits = functional.pad(center_logits, (0, 2))  # [ĉ_x, ĉ_y, 0, 0]
@@ -181,11 +189,15 @@ class Decoder(nn.Module):
             t = layer.feed_forward(t)
             states.append(self.norm(t))
             if self.box_refinement:
-                refined.append((self.box_heads[index](states[-1]).to(dtype) + reference_logits)[None])
+                refined.append(
+                    (in_full_precision(self.box_heads[index], states[-1]).to(dtype) + reference_logits)[None]
+                )
                 reference_logits = refined[-1][0].detach()
         decoded = torch.stack(states)  # [M, B, N, C]
         if not self.box_refinement:
-            refined = [self.box_heads[0](decoded).to(dtype) + reference_logits]  # one head decodes all layers at once
+            refined = [
+                in_full_precision(self.box_heads[0], decoded).to(dtype) + reference_logits
+            ]  # one head decodes all layers at once
         box_logits = torch.cat(refined)
         return self.class_head(decoded), box_logits.sigmoid()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smca.gpu.config import ModelConfig
-from smca.gpu.model.layers import Grid
+from smca.gpu.model.layers import Grid, in_full_precision
 
 _AXES = {"fixed": 0, "single": 1, "independent": 2}
 """Number of scales that the head predicts per Gaussian."""
@@ -55,9 +55,13 @@ class Prior(nn.Module):
         """O [B, N, C] and reference centres [B, N, 2] in 0–1 of the unpadded image → for each level centre (its cells) and
         precision (its cells⁻²), each [B, h, N, 2]."""
         # [B, h or 1, N, J, 2]; in the centres' precision, which under autocast is more than the network's.
-        offsets = self._by_level(self.offset_head(state)).to(reference_xy.dtype)
+        offsets = self._by_level(in_full_precision(self.offset_head, state)).to(reference_xy.dtype)
         # r is the inverse scale 1/s: at 0 attention is plain.
-        r = None if self.scale_head is None else self._by_level(self.scale_head(state)).to(reference_xy.dtype)
+        r = (
+            None
+            if self.scale_head is None
+            else self._by_level(in_full_precision(self.scale_head, state)).to(reference_xy.dtype)
+        )
         priors = []
         for level, grid in enumerate(grids):
             center = (reference_xy * grid.valid_cells.flip(-1)[:, None])[:, None] + offsets[..., level, :]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smca.gpu import attention
+from smca.gpu.attention import dispatch
 from smca.reference import attention as oracle
 
 
@@ -34,3 +35,11 @@ def test_auto_leaves_the_lifted_form_where_float32_would_cancel() -> None:
         for backend in ("auto", "eager", "lifted")
     }
     assert error["auto"] == error["eager"] < 1e-4 < error["lifted"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_takes_the_definition_where_it_cannot_know_how_narrow_priors_are(dtype: torch.dtype) -> None:
+    """On a device whose numbers it could only read by waiting for it, and which runs no kernels of ours."""
+    q = torch.empty(1, 2, 3, 8, dtype=dtype, device="meta")
+    precision = torch.empty(1, 2, 3, 2, device="meta")
+    assert dispatch._choose_backend(q, precision, (100, 168)) == "eager"
