@@ -63,11 +63,14 @@ class Result:
     """Why, unless it passed."""
 
 
-def tests(name: str, needs: tuple[str, ...], file: str, *arguments: str) -> Part:
-    """A part that runs tests of tests/gpu; `arguments` that are names of tests choose those."""
-    path = f"tests/gpu/{file}"
-    chosen = [f"{path}::{a}" for a in arguments if a.startswith("test_")]
-    return Part(name, (*PYTEST, *(chosen or [path]), *(a for a in arguments if not a.startswith("test_"))), needs)
+def tests(name: str, needs: tuple[str, ...], *arguments: str) -> Part:
+    """A part that runs tests: files of tests/gpu and other arguments of pytest."""
+    return Part(name, (*PYTEST, *(f"tests/gpu/{a}" if a.startswith("test_") else a for a in arguments)), needs)
+
+
+def only(file: str, *names: str) -> tuple[str, ...]:
+    """Arguments of ``tests`` that choose these of a file."""
+    return tuple(f"{file}::{name}" for name in names)
 
 
 def all_but(file: str, *names: str) -> tuple[str, ...]:
@@ -86,7 +89,7 @@ def benchmark(name: str, group: str, needs: tuple[str, ...], seconds: int, *argu
     return Part(name, command, needs, "measure", seconds)
 
 
-FUSED = "test_fused_attention.py"
+FUSED, STEP = "test_fused_attention.py", "test_gpu_step.py"
 HALF = (
     "test_half_precision_keeps_narrow_gaussians",
     "test_half_precision_with_centers_far_off_the_map",
@@ -100,26 +103,17 @@ PARTS = (
     # The fused kernels, split so that no part compiles for longer than the others.
     Part("kernels", ("tests/gpu/test_kernel_compilation.py",), ("triton",)),
     tests("fused-attention", ON_GPU, FUSED, *all_but(FUSED, LARGE, *SHAPES, *HALF)),
-    tests("fused-attention-half", ON_GPU, FUSED, *HALF),
-    tests("fused-attention-shapes", ON_GPU, FUSED, *SHAPES),
+    tests("fused-attention-half", ON_GPU, *only(FUSED, *HALF)),
+    tests("fused-attention-shapes", ON_GPU, *only(FUSED, *SHAPES)),
     *(
-        tests(f"fused-attention-{dtype}", ON_GPU, FUSED, LARGE, "-k", f"torch.{dtype}")
+        tests(f"fused-attention-{dtype}", ON_GPU, *only(FUSED, LARGE), "-k", f"torch.{dtype}")
         for dtype in ("float32", "float16", "bfloat16")
     ),
     # The oracle at real sizes, the assignment kernel, a step in which nothing waits.
     tests("real-sizes", ALL, "test_real_sizes.py", "-rP"),
     tests("assignment", ("cuda", "cupy"), "test_assignment.py"),
-    Part(
-        "step",
-        (
-            *PYTEST,
-            "tests/gpu/test_gpu_step.py",
-            "tests/gpu/test_layers.py",
-            *all_but("test_gpu_step.py", "test_a_compiled_step_does_not_wait_either"),
-        ),
-        ALL,
-    ),
-    tests("step-compiled", ALL, "test_gpu_step.py", "-k", "compiled"),
+    tests("step", ALL, STEP, "test_layers.py", *all_but(STEP, "test_a_compiled_step_does_not_wait_either")),
+    tests("step-compiled", ALL, STEP, "-k", "compiled"),
     # The conformance suite.
     suite("triton-cuda", *ON_GPU),
     suite("compiled"),
@@ -223,16 +217,16 @@ def missing(part: Part, has: set[str]) -> list[str]:
     ]
 
 
-def chosen(names: Sequence[str], parts: Sequence[Part] = PARTS) -> list[Part]:
+def chosen(names: Sequence[str]) -> list[Part]:
     """The parts of these names, in the order of a run; all if there are none.
 
     Raises:
         ValueError: a name that no part has.
     """
-    known = [part.name for part in parts]
+    known = [part.name for part in PARTS]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no part {unknown[0]!r}: choose of {', '.join(known)}")
-    return [part for part in parts if not names or part.name in names]
+    return [part for part in PARTS if not names or part.name in names]
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -327,11 +321,9 @@ def probe() -> set[str]:
     """What this machine has of "cuda", "triton" and "cupy"."""
     has = {name for name in ("triton", "cupy") if importlib.util.find_spec(name)}
     cuda = "import torch; raise SystemExit(not torch.cuda.is_available())"  # in a process of its own: this one takes no GPU
-    return has | (
-        {"cuda"}
-        if subprocess.run([sys.executable, "-c", cuda], capture_output=True, check=False).returncode == 0
-        else set()
-    )
+    if subprocess.run([sys.executable, "-c", cuda], capture_output=True, check=False).returncode == 0:
+        has.add("cuda")
+    return has
 
 
 def describe_environment(file: Path) -> None:

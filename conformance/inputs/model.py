@@ -7,7 +7,6 @@ maps go down to one cell, do not nest and are not square; every parameter random
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -53,7 +52,6 @@ SMALL = ModelConfig(
 )
 
 
-@functools.lru_cache(maxsize=256)
 def configuration(options: tuple[tuple[str, Any], ...]) -> ModelConfig:
     """The small model with these fields changed."""
     return replace(SMALL, **dict(options))

@@ -194,10 +194,8 @@ class Decoder(nn.Module):
                 )
                 reference_logits = refined[-1][0].detach()
         decoded = torch.stack(states)  # [M, B, N, C]
-        if not self.box_refinement:
-            refined = [
-                in_full_precision(self.box_heads[0], decoded).to(dtype) + reference_logits
-            ]  # one head decodes all layers at once
+        if not self.box_refinement:  # one head decodes all layers at once
+            refined = [in_full_precision(self.box_heads[0], decoded).to(dtype) + reference_logits]
         box_logits = torch.cat(refined)
         return self.class_head(decoded), box_logits.sigmoid()
 
