@@ -62,8 +62,8 @@ def text(entry: Entry, key: str, where: str) -> str:
     value = required(entry, key, where)
     if isinstance(value, int) and not isinstance(value, bool) and key == "name":
         return shown(value)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{where}: {key!r} must be a non-empty string, got {shown(value)}")
+    if not isinstance(value, str) or not value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{where}: {key!r} must be a non-empty string of whole characters, got {shown(value)}")
     return value
 
 
