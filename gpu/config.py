@@ -335,11 +335,11 @@ class RunConfig:
     workers: int = 4
     """Processes that load images; 0 loads in the training process."""
     cache_images: bool = False
-    """Keep decoded images in memory (3 bytes per pixel): worth it for small data on a CPU."""
+    """Keep decoded images in memory (3 bytes per pixel), as many as fit into a third of what is free: worth it on a CPU."""
     device: str = "auto"
     """"cuda", "cpu", "mps" …; "auto" takes a GPU if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; losses are always computed in float32."""
+    """Arithmetic of the network; centres, widths, boxes and losses are always computed in float32."""
     attention: Literal["auto", "eager", "lifted", "triton"] = "auto"
     """How SMCA attention is computed in training: written out, as plain attention with four more channels, or in fused kernels.
     "auto" takes the fastest that is known to be as exact as "eager": the kernels on an NVIDIA GPU, mostly "lifted" on a CPU."""

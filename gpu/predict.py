@@ -41,7 +41,8 @@ class PredictArgs:
     """Detect objects in images: annotated pictures and COCO results JSON."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Folder with config.json and model.safetensors (runs/…/model), or a name on the Hugging Face hub."""
+    """Folder with config.json and model.safetensors (runs/…/model), folder or checkpoint of a run, or a name on the Hugging Face
+    hub."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders of them (searched recursively)."""
     output: Path = Path("predictions")

@@ -15,10 +15,12 @@ tensorboard/, curves.png, predictions.png, model/ (config.json + model.safetenso
 from __future__ import annotations
 
 import itertools
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +239,7 @@ def _announce(run: Run, log: RunLog) -> None:
 def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     last, best = metrics[-1], _best(metrics)
     ap, ap50 = ("–" if last[k] is None else f"{last[k]:.3f}" for k in ("ap", "ap50"))
-    data = "" if config.data == "synthetic" else f" --data {config.data}"
-    evaluate = f"  smca evaluate {config.output}/model{data}\n" if config.data else ""
+    evaluate = f"  smca evaluate {config.output}/model{_held_out(config)}\n" if config.data or config.val_json else ""
     of_best = (
         ""
         if best is None
@@ -257,6 +258,14 @@ def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
         f"  smca predict {config.output}/model YOUR_IMAGES\n"
         f"  smca train small --data YOUR_COCO_FOLDER"
     )
+
+
+def _held_out(config: RunConfig) -> str:
+    """Options of ``smca evaluate`` that name the held-out images and say how to understand their annotations."""
+    options: dict[str, object] = {"data": None if config.data == "synthetic" or config.val_json else config.data}
+    options |= {"json": config.val_json, "images": config.val_images}
+    options |= {f"annotations.{k.replace('_', '-')}": v for k, v in asdict(config.annotations).items() if v != "auto"}
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
 
 
 def parse(

@@ -235,7 +235,7 @@ def test_a_bad_held_out_image_is_found_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_files_named_one_by_one(tmp_path: Path) -> None:
+def test_files_named_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = coco(tmp_path / "data")
     (root / "annotations/train.json").rename(tmp_path / "a.json")
     (root / "val").rename(tmp_path / "pictures")
@@ -251,6 +251,10 @@ def test_files_named_one_by_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.json: all .* --annotations.crowd objects"):
         train.train(config)
     train.train(dataclasses.replace(config, annotations=AnnotationOptions(crowd="objects")))
+    advice = (
+        f"smca evaluate {tmp_path}/run/model --data {root} --images {tmp_path}/pictures --annotations.crowd objects"
+    )
+    assert advice in " ".join(capsys.readouterr().out.split())
 
 
 def test_options_have_the_names_that_messages_give_them(tmp_path: Path) -> None:
