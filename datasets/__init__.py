@@ -3,6 +3,7 @@
 from smca.datasets.augmented import Augmented
 from smca.datasets.batch import Batch, Category, DetectionDataset, Report, Sample, Targets, collate
 from smca.datasets.coco import CocoDetection, require_same_categories
+from smca.datasets.images import read_image
 from smca.datasets.layout import find_split
 from smca.datasets.options import AnnotationOptions
 from smca.datasets.synthetic import SyntheticShapes
@@ -22,5 +23,6 @@ __all__ = [
     "Targets",
     "collate",
     "find_split",
+    "read_image",
     "require_same_categories",
 ]

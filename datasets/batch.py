@@ -47,7 +47,7 @@ class Sample:
     image_id: int
     """The annotation file's id of this image."""
     original_size: tuple[int, int]
-    """(height, width) of the stored image in pixels, unchanged by augmentation."""
+    """(height, width) in pixels before augmentation: of the image as its annotations see it, turned by EXIF or as stored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class Batch:
     image_ids: torch.Tensor
     """[B] int64."""
     original_sizes: torch.Tensor
-    """[B, 2] int64 (height, width) of the stored image."""
+    """[B, 2] int64 (height, width) before augmentation."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -160,9 +160,9 @@ class Report:
             parts.append(f"{self.turned:,} with an EXIF orientation: boxes refer to {frame}")
         parts += self.repairs
         if self.links:
-            parts.append(f"{self.links:,} symbolic links")
+            parts.append("1 image is a symbolic link" if self.links == 1 else f"{self.links:,} images are symbolic links")
         if self.uncached:
-            parts.append(f"{self.uncached:,} images do not fit into the cache")
+            parts.append(f"no room in the cache for {self.uncached:,} images")
         if self.dropped_examples:
             parts.append("dropped: " + "; ".join(self.dropped_examples))
         if self.unused_classes:

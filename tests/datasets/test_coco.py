@@ -259,7 +259,7 @@ def test_a_category_lacks_a_key(tmp_path: Path, key: str) -> None:
         ("images", 0, {"width": 10**30}, "'width' must be an integer from 1 to 1,000,000, got 10{30}"),
         ("images", 0, {"height": 40.5}, "'height' must be an integer from 1 to 1,000,000, got 40.5"),
         ("categories", 0, {"name": "half \ud83d"}, "'name' must be a non-empty string of whole characters"),
-        ("categories", 0, {"name": [3]}, r"'name' must be a non-empty string, got \[3\]"),
+        ("categories", 0, {"name": [3]}, r"'name' must be a non-empty string of whole characters, got \[3\]"),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path: Path, table: str, entry: int, change: dict[str, Any], message: str) -> None:

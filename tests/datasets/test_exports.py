@@ -111,7 +111,7 @@ def test_symbolic_links_are_counted(tmp_path: Path) -> None:
     images, annotations = write(tmp_path, content())
     (images / "b.png").rename(tmp_path / "b.png")
     os.symlink(tmp_path / "b.png", images / "b.png")
-    assert "1 symbolic links" in str(CocoDetection(images, annotations).report)
+    assert "1 image is a symbolic link" in str(CocoDetection(images, annotations).report)
 
 
 def test_two_names_for_one_file_are_refused(tmp_path: Path) -> None:

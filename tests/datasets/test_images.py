@@ -54,7 +54,7 @@ def test_what_does_not_fit_into_the_cache_is_said(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("smca.datasets.cache.memory_limit", lambda: 2 * HEIGHT * WIDTH * 3)
     dataset = CocoDetection(images, annotations, cache=True)
     assert dataset.cache_bytes == 2 * HEIGHT * WIDTH * 3
-    assert "1 images do not fit into the cache" in str(dataset.report)
+    assert "no room in the cache for 1 images" in str(dataset.report)
     np.testing.assert_array_equal(dataset[2].image, np.asarray(Image.open(images / "sub/c.png")))
 
 
