@@ -131,6 +131,8 @@ class Report:
     """Images whose EXIF orientation turns them for viewing."""
     frame: str = "upright"
     """What boxes refer to in those: the picture as viewers show it ("upright") or as it is stored."""
+    resized: int = 0
+    """Images of another size than the annotation file says, whose boxes are scaled."""
     links: int = 0
     """Images that are symbolic links."""
     uncached: int = 0
@@ -158,9 +160,13 @@ class Report:
         if self.turned:
             frame = "the pictures as viewers show them" if self.frame == "upright" else "the pictures as stored"
             parts.append(f"{self.turned:,} with an EXIF orientation: boxes refer to {frame}")
+        if self.resized:
+            parts.append(f"{self.resized:,} resized since they were annotated: boxes scaled")
         parts += self.repairs
         if self.links:
-            parts.append("1 image is a symbolic link" if self.links == 1 else f"{self.links:,} images are symbolic links")
+            parts.append(
+                "1 image is a symbolic link" if self.links == 1 else f"{self.links:,} images are symbolic links"
+            )
         if self.uncached:
             parts.append(f"no room in the cache for {self.uncached:,} images")
         if self.dropped_examples:

@@ -62,7 +62,8 @@ class CocoDetection:
         headers = read_headers(self.images_dir, self.file_names, self.annotations_file)
         crowd = _crowd(file, options, self.annotations_file)
         self.frame, boxes = _boxes(file, headers, options, self.file_names, self.annotations_file)
-        self.sizes = [header.size(self.frame) for header in headers]
+        self._picture_sizes = [header.size(self.frame) for header in headers]
+        self.sizes = _annotated_sizes(file, headers, self.frame, options)
 
         # Rows by image, those of one image in the file's order.
         self._order = np.argsort(file.positions, kind="stable")
@@ -70,7 +71,7 @@ class CocoDetection:
         self._trained: BoolArray = ~(crowd | boxes.degenerate | boxes.outside)[self._order]
         self._file, self._boxes, self._crowd = file, boxes, crowd
         turned = sum(header.is_turned for header in headers)
-        self._cache = ImageCache(self.sizes) if cache else None
+        self._cache = ImageCache(self._picture_sizes) if cache else None
         self._report = self._make_report(corrected, links, turned)
 
     @property
@@ -106,9 +107,12 @@ class CocoDetection:
                 image = self._cache.put(index, image)
         rows = slice(self._starts[index], self._starts[index + 1])
         kept = self._order[rows][self._trained[rows]]
+        boxes_xyxy, (height, width) = self._boxes.clipped_xyxy[kept], self.sizes[index]
+        if image.shape[:2] != (height, width):  # resized after it was annotated
+            boxes_xyxy = boxes_xyxy * np.tile([image.shape[1] / width, image.shape[0] / height], 2)
         return Sample(
             image=image,
-            boxes_xyxy=self._boxes.clipped_xyxy[kept],
+            boxes_xyxy=boxes_xyxy,
             labels=self._file.labels[kept],
             image_id=self._file.image_ids[index],
             original_size=self.sizes[index],
@@ -125,10 +129,11 @@ class CocoDetection:
             ) from None
         except ValueError as error:
             raise ValueError(f"{error}, or remove its entry ({entry})") from error
-        if image.shape[:2] != self.sizes[index]:
+        height, width = self._picture_sizes[index]
+        if image.shape[:2] != (height, width):
             raise ValueError(
-                f"{path} ({entry}) is {image.shape[1]}×{image.shape[0]} pixels, but was "
-                f"{self.sizes[index][1]}×{self.sizes[index][0]} when the data were opened; restore it"
+                f"{path} ({entry}) is {image.shape[1]}×{image.shape[0]} pixels, but was {width}×{height} when the data were "
+                "opened; restore it"
             )
         return image
 
@@ -196,6 +201,7 @@ class CocoDetection:
             turned=turned,
             frame=self.frame,
             links=links,
+            resized=sum(a != b for a, b in zip(self.sizes, self._picture_sizes, strict=True)),
             uncached=self._cache.left_out if self._cache is not None else 0,
             repairs=tuple(repairs + [f"{corrected:,} file names corrected"] * bool(corrected)),
             unused_classes=tuple(c.name for c, n in zip(file.categories, used, strict=True) if n == 0),
@@ -233,10 +239,24 @@ def _boxes(
         names,
         path,
     )
-    sides = _sides([header.size(frame) for header in headers], file)
+    sides = _sides(_annotated_sizes(file, headers, frame, options), file)
     if options.box_format == "auto":
         require_xywh(file.boxes, sides, path)
     return frame, check_boxes(boxes_in_pixels(file.boxes, sides, options), sides)
+
+
+def _annotated_sizes(
+    file: CocoFile, headers: Sequence[Header], frame: Frame, options: AnnotationOptions
+) -> list[tuple[int, int]]:
+    """(height, width) in pixels that boxes are in: the pictures' own, unless they were resized since."""
+    sizes = [header.size(frame) for header in headers]
+    if options.sizes != "scaled":
+        return sizes
+    own = [{header.stored_size, header.size("upright")} for header in headers]
+    return [
+        size if written is None or written in known else written
+        for size, written, known in zip(sizes, file.sizes, own, strict=True)
+    ]
 
 
 def _sides(sizes: Sequence[tuple[int, int]], file: CocoFile) -> FloatArray:

@@ -67,10 +67,12 @@ def decide_frame(
         names: of the images, for messages.
 
     Raises:
-        ValueError: a size that is neither the stored nor the upright one's, or evidence that is missing or contradicts itself and
+        ValueError: a size that is neither the stored nor the upright one's (unless `options.sizes` allows it), or evidence that is
+        missing or contradicts itself and
             no `options.frame` to decide.
     """
-    _check_sizes(headers, written, names, annotations_file)
+    if options.sizes == "auto":
+        _check_sizes(headers, written, names, annotations_file)
     turned = [i for i, header in enumerate(headers) if header.is_turned]
     if options.frame != "auto":
         return options.frame
@@ -136,7 +138,8 @@ def _check_sizes(
     raise ValueError(
         f"{names[wrong[0]]} is {width}×{height} pixels, but {annotations_file} says {size[1]}×{size[0]}"
         f"{f' (and so for {len(wrong):,} of {len(names):,} images)' if len(wrong) > 1 else ''}; boxes would be misplaced: use the "
-        "images that were annotated, or correct 'width' and 'height'"
+        "images that were annotated; or, if the pictures were resized since, --annotations.sizes scaled; or, if the sizes written "
+        "are wrong, --annotations.sizes ignored"
     )
 
 

@@ -31,3 +31,7 @@ class AnnotationOptions:
     crowd: Literal["auto", "regions", "objects"] = "auto"
     """What "iscrowd": 1 means: a region of many objects, which is not trained on ("regions", as COCO has it), or nothing
     ("objects"): exports of brushes and masks set it on every object. "auto" is "regions", and refuses a file in which all are."""
+    sizes: Literal["auto", "scaled", "ignored"] = "auto"
+    """What holds where "width" and "height" are not the picture's: its boxes are in pixels of the size written, since the picture
+    was resized after it was annotated ("scaled"; results are in those pixels, too), or the size written is wrong ("ignored").
+    "auto" refuses such a file."""

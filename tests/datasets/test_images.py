@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from smca.datasets import CocoDetection
+from smca.datasets import AnnotationOptions, CocoDetection
 from smca.datasets.cache import ImageCache
 from smca.datasets.images import MAX_PIXELS, read_header, read_image, to_rgb
 
@@ -206,6 +206,30 @@ def test_an_image_of_another_size(tmp_path: Path) -> None:
     Image.new("RGB", (50, 40)).save(images / "b.png")
     with pytest.raises(ValueError, match=r"b\.png is 50×40 pixels, but .*annotations\.json says 60×40; boxes"):
         CocoDetection(images, annotations)
+
+
+def test_images_that_were_resized_after_they_were_annotated(tmp_path: Path) -> None:
+    """Half as large as the file says: boxes are scaled for training, and everything else is in the file's pixels."""
+    images, annotations = write(tmp_path, content())
+    plain = CocoDetection(images, annotations)
+    original = [plain[i] for i in range(3)]
+    for name in ("a.png", "b.png"):
+        Image.open(images / name).resize((WIDTH // 2, HEIGHT // 2)).save(images / name)
+    with pytest.raises(
+        ValueError, match=r"and so for 2 of 3 images.*--annotations.sizes scaled.*--annotations.sizes ignored"
+    ):
+        CocoDetection(images, annotations)
+    scaled = CocoDetection(images, annotations, options=AnnotationOptions(sizes="scaled"), cache=True)
+    for sample, before in zip([scaled[i] for i in range(3)], original, strict=True):
+        factor = sample.image.shape[0] / HEIGHT
+        np.testing.assert_allclose(sample.boxes_xyxy, before.boxes_xyxy * factor)
+        assert sample.original_size == (HEIGHT, WIDTH)
+    assert [scaled[i].image.shape[0] for i in range(3)] == [HEIGHT // 2, HEIGHT // 2, HEIGHT]
+    assert scaled.ground_truth()["annotations"] == plain.ground_truth()["annotations"]
+    assert "2 resized since they were annotated" in str(scaled.report)
+    ignored = CocoDetection(images, annotations, options=AnnotationOptions(sizes="ignored"))
+    assert ignored[1].original_size == (HEIGHT // 2, WIDTH // 2)
+    assert ignored[1].boxes_xyxy.tolist() == [[1, 2, 11, 20]], "the other lies outside the smaller picture"
 
 
 def test_an_image_that_changes_its_size_later(tmp_path: Path) -> None:

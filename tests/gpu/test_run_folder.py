@@ -260,9 +260,9 @@ def test_files_named_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_options_have_the_names_that_messages_give_them(tmp_path: Path) -> None:
     options = ["--train-json", "a.json", "--train-images", "a", "--val-json", "b.json", "--val-images", "b"]
     options += ["--annotations.frame", "stored", "--annotations.box-format", "cxcywh-fractions"]
-    options += ["--annotations.crowd", "objects", "--resume", "--resume-changed"]
+    options += ["--annotations.crowd", "objects", "--annotations.sizes", "scaled", "--resume", "--resume-changed"]
     config = train.parse(["small", *options])
-    assert config.annotations == AnnotationOptions("stored", "cxcywh-fractions", "objects")
+    assert config.annotations == AnnotationOptions("stored", "cxcywh-fractions", "objects", "scaled")
     assert (config.train_json, config.val_images, config.resume_changed) == (Path("a.json"), Path("b"), True)
     with pytest.raises(SystemExit):
         train.parse(["small", "--resume-changed"])
