@@ -68,7 +68,12 @@ def find_images(paths: tuple[Path, ...], output: Path) -> list[Path]:
     for path in paths:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes() and p.is_file())
-            inside = [p for p in inside if own not in p.resolve().parents and not _is_signed(p)]
+            if own not in (
+                path.resolve(),
+                *path.resolve().parents,
+            ):  # images and results in one folder: see the signature
+                inside = [p for p in inside if own not in p.resolve().parents]
+            inside = [p for p in inside if not _is_signed(p)]
             if not inside:
                 raise ValueError(f"{path} holds no image ({', '.join(suffixes())}): name another folder")
             files += inside

@@ -66,10 +66,14 @@ def open_split(
 def evaluation_loader(
     data: DetectionDataset, config: ModelConfig, batch_size: int, workers: int, indices: range | None = None
 ) -> DataLoader[Any]:
-    """Batches of `data` (those of `indices`), resized as ``config`` says, in order."""
+    """Batches of `data` (of its `indices`), resized as ``config`` says; images of like shape together, where the data know their
+    sizes, so that there is little padding."""
     resized = Augmented(data, Augmentation.evaluation(config.image_short_side, config.image_max_size), seed=0)
-    chosen = resized if indices is None else torch.utils.data.Subset(resized, indices)
-    return DataLoader(chosen, batch_size, collate_fn=collate, num_workers=workers)
+    order = list(range(len(data)) if indices is None else indices)
+    sizes = getattr(data, "sizes", None)
+    if sizes is not None:
+        order.sort(key=lambda index: (sizes[index][0] / sizes[index][1], sizes[index]))
+    return DataLoader(torch.utils.data.Subset(resized, order), batch_size, collate_fn=collate, num_workers=workers)
 
 
 def pick_device(name: str) -> torch.device:

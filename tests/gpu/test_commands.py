@@ -140,6 +140,9 @@ def test_predict_does_not_take_its_own_pictures_as_input(model_dir: Path, tmp_pa
         predict.main([str(model_dir), str(tmp_path), "--output", str(tmp_path / output), "--threshold", "0"])
         predict.main([str(model_dir), str(tmp_path), "--output", str(tmp_path / output), "--threshold", "0"])
         assert [p.name for p in (tmp_path / output).glob("*.png")] == ["0001_a.png"]
+    for _ in range(2):  # images and results in one folder
+        predict.main([str(model_dir), str(tmp_path), "--output", str(tmp_path), "--threshold", "0"])
+        assert sorted(p.name for p in tmp_path.glob("*.png")) == ["0001_a.png", "a.png"]
     predict.main([str(model_dir), str(tmp_path / "others/0001_a.png"), "--output", str(tmp_path / "named")])
 
 

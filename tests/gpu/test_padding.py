@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
-from smca.datasets import Batch, Sample, collate
+from smca.datasets import Batch, CocoDetection, Sample, collate
 from smca.gpu.config import BackboneConfig, ModelConfig
-from smca.gpu.evaluation import detect
+from smca.gpu.evaluation import detect, evaluation_loader
 from smca.gpu.model import SMCADETR
 
 EXACT = 1e-9
@@ -187,3 +190,16 @@ def test_a_backbone_that_drops_pixels_gets_whole_cells() -> None:
         (before,), (after,) = model.backbone(image), model.backbone(changed)
     assert before.shape[-2:] == (3, 4)
     assert not torch.equal(before, after)
+
+
+def test_evaluation_batches_have_little_padding_and_every_image_once(tmp_path: Path) -> None:
+    """Upright and wide photographs by turns in the file, apart in the batches."""
+    images = [(40, 60) if index % 2 else (60, 40) for index in range(8)]
+    for index, size in enumerate(images):
+        Image.fromarray(picture(np.random.default_rng(index), size)).save(tmp_path / f"{index}.png")
+    entries = [{"id": i, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(images)]
+    truth = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps(truth))
+    batches = list(evaluation_loader(CocoDetection(tmp_path, tmp_path / "a.json"), network("resnet", 0).config, 4, 0))
+    assert not any(batch.padding_mask.any() for batch in batches)
+    assert sorted(i for batch in batches for i in batch.image_ids.tolist()) == list(range(8))
