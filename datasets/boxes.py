@@ -14,8 +14,10 @@ ROUNDING_PX = 0.5
 """A box may reach out of its image by this much (rounding) before it is counted as clipped."""
 _LEAST_SIDE = float(np.finfo(np.float32).eps)
 """Of the image's: batches hold boxes as float32 fractions, in which a thinner box has no side."""
-_FIT, _BEYOND, _BEYOND_COUNT = 0.98, 0.1, 2
+_FIT, _BEYOND, _BEYOND_COUNT = 0.95, 0.1, 2
 """Boxes have another format if so many of them lie within their image when read so, and so many reach out of it as x, y, w, h."""
+_MARGIN = 0.02
+"""Of the image's sides: carelessly drawn boxes reach out by so much, and prove nothing."""
 _PERCENT_COUNT, _PERCENT_SIDE = 20, 200
 """Boxes that all lie in the first 100 pixels are percentages if they are so many, on images of at least such sides."""
 
@@ -86,15 +88,14 @@ def require_xywh(values: FloatArray, sizes: FloatArray, path: Path) -> None:
     if percent and len(values) >= _PERCENT_COUNT and (ends > 50).any():
         evidence = f"all {len(values):,} end before 100.5, on images of at least {_PERCENT_SIDE} pixels"
         _refuse(path, values, evidence, "percent of the image", "xywh-percent")
-    beyond = (ends > sizes + ROUNDING_PX).any(axis=1)
+    margin = np.maximum(_MARGIN * sizes, ROUNDING_PX)
+    beyond = (ends > sizes + margin).any(axis=1)
     if beyond.sum() < _BEYOND_COUNT or beyond.mean() < _BEYOND:
         return
+    half = second / 2
     within = {
-        "xyxy": ("two corners", (start >= -ROUNDING_PX) & (second > start) & (second <= sizes + ROUNDING_PX)),
-        "cxcywh": (
-            "centre and sides",
-            (second > 0) & (start >= second / 2 - ROUNDING_PX) & (start + second / 2 <= sizes + ROUNDING_PX),
-        ),
+        "xyxy": ("two corners", (start >= -margin) & (second > start) & (second <= sizes + margin)),
+        "cxcywh": ("centre and sides", (second > 0) & (start >= half - margin) & (start + half <= sizes + margin)),
     }
     for box_format, (name, fit) in within.items():
         share = fit.all(axis=1).mean()

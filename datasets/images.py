@@ -86,8 +86,8 @@ def read_image(path: Path, frame: Frame = "upright") -> UInt8Array:
 def to_rgb(picture: Image.Image | NDArray[Any]) -> UInt8Array:
     """A picture in memory, upright, as [H, W, 3] RGB uint8.
 
-    picture: a PIL image of any mode, turned as its EXIF orientation says; or an array [H, W, 3] or [H, W, 4] (RGB, RGBA; uint8),
-        [H, W] (grey: uint8, uint16, int32, float32).
+    picture: a PIL image of any mode, turned as its EXIF orientation says; or an array [H, W, 3] or [H, W, 4] (RGB, RGBA) or [H, W]
+        (grey) of uint8, uint16, int32 or float32.
 
     Raises ValueError for another shape or type, a damaged or too large picture, and values without a defined range.
     """
@@ -98,16 +98,14 @@ def to_rgb(picture: Image.Image | NDArray[Any]) -> UInt8Array:
             except Exception as error:
                 raise ValueError(f"a picture of mode {picture.mode}, {picture.size}: {_reason(error)}") from error
     array = np.asarray(picture)
-    if array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8 and array.size:
-        return np.ascontiguousarray(array[:, :, :3])
-    if array.ndim == 2 and array.size:
-        if array.dtype == np.uint8:
-            return np.repeat(array[:, :, None], 3, axis=2)
-        if array.dtype in (np.uint16, np.int32, np.float32):
-            return np.repeat(_to_8_bits(array, None)[:, :, None], 3, axis=2)
+    colours = array.ndim == 3 and array.shape[2] in (3, 4)
+    if array.size and (colours or array.ndim == 2) and array.dtype in (np.uint8, np.uint16, np.int32, np.float32):
+        values = array[:, :, :3] if colours else array
+        pixels = values if values.dtype == np.uint8 else _to_8_bits(values, None)
+        return np.ascontiguousarray(pixels if colours else _three_times(pixels))
     raise ValueError(
-        "expected a PIL image, a uint8 array [H, W, 3] (RGB) or [H, W, 4], or a grey array [H, W] of uint8, uint16, int32 or "
-        f"float32, got {array.dtype} {list(array.shape)}"
+        "expected a PIL image, or an array [H, W, 3] (RGB), [H, W, 4] or [H, W] (grey) of uint8, uint16, int32 or float32, got "
+        f"{array.dtype} {list(array.shape)}"
     )
 
 
@@ -214,7 +212,7 @@ def _rgb(picture: Image.Image) -> UInt8Array:
         tags = getattr(picture, "tag_v2", {})
         values = np.asarray(picture)
         grey = _to_8_bits(values, tags.get(_MAX_SAMPLE_VALUE), inverted=tags.get(_PHOTOMETRIC) == 0)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return _three_times(grey)
     if picture.width * picture.height <= _STRIP_PIXELS:
         return np.asarray(_convert(picture), dtype=np.uint8)
     picture.load()
@@ -226,6 +224,11 @@ def _rgb(picture: Image.Image) -> UInt8Array:
     return pixels
 
 
+def _three_times(grey: UInt8Array) -> UInt8Array:
+    """[H, W] → [H, W, 3]."""
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
 def _convert(picture: Image.Image) -> Image.Image:
     if picture.mode == "PA" or (picture.mode == "P" and "transparency" in picture.info):
         picture = picture.convert("RGBA")
@@ -233,19 +236,19 @@ def _convert(picture: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(values: NDArray[Any], declared_maximum: object, inverted: bool = False) -> UInt8Array:
-    """Grey [H, W] of 16 or 32 bits → uint8. inverted: the largest value is black, as in some X-ray pictures."""
+    """Values of 16 or 32 bits → uint8, of the same shape. inverted: the largest value is black, as in some X-ray pictures."""
     least, largest = values.min(), values.max()
     if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and least >= 0 and largest <= 255):
             raise ValueError(
-                f"its grey values lie between {least:g} and {largest:g}: fractions must be from 0 to 1, or from 0 to 255, to have "
+                f"its values lie between {least:g} and {largest:g}: fractions must be from 0 to 1, or from 0 to 255, to have "
                 "a defined range; save it with 8 or 16 bits"
             )
         fractions: UInt8Array = np.rint(values * (255 if largest <= 1 else 1)).astype(np.uint8)
         return 255 - fractions if inverted else fractions
     if least < 0 or largest >= 1 << 16:
         raise ValueError(
-            f"its grey values lie between {least} and {largest}: whole numbers must be from 0 to 65535 to have a defined range; "
+            f"its values lie between {least} and {largest}: whole numbers must be from 0 to 65535 to have a defined range; "
             "save it with 8 or 16 bits"
         )
     if isinstance(declared_maximum, tuple) and declared_maximum:

@@ -232,6 +232,19 @@ def test_boxes_of_another_format_are_refused_with_the_flag_that_reads_them(tmp_p
     CocoDetection(*paths, options=AnnotationOptions(box_format="xywh"))  # if one insists
 
 
+def test_careless_corners_are_refused_too(tmp_path: Path) -> None:
+    """Drawn a little beyond the border, one of them a point."""
+
+    def careless(data: Data) -> None:
+        every("annotations", "bbox", FORMATS["xyxy"])(data)
+        for number, annotation in enumerate(data["annotations"]):
+            x0, y0, x1, y1 = annotation["bbox"]
+            annotation["bbox"] = [x0 - 2, y0, x1, y1 + 2] if number else [x1, y1, x1, y1]
+
+    with pytest.raises(ValueError, match=r"look like two corners.* lie within it"):
+        CocoDetection(*shapes(tmp_path, careless, 20))
+
+
 def test_percentages_are_refused(tmp_path: Path) -> None:
     images, annotations = SyntheticShapes(16, 0, image_size=320).export_coco(tmp_path, "train")
     data = json.loads(annotations.read_text())
@@ -252,6 +265,8 @@ def test_right_boxes_are_not_refused(tmp_path: Path) -> None:
             annotation["bbox"] = [x, y, *rng.uniform(10, 60, 2)]
 
     assert CocoDetection(*shapes(tmp_path / "tiles", spread, 20)).report.clipped > 10
+    # One too many, as of tools that count from 1.
+    CocoDetection(*shapes(tmp_path / "whole", every("annotations", "bbox", lambda b: [1, 1, 128, 128])))
     CocoDetection(*shapes(tmp_path / "small", every("annotations", "bbox", lambda b: [b[0], b[1], 1, 1])))
     CocoDetection(*shapes(tmp_path / "corner", every("annotations", "bbox", lambda b: [0, 0, 1, 1])))
 

@@ -108,6 +108,18 @@ def test_grey_of_16_bits_is_read_by_the_depth_that_it_fills(tmp_path: Path, bits
     np.testing.assert_array_equal(to_rgb(values.astype(np.int32)), as_rgb(GREY))
 
 
+def test_colours_of_16_bits_and_fractions_as_arrays() -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (9, 8, 4)).astype(np.uint8)
+    colours[0, 0, 0] = 255
+    for array in (
+        colours,
+        colours.astype(np.uint16) << 4,
+        colours.astype(np.uint16) * 257,
+        (colours / 255).astype(np.float32),
+    ):
+        np.testing.assert_array_equal(to_rgb(array), colours[:, :, :3])
+
+
 def test_a_declared_depth_and_a_reversed_scale_of_a_tiff(tmp_path: Path) -> None:
     dark = GREY.astype(np.uint16) << 2  # of 12 bits, a quarter of them filled
     Image.fromarray(dark).save(tmp_path / "a.tiff", tiffinfo={281: 4095})
@@ -132,7 +144,7 @@ def test_values_without_a_defined_range_are_refused(tmp_path: Path, values: list
         lambda: to_rgb(array),
         lambda: to_rgb(Image.fromarray(array)),
     ):
-        with pytest.raises(ValueError, match=r"grey values lie between .* save it with 8 or 16 bits"):
+        with pytest.raises(ValueError, match=r"its values lie between .* save it with 8 or 16 bits"):
             read()
 
 
@@ -167,7 +179,7 @@ def test_too_large_a_picture_is_refused_before_it_is_decoded(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8)])
 def test_arrays_that_are_no_pictures(array: Any) -> None:
-    with pytest.raises(ValueError, match="expected a PIL image, a uint8 array"):
+    with pytest.raises(ValueError, match="expected a PIL image, or an array"):
         to_rgb(array)
 
 
