@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from smca.gpu.pictures.fonts import label_and_font
+from smca.gpu.pictures.fonts import Part, figure_families, label_parts, text_width
 
 LEGIBLE_SIDE = 480
 """Small images are enlarged until the shorter side has at least this many pixels, so that text stays legible."""
@@ -84,12 +85,15 @@ def draw_detections(
     taken: list[_Rectangle] = []
     for i in reversed(kept):  # the most confident first: it gets the best place for its text
         label = int(label_of[i])
-        text, font = label_and_font(class_names[label], label, float(score_of[i]), text_height)
-        place = _label_place(pen, text, font, _clipped(boxes[i] * factor, canvas.size), canvas.size, taken)
+        parts = label_parts(class_names[label], label, float(score_of[i]), text_height, canvas.width - 5)
+        place = _label_place(parts, _clipped(boxes[i] * factor, canvas.size), canvas.size, taken)
         taken.append(place)
         color = class_color(label)
         pen.rectangle(place, fill=color)
-        pen.text((place[0] + 2, place[1]), text, fill=_readable_on(color), font=font)
+        x, baseline = place[0] + 2, place[1] + _ascent(parts)
+        for part in parts:
+            pen.text((x, baseline), part.text, fill=_readable_on(color), font=part.font, anchor="ls")
+            x += text_width([part])
     return canvas
 
 
@@ -184,6 +188,7 @@ def compare_curves(
         raise ValueError("compare_curves needs at least one recipe, got none")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    drawn: list[Line2D] = []
     for name, seeds in runs.items():
         if not seeds:
             raise ValueError(f"recipe {name!r} has no runs: give the metrics of at least one seed")
@@ -198,6 +203,7 @@ def compare_curves(
         (line,) = axes.plot(
             epochs, values.mean(axis=0), marker=".", label=f"{name} ({values[:, -1].mean():.3f}{count})"
         )
+        drawn.append(line)
         axes.fill_between(
             epochs, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0
         )
@@ -206,8 +212,12 @@ def compare_curves(
     if log_epochs:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_title(title)
-    axes.legend()
+    # Names as they are: in any script, a "$" being no formula and a "_" in front hiding nothing.
+    families = figure_families([title, *runs])
+    axes.set_title(title, fontfamily=families, parse_math=False)
+    legend = axes.legend(drawn, [str(line.get_label()) for line in drawn], prop={"family": families})
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     figure.savefig(path, dpi=120)
 
 
@@ -279,16 +289,13 @@ def _readable_on(color: _Color) -> _Color:
 
 
 def _label_place(
-    pen: ImageDraw.ImageDraw,
-    text: str,
-    font: ImageFont.FreeTypeFont,
+    parts: Sequence[Part],
     box: _Rectangle,
     size: tuple[int, int],
     taken: Sequence[_Rectangle],
 ) -> _Rectangle:
     """Where the text goes: above the box, inside its top, below it or inside its bottom; the first that is free."""
-    ascent, descent = font.getmetrics()
-    width, height = pen.textlength(text, font=font) + 4, ascent + descent
+    width, height = text_width(parts) + 4, _ascent(parts) + max(part.font.getmetrics()[1] for part in parts)
     left = max(0.0, min(box[0], size[0] - 1 - width))
     places = []
     for top in (box[1] - height, box[1], box[3], box[3] - height):
@@ -296,6 +303,11 @@ def _label_place(
         places.append((left, top, left + width, top + height))
     free = [place for place in places if not any(_overlap(place, other) for other in taken)]
     return (free or places)[0]
+
+
+def _ascent(parts: Sequence[Part]) -> int:
+    """Pixels from the top of the tallest font to the line that all stand on."""
+    return max(part.font.getmetrics()[0] for part in parts)
 
 
 def _overlap(a: _Rectangle, b: _Rectangle) -> bool:
