@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from smca.gpu.config import BackboneConfig, ModelConfig, OptimConfig
+from smca.gpu import train
+from smca.gpu.config import BackboneConfig, ModelConfig, OptimConfig, RunConfig
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS, tiny_resnet
 from smca.gpu.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates, update_average
+
+# tests/ is no package, so what several files share is loaded by its path.
+SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
+shared: Any = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(shared)
+tiny = shared.tiny
 
 
 def model_of(**changes: Any) -> SMCADETR:
@@ -61,6 +71,39 @@ def test_a_run_that_is_all_warm_up_divides_by_nothing() -> None:
     optim = OptimConfig(schedule="cosine", warmup_steps=10)
     assert learning_rate_factor(optim, 9, 0, 5) == 1.0
     assert 0 <= learning_rate_factor(optim, 10, 0, 10) <= 1
+
+
+def rates_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+    """Train; the learning rates (the rest's, the backbone's) of every step."""
+    rates: list[list[float]] = []
+    original = torch.optim.AdamW.step
+
+    def noting(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        rates.append([group["lr"] for group in self.param_groups])
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", noting)
+        train.train(config)
+    return rates
+
+
+def test_a_run_follows_the_cosine_to_its_last_step_and_max_steps_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optim = OptimConfig(lr=1e-3, backbone_lr=1e-4, warmup_steps=2, schedule="cosine")
+    cosine = [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * step / 3)) for step in range(3))]  # five steps of at most six
+    rates = rates_of(tiny(tmp_path / "cut", optim=optim, max_steps=5), monkeypatch)
+    assert rates == [pytest.approx([1e-3 * factor, 1e-4 * factor]) for factor in cosine]
+    rates = rates_of(tiny(tmp_path / "whole", optim=optim, max_steps=50), monkeypatch)
+    assert len(rates) == 6, "max_steps does not lengthen a run, nor its schedule"
+    assert rates[-1] == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * 3 / 4)), 0.1 * rates[-1][0]])
+
+
+def test_a_run_drops_its_rates_after_so_many_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optim = OptimConfig(lr=1e-3, backbone_lr=0.0, schedule="step", drop_epoch=1)
+    rates = rates_of(tiny(tmp_path, optim=optim), monkeypatch)
+    assert rates == [pytest.approx([rate]) for rate in [1e-3] * 3 + [1e-4] * 3]
 
 
 # Groups
@@ -120,7 +163,24 @@ def test_the_average_moves_by_its_decay_and_copies_counters() -> None:
     assert average.num_batches_tracked == 7
 
 
-# Presets of several levels
+# Presets, as published
+
+
+def test_the_single_scale_preset() -> None:
+    run = PRESETS["smca_r50"]()
+    model, optim = run.model, run.optim
+    assert (model.strides, model.encoder_layers, model.decoder_layers) == ((32,), 6, 6)
+    assert (model.hidden_dim, model.num_heads, model.num_queries) == (256, 8, 300)
+    assert (model.feedforward_dim, model.dropout, model.encoder, model.cross_level_blocks) == (
+        2048,
+        0.1,
+        "attention",
+        (),
+    )
+    assert (run.epochs, run.batch_size, run.max_steps) == (50, 16, None)
+    assert (optim.schedule, optim.drop_epoch, optim.warmup_steps, optim.ema_decay) == ("step", 40, 0, 0.0)
+    assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
+    assert (model.backbone.frozen_norm, model.backbone.frozen_stages) == (True, 2)
 
 
 @pytest.mark.parametrize("name", ["smca_r50_multiscale", "smca_r50_multiscale_conv", "smca_r101_multiscale"])
@@ -132,6 +192,8 @@ def test_the_multi_scale_presets(name: str) -> None:
     assert model.encoder == ("conv" if "conv" in name else "attention")
     assert model.backbone.options["depths"] == ([3, 4, 23, 3] if "101" in name else [3, 4, 6, 3])
     assert model.scale_selection
-    assert (run.optim, run.loss, run.augmentation) == (single.optim, single.loss, single.augmentation)
-    assert (model.hidden_dim, model.num_heads, model.num_queries) == (256, 8, 300)
-    assert (model.feedforward_dim, model.dropout) == (single.model.feedforward_dim, single.model.dropout)
+    levels = {
+        name: getattr(model, name)
+        for name in ("strides", "encoder_layers", "cross_level_blocks", "encoder", "backbone")
+    }
+    assert replace(single, output=run.output, model=replace(single.model, **levels)) == run, "nothing else differs"
