@@ -29,8 +29,8 @@ from smca.gpu.attention.shapes import check_shapes
 BACKENDS = ("auto", "eager", "lifted", "triton")
 
 LIFTED_LOGIT_LIMIT = 512.0
-"""Largest λ·(extent/2)² at which ``auto`` still takes the lifted form in float32. There x²·λ cancels against x·λ·c, which
-costs about unit roundoff × that product: 512 × 6e-8 = 3e-5 in a logit, no more than the rounding of q·k in common use."""
+"""Largest λ·(extent/2)² at which ``auto`` still takes the lifted form. There x²·λ cancels against x·λ·c, which costs about unit
+roundoff × that product: in float32 512 × 6e-8 = 3e-5 in a logit, no more than the rounding of q·k in common use."""
 
 
 def smca_attention(
@@ -55,7 +55,9 @@ def smca_attention(
         size: (H, W) of the map.
         key_padding_mask: [B, H·W] bool, True = padded. At least one key of each image must be unpadded.
         backend: "eager", "lifted", "triton", or "auto": the fastest that is known to be as exact as "eager" for these
-            inputs: "triton" on an NVIDIA GPU (from Ampere on), "lifted" on a CPU for priors that are not too narrow, else "eager".
+            inputs: "triton" on an NVIDIA GPU (from Ampere on, and on any that ``torch.compile`` compiles for) in float32 and half
+            precision with d up to 128, "lifted" on a CPU for priors so wide that it errs by no more than 3e-5 in a float32 logit
+            (``LIFTED_LOGIT_LIMIT``), else "eager".
             (On other GPUs "lifted" by name takes less time and memory; how exact it is depends on the priors, which "auto" could
             only look at by waiting for the device.)
 
@@ -134,10 +136,9 @@ def multi_scale_smca_attention(
 
 def _choose_backend(q: Tensor, precision_xy: Tensor, size: tuple[int, int]) -> str:
     """The kernels on a GPU that runs them, which are as exact as eager for any prior. On a CPU lifted, unless it would be less
-    exact: in float32, for priors that are narrow and far from the middle. Where neither can be had: the definition."""
-    if q.dtype == torch.float64:
-        return "lifted"
-    if q.is_cuda and q.shape[-1] <= fused.MAX_HEAD_WIDTH and (torch.compiler.is_compiling() or _runs_triton(q.device)):
+    exact: for priors that are narrow and far from the middle. Where neither can be had: the definition."""
+    fits = q.dtype in fused.DTYPES and q.shape[-1] <= fused.MAX_HEAD_WIDTH
+    if q.is_cuda and fits and (torch.compiler.is_compiling() or _runs_triton(q.device)):
         return "triton"
     # Reading one number is free on a CPU. Elsewhere it would wait for the device, and while tracing nothing can be read.
     if q.device.type != "cpu" or torch.compiler.is_compiling():
