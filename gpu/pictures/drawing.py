@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
-from smca.gpu.pictures.fonts import Part, figure_families, label_parts, text_width
+from smca.gpu.pictures.fonts import Part, figure_families, label_parts, name_with_font, text_width
 
 LEGIBLE_SIDE = 480
 """Small images are enlarged until the shorter side has at least this many pixels, so that text stays legible."""
@@ -189,7 +189,7 @@ def compare_curves(
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     drawn: list[Line2D] = []
-    for name, seeds in runs.items():
+    for number, (name, seeds) in enumerate(runs.items(), start=1):
         if not seeds:
             raise ValueError(f"recipe {name!r} has no runs: give the metrics of at least one seed")
         lines = [_by_epoch(seed, ("epoch", metric)) for seed in seeds]
@@ -200,9 +200,8 @@ def compare_curves(
             )
         values = np.array([[_number(seed[epoch][metric]) for epoch in epochs] for seed in lines])  # [seeds, epochs]
         count = "" if len(seeds) == 1 else f", {len(seeds)} seeds"
-        (line,) = axes.plot(
-            epochs, values.mean(axis=0), marker=".", label=f"{name} ({values[:, -1].mean():.3f}{count})"
-        )
+        text = f"{name_with_font(name, f'recipe {number}')} ({values[:, -1].mean():.3f}{count})"
+        (line,) = axes.plot(epochs, values.mean(axis=0), marker=".", label=text)
         drawn.append(line)
         axes.fill_between(
             epochs, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0
@@ -213,11 +212,12 @@ def compare_curves(
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ScalarFormatter())
     # Names as they are: in any script, a "$" being no formula and a "_" in front hiding nothing.
-    families = figure_families([title, *runs])
+    title, names = name_with_font(title, ""), [str(line.get_label()) for line in drawn]
+    families = figure_families([title, *names])
     axes.set_title(title, fontfamily=families, parse_math=False)
-    legend = axes.legend(drawn, [str(line.get_label()) for line in drawn], prop={"family": families})
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    legend = axes.legend(drawn, names, prop={"family": families})
+    for said in legend.get_texts():
+        said.set_parse_math(False)
     figure.savefig(path, dpi=120)
 
 

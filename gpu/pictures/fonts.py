@@ -51,10 +51,7 @@ def label_parts(name: str, label: int, score: float, pixels: int, width: float) 
         pixels: size of the font.
         width: pixels that there are; a name that is longer is cut and ends in "…". The score is never cut.
     """
-    clusters = _clusters(_drawable(name))
-    if (missing := next((cluster for cluster in clusters if _font_with(_drawn(cluster)) is None), None)) is not None:
-        _warn(_script(missing))
-        clusters = _clusters(f"class {label}")
+    clusters = _clusters(name_with_font(name, f"class {label}"))
     end = _clusters(f" {score:.2f}" if clusters else f"{score:.2f}")
     length = min(len(clusters), NAME_LENGTH)
     while True:
@@ -65,13 +62,23 @@ def label_parts(name: str, label: int, score: float, pixels: int, width: float) 
         length -= 1
 
 
+def name_with_font(name: str, otherwise: str) -> str:
+    """The name on one line, without what is invisible; `otherwise`, and a warning, if it has characters that no font has."""
+    drawable = _drawable(name)
+    missing = next((cluster for cluster in _clusters(drawable) if _font_with(_drawn(cluster)) is None), None)
+    if missing is None:
+        return drawable
+    _warn(_script(missing))
+    return otherwise
+
+
 def text_width(parts: Sequence[Part]) -> float:
     """Pixels from the first character to behind the last."""
     return sum(part.font.getlength(part.text) for part in parts)
 
 
 def figure_families(texts: Iterable[str]) -> list[str]:
-    """Families for matplotlib's ``font.family`` in which it finds the characters of `texts`, as far as there are fonts."""
+    """Families for matplotlib's ``font.family`` in which it finds the characters of `texts`."""
     paths = {path: None for text in texts for c in text if (path := _font_with(frozenset(c))) not in (None, _dejavu())}
     for path in paths:
         font_manager.fontManager.addfont(path)
@@ -188,7 +195,7 @@ def _script(cluster: str) -> str:
 @cache
 def _warn(script: str) -> None:
     warnings.warn(
-        f"no font has the {script} characters of a class name: its number is drawn in its place. Install a font that has them "
+        f"no font has the {script} characters of a name: a number is drawn in its place. Install a font that has them "
         "(Chinese, Japanese, Korean, Hindi, Thai: pip install 'smca-detr[fonts]'; or the system's fonts-noto-cjk for the first "
         "three, fonts-noto for others)",
         stacklevel=3,

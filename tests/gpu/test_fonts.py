@@ -132,7 +132,7 @@ def test_names_are_cut_to_the_picture_and_scores_never(width: float) -> None:
     ("name", "script"), [("ไทย", "THAI"), ("세포 ക", "MALAYALAM"), ("🦄", "SYMBOL"), ("\ue000", "SYMBOL")]
 )
 def test_without_a_font_the_number_stands_for_the_name_and_it_is_said_once(name: str, script: str) -> None:
-    message = f"no font has the {script} characters of a class name.*Install a font.*fonts-noto-cjk"
+    message = f"no font has the {script} characters of a name.*Install a font.*fonts-noto-cjk"
     with pytest.warns(UserWarning, match=message) as said:
         twice = [parts(name), parts(name)]
     assert twice == [[("class 3 0.50", "DejaVuSans")]] * 2
@@ -168,6 +168,16 @@ def test_a_sheet_of_curves_takes_names_as_they_are(tmp_path: Path) -> None:
         compare_curves({"_细胞 $x{$": [metrics], "b": [metrics]}, tmp_path / "named.svg", title="세포 $ \\frac $")
     text = (tmp_path / "named.svg").read_text()
     assert all(said in text for said in ("_细胞 $x{$", "세포 $ \\frac $"))
+
+
+def test_curves_number_the_names_that_no_font_has(tmp_path: Path) -> None:
+    metrics = [{"epoch": 1, "ap": 0.1}]
+    with pytest.warns(UserWarning, match="THAI") as said:
+        compare_curves({"a": [metrics], "ไทย": [metrics]}, tmp_path / "named.svg", title="ไทย")
+    assert len(said) == 1, "ours, and none of matplotlib's for each character"
+    text = (tmp_path / "named.svg").read_text()
+    assert "recipe 2 (0.100)" in text
+    assert "ไ" not in text
 
 
 def test_the_fonts_extra_installs_what_is_looked_for() -> None:
