@@ -131,9 +131,8 @@ class SMCADETR(nn.Module):
         """Detect in images of any size.
 
         Args:
-            images: PIL images of any mode, turned as their EXIF orientation says, or arrays [H, W, 3] (RGB) or [H, W] (grey) of 8
-            or
-                16 bits or fractions (``smca.datasets.images.to_rgb``).
+            images: PIL images of any mode, turned as their EXIF orientation says, or arrays [H, W, 3] (RGB) or [H, W] (grey) of
+                8 or 16 bits or of fractions (``smca.datasets.images.to_rgb``).
             max_detections: how many of the best to return for each.
 
         Returns:
