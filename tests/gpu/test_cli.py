@@ -46,7 +46,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_output_survives_its_terminal(encoding: str, model_dir: Path, tmp_path: Path) -> None:
     """predict prints an arrow; evaluate says in its error what the model's classes are."""
     Image.new("RGB", (40, 40)).save(tmp_path / "寿司.png")
@@ -75,7 +75,8 @@ def test_output_survives_its_terminal(encoding: str, model_dir: Path, tmp_path: 
     assert done.returncode == 1
     said = done.stderr.decode(encoding)
     assert "are not those of synthetic" in said
-    assert ("红细胞" in said) == (encoding == "utf-8")
+    assert "红细胞" not in said
+    assert ("círculo" in said) == (encoding == "cp1252")
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly() -> None:
