@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TextIO
 
 COMMANDS = {
     "train": "train a detector on COCO-format or built-in data",
@@ -16,6 +17,8 @@ COMMANDS = {
     "benchmark": "measure speed and memory on this machine",
     "conformance": "check implementations of SMCA, ours or yours, against the specification",
 }
+READER_GONE = 141
+"""Exit status of a command whose output nobody reads any more: a shell's for one that SIGPIPE ended."""
 
 
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
@@ -29,13 +32,11 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
             stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line that gave it
     try:
-        command(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # What Python would still write as it ends goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        _run_and_flush(command, sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
+        # Written to once more, because the pipe may also have been one to a process of ours.
+        if isinstance(error, BrokenPipeError) and _drop_unwritable("\n"):
+            raise SystemExit(READER_GONE) from None
         if os.environ.get("SMCA_TRACEBACK"):
             raise
         print(f"error: {_message(error)}\n(SMCA_TRACEBACK=1 shows where)", file=sys.stderr)
@@ -43,6 +44,44 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        _drop_unwritable()
+
+
+def _run_and_flush(command: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Run a command until its output is written; BrokenPipeError if nobody reads it, also of a command that ends by itself."""
+    try:
+        command(argv)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # Rich ends the program at once, with status 1
+            raise SystemExit(READER_GONE) from None
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        raise
+    if sys.stdout is not None:  # None if it was closed before the start
+        sys.stdout.flush()
+
+
+def _drop_unwritable(text: str = "") -> bool:
+    """Write `text` to stdout, else to stderr: what the first that cannot take it holds goes nowhere, now and as Python ends.
+
+    Returns:
+        Whether one could not take it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not _takes(stream, text):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return True
+    return False
+
+
+def _takes(stream: TextIO, text: str) -> bool:
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _message(error: Exception) -> str:

@@ -250,7 +250,9 @@ def machine(gpu: bool) -> str:
     if gpu:
         return torch.cuda.get_device_name(0)
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else []
+    names = (
+        re.findall(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE) if info.is_file() else []
+    )
     return names[0].strip() if names else platform.processor() or f"{platform.machine()} CPU"
 
 

@@ -144,7 +144,9 @@ def _serve(build: Callable[[], Case], threads: int, pipe: Connection) -> None:
 def _peak_mib() -> float:
     """The most memory that this process has held."""
     status = Path("/proc/self/status")
-    if status.is_file() and (line := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+    if status.is_file() and (
+        line := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
+    ):
         return int(line[1]) / 2**10
     # Not used on Linux, where the number begins with what the parent process held.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
