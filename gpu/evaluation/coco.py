@@ -118,7 +118,7 @@ def evaluate_detections(ground_truth: Mapping[str, Any], detections: Sequence[Ma
             "bbox",
         )
         if crowded:  # the best hundred are matched as they would be without the others
-            evaluation.params.maxDets = [*evaluation.params.maxDets, max(crowded)]
+            evaluation.params.maxDets = [*evaluation.params.maxDets, max(crowded.values())]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -127,28 +127,32 @@ def evaluate_detections(ground_truth: Mapping[str, Any], detections: Sequence[Ma
     return CocoMetrics(**numbers, per_class=_per_class(ground_truth, evaluation), notes=tuple(notes))
 
 
-def _crowded_images(truth: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Objects of one class in one image, where they are more than COCO counts."""
-    counts = Counter((a["image_id"], a["category_id"]) for a in truth if not a["iscrowd"])
-    return [count for count in counts.values() if count > COUNTED]
+def _crowded_images(truth: Sequence[Mapping[str, Any]]) -> dict[Any, int]:
+    """Image id → its objects of one class, the most numerous, where they are more than COCO counts."""
+    crowded: dict[Any, int] = {}
+    for (image_id, _), count in Counter((a["image_id"], a["category_id"]) for a in truth if not a["iscrowd"]).items():
+        if count > COUNTED:
+            crowded[image_id] = max(count, crowded.get(image_id, 0))
+    return crowded
 
 
-def _notes_of_crowded(crowded: list[int], evaluation: COCOeval) -> list[str]:
+def _notes_of_crowded(crowded: Mapping[Any, int], evaluation: COCOeval) -> list[str]:
     if not crowded:
         return []
     every = _mean_precision(evaluation, index=-1)
     return [
-        f"{_count(len(crowded), 'image has', 'images have')} more than {COUNTED} objects of a class, {max(crowded)} at most, and "
-        f"COCO counts {COUNTED} detections per image and class: the others are missed by rule. With as many as there are objects, "
-        f"AP is {_number(every).strip()}"
+        f"{_count(len(crowded), 'image has', 'images have')} more than {COUNTED} objects of a class, {max(crowded.values())} at "
+        f"most, and COCO counts {COUNTED} detections per image and class: the others are missed by rule. With as many as there "
+        f"are objects, AP is {_number(every).strip()}"
     ]
 
 
 def _notes_of_boxes(ground_truth: Mapping[str, Any], truth: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
-    sizes = {i["id"]: (i["width"], i["height"]) for i in ground_truth["images"] if {"width", "height"} <= i.keys()}
+    objects = [annotation for annotation in truth if not annotation["iscrowd"]]
+    sizes = {i["id"]: (i["width"], i["height"]) for i in ground_truth["images"] if i.get("width") and i.get("height")}
     beyond = flat = 0
-    for annotation in truth:
+    for annotation in objects:
         x, y, w, h = annotation["bbox"]
         width, height = sizes.get(annotation["image_id"], (math.inf, math.inf))
         if w <= 0 or h <= 0:
@@ -164,7 +168,7 @@ def _notes_of_boxes(ground_truth: Mapping[str, Any], truth: Sequence[Mapping[str
         notes.append(
             f"{_count(flat, 'object has', 'objects have')} no area: nobody can find them, and COCO counts them"
         )
-    used = {annotation["category_id"] for annotation in truth if not annotation["iscrowd"]}
+    used = {annotation["category_id"] for annotation in objects}
     if used and (absent := [str(c["name"]) for c in ground_truth["categories"] if c["id"] not in used]):
         listed = ", ".join(absent[:_NAMES_SHOWN]) + ", …" * (len(absent) > _NAMES_SHOWN)
         notes.append(

@@ -236,6 +236,40 @@ def test_boxes_beyond_the_border_and_without_area() -> None:
     assert metrics.notes[1] == "1 object has no area: nobody can find them, and COCO counts them"
 
 
+def test_an_image_with_two_such_classes_is_one_image() -> None:
+    ground_truth, _ = crowded(110)
+    ground_truth["annotations"] += [
+        {**a, "id": 500 + a["id"], "category_id": 7} for a in ground_truth["annotations"] if a["category_id"] == 3
+    ]
+    (note,) = evaluate_detections(ground_truth, []).notes
+    assert note.startswith("1 image has more than 100 objects of a class, 110 at most")
+
+
+def test_regions_of_crowds_are_no_objects() -> None:
+    ground_truth = truth((1, 3, BOX), (1, 7, OTHER))
+    boxes = [[-40.0, 10.0, 50.0, 50.0], [9.0, 9.0, 0.0, 5.0], *([*BOX] for _ in range(101))]
+    ground_truth["annotations"] += [
+        {"id": 900 + i, "image_id": 1, "category_id": 3, "bbox": box, "area": 1.0, "iscrowd": 1}
+        for i, box in enumerate(boxes)
+    ]
+    assert evaluate_detections(ground_truth, []).notes == ()
+
+
+@pytest.mark.parametrize("change", [{}, {"width": None, "height": None}, {"width": 0, "height": 0}])
+def test_images_of_unknown_size_end_nowhere(change: dict[str, Any]) -> None:
+    ground_truth = truth((1, 3, (620.0, 10.0, 50.0, 50.0)), (2, 7, OTHER))
+    assert len(evaluate_detections(ground_truth, []).notes) == 1
+    ground_truth["images"] = [{"id": image["id"], **change} for image in ground_truth["images"]]
+    assert evaluate_detections(ground_truth, []).notes == ()
+
+
+def test_classes_without_objects_are_counted_and_some_are_named() -> None:
+    ground_truth = truth((1, 3, BOX))
+    ground_truth["categories"] = [{"id": i, "name": f"c{i}"} for i in range(1, 10)]
+    (note,) = evaluate_detections(ground_truth, []).notes
+    assert note == ("8 classes have no object in these images and no part in the means: c1, c2, c4, c5, c6, …")
+
+
 def test_nothing_hidden_nothing_said() -> None:
     assert evaluate_detections(truth((1, 3, BOX), (2, 7, OTHER)), []).notes == ()
     assert evaluate_detections(truth(), []).notes == ()
