@@ -342,7 +342,9 @@ class RunConfig:
     """Arithmetic of the network; centres, widths, boxes and losses are always computed in float32."""
     attention: Literal["auto", "eager", "lifted", "triton"] = "auto"
     """How SMCA attention is computed in training: written out, as plain attention with four more channels, or in fused kernels.
-    "auto" takes the fastest that is known to be as exact as "eager": the kernels on an NVIDIA GPU, mostly "lifted" on a CPU."""
+    "auto" takes the fastest that is known to be as exact as "eager": the kernels on NVIDIA GPUs from Ampere on, mostly "lifted"
+    on a CPU, elsewhere "eager" itself, which holds queries × cells numbers per head ("lifted" by name does not, and is less
+    exact for narrow priors)."""
     compile: bool = False
     """Compile network and loss with torch.compile: minutes at the start; what it gains is not yet measured. Each new shape of a
     batch may compile anew: see `shape_bucket`."""

@@ -81,6 +81,14 @@ def test_output_survives_its_terminal(encoding: str, model_dir: Path, tmp_path: 
     assert ("círculo" in said) == (encoding == "cp1252")
 
 
+def test_a_script_survives_its_terminal_too() -> None:
+    command = [sys.executable, str(ROOT / "gpu/train.py"), "small", "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout, "what ASCII lacks, such as a dash"
+
+
 def without_encoding(source: str) -> list[int]:
     """Lines that open a file for text and leave its encoding to the system."""
     lines = []

@@ -12,6 +12,7 @@ import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from fontTools.ttLib import TTFont
+from PIL import ImageFont
 
 from smca.gpu.pictures import fonts
 from smca.gpu.pictures.drawing import class_color, compare_curves, draw_detections
@@ -114,8 +115,14 @@ def test_each_part_has_a_font_with_its_characters(name: str, expected: list[tupl
 @pytest.mark.parametrize(("raqm", "text"), [(True, "क्\u200dष"), (False, "क्ष")])
 def test_joiners_are_kept_where_letters_are_joined(raqm: bool, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They need no glyph, and ask for none: without Raqm, boxes would stand in their place."""
+    asked: list[object] = []
+    load = fonts.ImageFont.truetype
+    monkeypatch.setattr(
+        fonts.ImageFont, "truetype", lambda *a, layout_engine: (asked.append(layout_engine), load(*a))[1]
+    )
     monkeypatch.setattr(fonts.features, "check", lambda _: raqm)
     assert parts("क्\u200dष")[0] == (text + " ", "NotoHindi-Regular")
+    assert set(asked) == {ImageFont.Layout.RAQM if raqm else ImageFont.Layout.BASIC}
 
 
 @pytest.mark.parametrize("width", [40.0, 100.0, 200.0])
