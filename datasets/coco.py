@@ -38,8 +38,8 @@ class CocoDetection:
     images_dir: the folder to which the file's `file_name` entries are relative.
     annotations_file: the JSON file.
     options: how to understand the file where it leaves room; by default, only what is certain.
-    cache: keep decoded images in memory as they are read (3 bytes per pixel; 640×480: 0.92 MB per image), as many as fit into half
-        of the memory that is free (`cache_bytes`). Worth it for a few thousand small images on a machine with few cores.
+    cache: keep decoded images in memory as they are read (3 bytes per pixel; 640×480: 0.92 MB per image), as many as fit into a
+        third of the memory that is free (`cache_bytes`). Worth it for a few thousand small images on a machine with few cores.
 
     Raises FileNotFoundError if the folder, the annotation file or images are missing, ValueError for an annotation file
     that is not in COCO's format, for files that are no pictures of the size it says, and for boxes that are probably something else
@@ -61,15 +61,10 @@ class CocoDetection:
         self.file_names, corrected, links = find_images(self.images_dir, file.file_names, self.annotations_file)
         headers = read_headers(self.images_dir, self.file_names, self.annotations_file)
         crowd = _crowd(file, options, self.annotations_file)
-        self.frame, boxes = _boxes(file, headers, options, self.file_names, self.annotations_file)
+        self.frame, self.sizes, boxes = _boxes(file, headers, options, self.file_names, self.annotations_file)
         self._picture_sizes = [header.size(self.frame) for header in headers]
-        self.sizes = _annotated_sizes(file, headers, self.frame, options)
-
-        # Rows by image, those of one image in the file's order.
-        self._order = np.argsort(file.positions, kind="stable")
-        self._starts = np.searchsorted(file.positions[self._order], np.arange(len(file.image_ids) + 1))
-        self._trained: BoolArray = ~(crowd | boxes.degenerate | boxes.outside)[self._order]
         self._file, self._boxes, self._crowd = file, boxes, crowd
+        self._trained: BoolArray = ~(crowd | boxes.degenerate | boxes.outside)
         turned = sum(header.is_turned for header in headers)
         self._cache = ImageCache(self._picture_sizes) if cache else None
         self._report = self._make_report(corrected, links, turned)
@@ -105,8 +100,8 @@ class CocoDetection:
             image = self._read(index)
             if self._cache is not None:
                 image = self._cache.put(index, image)
-        rows = slice(self._starts[index], self._starts[index + 1])
-        kept = self._order[rows][self._trained[rows]]
+        rows = self._file.rows_of(index)
+        kept = rows[self._trained[rows]]
         boxes_xyxy, (height, width) = self._boxes.clipped_xyxy[kept], self.sizes[index]
         if image.shape[:2] != (height, width):  # resized after it was annotated
             boxes_xyxy = boxes_xyxy * np.tile([image.shape[1] / width, image.shape[0] / height], 2)
@@ -149,7 +144,7 @@ class CocoDetection:
         shift = max(0, 1 - int(file.annotation_ids.min())) if len(file.annotation_ids) else 0
         with np.errstate(over="ignore", invalid="ignore"):
             areas = np.where(np.isnan(file.areas), boxes[:, 2] * boxes[:, 3], file.areas)
-        usable = np.flatnonzero(np.isfinite(np.column_stack([boxes, areas])[self._order]).all(axis=1))
+        usable = np.flatnonzero(np.isfinite(np.column_stack([boxes, areas])[file.order]).all(axis=1))
         annotations = [
             coco_annotation(
                 int(file.annotation_ids[row]) + shift,
@@ -159,7 +154,7 @@ class CocoDetection:
                 area=float(areas[row]),
                 crowd=bool(self._crowd[row]),
             )
-            for row in self._order[usable].tolist()
+            for row in file.order[usable].tolist()
         ]
         return {
             "info": {},
@@ -182,9 +177,7 @@ class CocoDetection:
         ]
 
     def _make_report(self, corrected: int, links: int, turned: int) -> Report:
-        file, boxes = self._file, self._boxes
-        trained: BoolArray = np.zeros(len(self._order), dtype=np.bool_)
-        trained[self._order] = self._trained
+        file, boxes, trained = self._file, self._boxes, self._trained
         used = np.bincount(file.labels[trained], minlength=len(file.categories))
         with_boxes = np.unique(file.positions[trained])
         dropped = np.flatnonzero(boxes.degenerate | boxes.outside)
@@ -226,23 +219,18 @@ def require_same_categories(train: tuple[Category, ...], val: tuple[Category, ..
 
 def _boxes(
     file: CocoFile, headers: Sequence[Header], options: AnnotationOptions, names: Sequence[str], path: Path
-) -> tuple[Frame, CheckedBoxes]:
-    """The frame of the boxes, and the boxes in it."""
+) -> tuple[Frame, list[tuple[int, int]], CheckedBoxes]:
+    """The frame of the boxes, (height, width) of the images in it, and the boxes in it."""
     # A picture's sides are needed to read fractions, and boxes in pixels to decide which side is which.
     written = [size or header.size("upright") for size, header in zip(file.sizes, headers, strict=True)]
     frame = decide_frame(
-        options,
-        headers,
-        file.sizes,
-        boxes_in_pixels(file.boxes, _sides(written, file), options),
-        file.positions,
-        names,
-        path,
+        options, headers, file, boxes_in_pixels(file.boxes, _sides(written, file), options), names, path
     )
-    sides = _sides(_annotated_sizes(file, headers, frame, options), file)
+    sizes = _annotated_sizes(file, headers, frame, options)
+    sides = _sides(sizes, file)
     if options.box_format == "auto":
         require_xywh(file.boxes, sides, path)
-    return frame, check_boxes(boxes_in_pixels(file.boxes, sides, options), sides)
+    return frame, sizes, check_boxes(boxes_in_pixels(file.boxes, sides, options), sides)
 
 
 def _annotated_sizes(
@@ -271,9 +259,8 @@ def _crowd(file: CocoFile, options: AnnotationOptions, path: Path) -> BoolArray:
     if options.crowd == "auto" and len(file.crowd) and file.crowd.all():
         raise ValueError(
             f'{path}: all {len(file.crowd):,} annotations have "iscrowd": 1, which marks regions of many objects that nobody '
-            "annotated "
-            "one by one, so that there would be nothing to train on or to find. Exports of brushes and masks set it on every "
-            "object: if "
-            "these are objects, --annotations.crowd objects; if they are regions indeed, --annotations.crowd regions"
+            "annotated one by one, so that there would be nothing to train on or to find. Exports of brushes and masks set it on "
+            "every object: if these are objects, --annotations.crowd objects; if they are regions indeed, --annotations.crowd "
+            "regions"
         )
     return file.crowd

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ class CocoFile:
     """[rows] the file's own, if all are whole numbers of 64 bits; otherwise 1, 2, 3 …"""
     repairs: Counter[str]
     """What was written otherwise than COCO's format has it, and how often."""
+
+    @cached_property
+    def order(self) -> IntArray:
+        """[rows] The rows image by image, those of one image in the file's order."""
+        return np.argsort(self.positions, kind="stable")
+
+    def rows_of(self, image: int) -> IntArray:
+        """The rows of an image."""
+        return self.order[self._starts[image] : self._starts[image + 1]]
+
+    @cached_property
+    def _starts(self) -> IntArray:
+        """[images + 1] Where each image's rows begin in `order`."""
+        return np.searchsorted(self.positions[self.order], np.arange(len(self.image_ids) + 1))
 
 
 def read_coco_file(path: Path) -> CocoFile:

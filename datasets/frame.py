@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from smca.datasets.batch import FloatArray, IntArray
+from smca.datasets.batch import FloatArray
+from smca.datasets.coco_file import CocoFile
 from smca.datasets.images import Frame, Header, read_header
 from smca.datasets.options import AnnotationOptions
 
@@ -51,9 +52,8 @@ def read_headers(images_dir: Path, names: Sequence[str], annotations_file: Path)
 def decide_frame(
     options: AnnotationOptions,
     headers: Sequence[Header],
-    written: Sequence[tuple[int, int] | None],
+    file: CocoFile,
     boxes_xywh: FloatArray,
-    positions: IntArray,
     names: Sequence[str],
     annotations_file: Path,
 ) -> Frame:
@@ -61,16 +61,15 @@ def decide_frame(
 
     Args:
         headers: of each image.
-        written: (height, width) of each image in the annotation file; None = not written.
-        boxes_xywh: [rows, 4] pixels.
-        positions: [rows] the image that each box belongs to.
+        file: the annotation file, with the sizes written and the rows of each image.
+        boxes_xywh: [rows, 4] its boxes in pixels.
         names: of the images, for messages.
 
     Raises:
         ValueError: a size that is neither the stored nor the upright one's (unless `options.sizes` allows it), or evidence that is
-        missing or contradicts itself and
-            no `options.frame` to decide.
+            missing or contradicts itself and no `options.frame` to decide.
     """
+    written = file.sizes
     if options.sizes == "auto":
         _check_sizes(headers, written, names, annotations_file)
     turned = [i for i, header in enumerate(headers) if header.is_turned]
@@ -78,7 +77,7 @@ def decide_frame(
         return options.frame
     if not turned:
         return "upright"
-    rows = {i: boxes_xywh[positions == i] for i in turned}
+    rows = {i: boxes_xywh[file.rows_of(i)] for i in turned}
     by_size = [
         i
         for i in turned

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,13 +117,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise FileNotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     with _whole_pictures():
         try:
-            with Image.open(path, formats=[f for f in FORMATS if f in _decoders()]) as picture:
+            with Image.open(path, formats=_formats()) as picture:
                 yield picture
         except FileNotFoundError:
             raise
-        except (
-            Exception
-        ) as error:  # decoders meet damage with whatever comes: OSError, SyntaxError, struct.error, IndexError …
+        # Decoders meet damage with whatever comes: OSError, SyntaxError, struct.error, IndexError …
+        except Exception as error:
             raise ValueError(f"cannot read {path}: {_reason(error)}; replace the file") from error
 
 
@@ -131,9 +131,11 @@ def suffixes() -> tuple[str, ...]:
     return tuple(sorted(end for end, name in Image.registered_extensions().items() if name in FORMATS))
 
 
-def _decoders() -> dict[str, Any]:
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow was built with."""
     Image.init()
-    return Image.OPEN
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _reason(error: Exception) -> str:

@@ -94,13 +94,13 @@ def _layout(root: Path, split: Split) -> Layout:
         layouts = _unsplit(root)
     if not layouts:
         looked = ", ".join(example.format(_NAMES[split][0]) for example in _EXAMPLES)
-        unsplit = ""
-        if split != "train" and _unsplit(root):
-            unsplit = (
-                f" {_unsplit(root)[0][0].relative_to(root)} is not split: divide it into two files, and name them with "
-                "--train-json "
-                "and --val-json."
-            )
+        # For the training split these have been looked for already.
+        whole = [file.relative_to(root) for file, _ in _unsplit(root)]
+        unsplit = (
+            f" {whole[0]} is not split: divide it into two files, and name them with --train-json and --val-json."
+            if whole
+            else ""
+        )
         raise FileNotFoundError(
             f"no annotation file of the split {split!r} in {root}; looked for {looked}; found {_contents(root)}.{unsplit} "
             f"Name a file like one of these, or say where files and images are: {_flags(split)}"

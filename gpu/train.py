@@ -9,7 +9,7 @@
     smca train small --help                           every knob with its default
 
 ``python gpu/train.py`` and ``smca train`` are the same. A run leaves in its --output folder: checkpoint.pt, metrics.jsonl,
-tensorboard/, curves.png, predictions.png, model/ (config.json + model.safetensors, what ``smca predict`` takes).
+tensorboard/, curves.png, predictions.png, model/ and best/ (config.json + model.safetensors, what ``smca predict`` takes).
 """
 
 from __future__ import annotations
@@ -205,9 +205,9 @@ def _best(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _require_boxes(run: Run) -> None:
-    if not run.train_data.report.boxes:
+    if not run.train_report.boxes:
         raise ValueError(
-            f"there is no box to train on (training images: {run.train_data.report}): a detector that never sees an object learns "
+            f"there is no box to train on (training images: {run.train_report}): a detector that never sees an object learns "
             "to find none; is this the right annotation file, and do its annotations have boxes?"
         )
 
@@ -224,7 +224,7 @@ def _announce(run: Run, log: RunLog) -> None:
     """What is about to be trained, on what."""
     config, world = run.config, run.world
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    log.say(f"training images: {run.train_data.report}\nheld-out images: {run.val_data.report}")
+    log.say(f"training images: {run.train_report}\nheld-out images: {run.val_report}")
     log.say(
         f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(run.loader)} steps per epoch, "
         f"{run.total_steps} in all · {run.device} · {world} process{'es' * (world > 1)} · {torch.get_num_threads()} threads"

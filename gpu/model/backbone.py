@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +43,7 @@ class Backbone(nn.Module):
     Attributes:
         channels: channels of each feature map.
         strides: pixels of the input per cell of each, finest first.
-        divisor: images are zero-padded to multiples of so many pixels, if the network would drop what is left over; 1 = it does
-        not.
+        divisor: images are zero-padded to multiples of so many pixels, if the network would drop what is left over; 1 if not.
     """
 
     def __init__(self, config: BackboneConfig, strides: Sequence[int], *, download: bool = True) -> None:
@@ -161,9 +162,8 @@ def _backbone_settings(config: BackboneConfig) -> Any:
             options = _options_of(published)
         _check_options(name, options)
         settings: Any = AutoConfig.for_model(name, **options)
-        return type(settings).from_dict(
-            settings.to_dict()
-        )  # with lists for tuples, which some families cannot add to lists
+        # With lists for tuples, which some families cannot add to lists.
+        return type(settings).from_dict(settings.to_dict())
     except _OptionError:
         raise
     except Exception as error:  # transformers refuses options with errors of any type
@@ -233,6 +233,15 @@ def _contents(value: Any) -> tuple[list[float], list[str]]:
     return [abs(value)] if isinstance(value, int | float) else [], []
 
 
+class Probe(NamedTuple):
+    """What was measured of a network. One is measured several times while it is built, so the answers are kept: read only."""
+
+    maps: list[torch.Size]
+    """Shape of each feature map."""
+    trained: dict[str, torch.Size]
+    """Shape of each parameter, by name, that they depend on."""
+
+
 def _stages(settings: Any) -> list[str]:
     return [name for name in settings.stage_names if name != "stem"]
 
@@ -241,19 +250,23 @@ def _measure_strides(settings: Any) -> dict[str, int]:
     """Pixels per cell of each stage."""
     probe = type(settings).from_dict(settings.to_dict())
     probe.out_features = _stages(settings)
-    maps, _ = _probe(probe)
+    maps = _probe(probe).maps
     return {n: round(_PROBE_PIXELS / shape[-1]) for n, shape in zip(probe.out_features, maps, strict=True)}
 
 
-def _probe(settings: Any) -> tuple[list[torch.Size], dict[str, torch.Size]]:
-    """Shapes of a blank image's feature maps, and of the parameters by name that they depend on (on the meta device: nothing is
-    computed)."""
+def _probe(settings: Any, side: int = _PROBE_PIXELS) -> Probe:
+    """What a blank image of `side` × `side` pixels shows (on the meta device: nothing is computed)."""
+    return _probe_once(cast(Any, type(settings)), settings.to_json_string(use_diff=False), side)
+
+
+@lru_cache(maxsize=64)
+def _probe_once(kind: Any, settings_json: str, side: int) -> Probe:
     with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
-        network = _build(settings).eval()
-        maps = network(torch.empty(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)).feature_maps
+        network = _build(kind.from_dict(json.loads(settings_json))).eval()
+        maps = network(torch.empty(1, 3, side, side)).feature_maps
         torch.autograd.backward([features.sum() for features in maps])
     trained = {name: p.shape for name, p in network.named_parameters() if p.grad is not None}
-    return [features.shape for features in maps], trained
+    return Probe([features.shape for features in maps], trained)
 
 
 def _without_unread_stages(settings: Any) -> Any:
@@ -286,11 +299,10 @@ def _side_divisor(settings: Any, stride: int) -> int:
     """1, or `stride` if the network drops what is left over when an image is no multiple of it."""
     side = _PROBE_PIXELS + 1
     try:
-        with torch.device("meta"):
-            maps = _build(settings).eval()(torch.empty(1, 3, side, side)).feature_maps
+        last = _probe(settings, side).maps[-1]
     except Exception:  # a family that takes whole multiples only refuses with an error of any type
         return stride
-    return 1 if maps[-1].shape[-1] == -(-side // stride) else stride
+    return 1 if last[-1] == -(-side // stride) else stride
 
 
 def _build(settings: Any) -> nn.Module:

@@ -67,10 +67,8 @@ def clear(output: Path) -> None:
     """Make the folder, without what an earlier run wrote: nothing of it is to be taken for the new one's."""
     output.mkdir(parents=True, exist_ok=True)
     folders = set()
-    for pattern in (
-        *_WRITTEN,
-        *(f"{pattern}.partial" for pattern in _WRITTEN),
-    ):  # a killed process leaves partial files
+    partial = [f"{pattern}.partial" for pattern in _WRITTEN]  # which a killed process leaves
+    for pattern in (*_WRITTEN, *partial):
         for file in output.glob(pattern):
             file.unlink()
             folders.add(file.parent)

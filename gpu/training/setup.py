@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from smca.datasets import Augmented, DetectionDataset, Targets, collate, require_same_categories
+from smca.datasets import Augmented, DetectionDataset, Report, Targets, collate, require_same_categories
 from smca.datasets.batch import CocoDict
 from smca.datasets.settings import shown
 from smca.gpu.config import RunConfig
@@ -105,11 +105,21 @@ class Run:
         return self.val_data.ground_truth()
 
     @cached_property
+    def train_report(self) -> Report:
+        """What is in the training images, read once likewise."""
+        return self.train_data.report
+
+    @cached_property
+    def val_report(self) -> Report:
+        """What is in the held-out images."""
+        return self.val_data.report
+
+    @cached_property
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """What tells these data from others."""
         return {
-            "training": _fingerprint(self.train_truth, self.train_data.report),
-            "held-out": _fingerprint(self.val_truth, self.val_data.report),
+            "training": _fingerprint(self.train_truth, self.train_report),
+            "held-out": _fingerprint(self.val_truth, self.val_report),
         }
 
     @property
