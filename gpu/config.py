@@ -19,6 +19,8 @@ CrossAttention = Literal["smca", "dense"]
 EncoderKind = Literal["attention", "conv"]
 PriorScale = Literal["fixed", "single", "independent"]
 PriorHeads = Literal["shared", "independent"]
+PriorUnit = Literal["pixels", "box"]
+QueryInit = Literal["random", "grid", "anchors", "selected"]
 
 _MOST = {
     "num_classes": 100_000,
@@ -28,6 +30,7 @@ _MOST = {
     "encoder_layers": 1_000,
     "decoder_layers": 1_000,
     "feedforward_dim": 1_000_000,
+    "denoising_groups": 1_000,
     "image_max_size": 32_768,
 }
 """Far beyond what anyone trains: a configuration from anywhere must not build for ever, nor fill the memory."""
@@ -101,12 +104,21 @@ class ModelConfig:
     """Standard deviation of the Gaussian before training, in pixels of the network's input: about half the side of a
     typical object, the same at every level. The paper's β in cells² follows from it, β = 2·(prior_sigma_px / stride)²
     (64 px at stride 32: β = 8)."""
-    query_init: Literal["random", "grid"] = "random"
+    query_init: QueryInit = "random"
     """Where the queries start: anywhere ("random"), or spread over the image ("grid"), their positions and, with
-    cross_attention="smca", their reference centres."""
+    cross_attention="smca", their reference centres. Beyond the paper (docs/method.md §8): on a learned box per query, from which
+    its position is made anew in every layer ("anchors"), or on boxes of the image's best cells ("selected"; needs dense_head)."""
     box_refinement: bool = False
     """Let each decoder layer correct the (detached) box of the layer before it with a box head of its own, and re-centre the
     Gaussian there."""
+    prior_unit: PriorUnit = "pixels"
+    """Unit of the Gaussians' widths and offsets: pixels, of which prior_sigma_px is the first width, or the sides of the query's
+    own box, which 0.3 of is ("box"; with query_init "anchors" or "selected"). Beyond the paper, as the next two."""
+    dense_head: bool = False
+    """Let every cell of the encoder classify and regress, with a loss of its own in training (docs/method.md §8)."""
+    denoising_groups: int = 0
+    """Groups of noised ground-truth boxes that are queries as well in training, each with a positive and a negative one per object
+    (with query_init "anchors" or "selected"); 0 = none."""
     pre_norm: bool = False
     """Layer norm before each block rather than after it: trains faster from scratch."""
     image_short_side: int = 800
@@ -120,7 +132,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, most in _MOST.items():
-            value, least = getattr(self, name), 0 if name == "encoder_layers" else 1
+            value, least = getattr(self, name), 0 if name in ("encoder_layers", "denoising_groups") else 1
             require(least <= value <= most, f"model.{name}", f"at least {least} and at most {most}", value)
         require(len(self.strides) <= _MOST_LEVELS, "model.strides", f"at most {_MOST_LEVELS}", len(self.strides))
         require(
@@ -130,6 +142,7 @@ class ModelConfig:
             self.strides,
         )
         self._check_levels()
+        self._check_boxes_of_queries()
         require(0.0 <= self.dropout < 1.0, "model.dropout", "in [0, 1)", self.dropout)
         require(self.prior_sigma_px > 0, "model.prior_sigma_px", "positive", self.prior_sigma_px)
         require(min(self.pixel_std) > 0, "model.pixel_std", "positive", self.pixel_std)
@@ -162,6 +175,28 @@ class ModelConfig:
                     getattr(self, name),
                 )
 
+    def _check_boxes_of_queries(self) -> None:
+        """What only makes sense with a box per query."""
+        for name, off in (("prior_unit", "pixels"), ("denoising_groups", 0)):
+            require(
+                self.has_anchors or getattr(self, name) == off,
+                f"model.{name}",
+                'left at its default unless model.query_init is "anchors" or "selected": it needs a box per query',
+                getattr(self, name),
+            )
+        require(
+            self.prior_unit == "pixels" or self.cross_attention == "smca",
+            "model.prior_unit",
+            'left at its default with cross_attention="dense", which has no prior',
+            self.prior_unit,
+        )
+        require(
+            self.dense_head or self.query_init != "selected",
+            "model.dense_head",
+            'True with query_init="selected", whose queries are its cells',
+            self.dense_head,
+        )
+
     def _check_levels(self) -> None:
         """What only makes sense with several levels."""
         crossing = self.cross_level_blocks
@@ -191,6 +226,11 @@ class ModelConfig:
                 "left at its default with a single level (model.strides)",
                 self.scale_selection,
             )
+
+    @property
+    def has_anchors(self) -> bool:
+        """Whether a query has a box from the start, from which its position is made."""
+        return self.query_init in ("anchors", "selected")
 
     @property
     def head_dim(self) -> int:
@@ -226,6 +266,9 @@ class LossConfig:
     """L1 distance of boxes."""
     giou_weight: float = 2.0
     """1 − generalised IoU of boxes."""
+    classification: Literal["focal", "matchability"] = "focal"
+    """What the class score of a matched query is to be: 1, by the focal loss, as published; or the IoU of its box to the power of
+    1.5, by the matchability-aware loss (docs/method.md §8), so that the best box of several comes first."""
 
     @property
     def weights(self) -> dict[str, float]:

@@ -67,7 +67,8 @@ def train(
         train_data: images to train on, in place of those that ``config.data`` names.
         val_data: held-out images, likewise; with the same categories.
         criterion: the loss, in place of ``SetCriterion(config.loss)``: (outputs, targets) → its terms, scalars by name, of which
-            "loss" is minimised. outputs: "logits" [M, B, N, K], "boxes" [M, B, N, 4] cxcywh in 0–1, for M decoder layers.
+            "loss" is minimised. outputs: "logits" [M, B, N, K], "boxes" [M, B, N, 4] cxcywh in 0–1, for M decoder layers. The
+            losses of a dense head and of noised queries are added to it, unless it returns them itself.
 
     Returns:
         Folder of the final model (``SMCADETR.from_pretrained`` takes it).
@@ -144,6 +145,7 @@ def _train_epoch(run: Run, log: RunLog) -> None:
             outputs = run.parallel(
                 batch.images.contiguous(memory_format=torch.channels_last),
                 batch.padding_mask if host_batch.padding_mask.any() else None,
+                batch.targets,
             )
         with check.keep_bad_batch(host_batch):
             terms = criterion(outputs, batch.targets)

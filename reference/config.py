@@ -7,7 +7,8 @@ CHOICES = {
     "cross_attention": ("smca", "dense"),
     "prior_scale": ("fixed", "single", "independent"),
     "prior_heads": ("independent", "shared"),
-    "query_init": ("random", "grid"),
+    "prior_unit": ("pixels", "box"),
+    "query_init": ("random", "grid", "anchors", "selected"),
 }
 
 
@@ -55,9 +56,17 @@ class ModelConfig:
     scale_selection: bool = True
     """Each query weighs the levels by a head of its own (True), or every level weighs 1/J (False)."""
     query_init: str = "random"
-    """"random", or "grid": a learned centre per query, which starts on a grid, is added to the centre head's."""
+    """"random"; or "grid": a learned centre per query, which starts on a grid, is added to the centre head's. Beyond the
+    paper: "anchors", a learned box per query, from which its position is made; or "selected", the box of a cell."""
     box_refinement: bool = False
     """Each layer's box logits are the reference of the next layer's (True), or all share the first (False)."""
+    prior_unit: str = "pixels"
+    """Unit of the Gaussians' widths and offsets: "pixels" (prior_sigma_px), or "box", the sides of the query's own box.
+    Beyond the paper; needs a box per query: query_init "anchors" or "selected"."""
+    dense_head: bool = False
+    """Every cell of the encoder classifies and regresses. Beyond the paper; query_init="selected" needs it."""
+    denoising_groups: int = 0
+    """In training, this many groups of noised objects are queries as well. Beyond the paper; needs a box per query."""
 
     def __post_init__(self) -> None:
         """Raise a ValueError that names the field unless every value is one that the model can have."""
@@ -77,12 +86,18 @@ class ModelConfig:
             )
         if not self.prior_sigma_px > 0:
             raise ValueError(f"config.prior_sigma_px: expected a number of pixels > 0, got {self.prior_sigma_px}.")
+        _check_boxes_of_queries(self)
         _check_levels(self)
 
 
 def uses_prior(config: ModelConfig) -> bool:
     """Whether the cross-attention is modulated, so that centre, offset and scale heads exist."""
     return config.cross_attention == "smca"
+
+
+def has_anchors(config: ModelConfig) -> bool:
+    """Whether a query has a box from the start, from which its position is made."""
+    return config.query_init in ("anchors", "selected")
 
 
 def selects_scales(config: ModelConfig) -> bool:
@@ -97,6 +112,20 @@ def embeds_levels(config: ModelConfig) -> bool:
     over one level, and so change nothing; convolutions use no position encoding.
     """
     return len(config.strides) > 1 and config.encoder == "attention" and config.encoder_layers > 0
+
+
+def _check_boxes_of_queries(config: ModelConfig) -> None:
+    if config.denoising_groups < 0:
+        raise ValueError(f"config.denoising_groups: expected at least 0, got {config.denoising_groups}.")
+    if not has_anchors(config) and (config.prior_unit == "box" or config.denoising_groups):
+        raise ValueError(
+            'config.query_init: expected "anchors" or "selected" with prior_unit="box" or denoising_groups > 0, which need '
+            f"a box per query, got {config.query_init!r}."
+        )
+    if config.prior_unit == "box" and not uses_prior(config):
+        raise ValueError('config.prior_unit: expected "pixels" with cross_attention="dense", which has no prior.')
+    if config.query_init == "selected" and not config.dense_head:
+        raise ValueError('config.dense_head: expected True with query_init="selected", whose queries are cells.')
 
 
 def _check_levels(config: ModelConfig) -> None:

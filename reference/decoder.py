@@ -29,15 +29,28 @@ After every layer, heads decode it, the same ones for all (method.md §5; paper,
 
 Without refinement, (D2) is the published method: one reference centre from the first layer, reused by all. What
 changes from layer to layer then is O, and so offsets, scales and level weights.
+
+Beyond the paper, a query has a box from the start (`query_init` "anchors" or "selected"): ref holds the logits of its
+four numbers in every layer, there is no center_head, and p and t are made of it. Its p is another in every layer:
+
+    (D10) ref = query_anchor, or as selected (`dense_head` (H6));   t = query_content at first
+    (D11) p   = sine(σ(ref)_xy) + box_position([sine(σ(ref)_xy), sine(σ(ref)_wh)])      sine: `position` (P6)
+    (D12) with prior_unit="box", in cells of level j and with side_j = σ(ref)_wh·(w_j, h_j), (D3) and (D5) become
+          c_ij = σ(ref_xy)·(w_j, h_j) + side_j·offset_ij(O)        λ_ij = (r_ij / max(0.3·side_j, ½))²
+
+Position and prior take ref as given: no gradient passes through them to it (query_anchor learns from the boxes that
+are predicted from it, (D8)). A query whose box is known can then look as far as that box reaches. Sources: DAB-DETR,
+arXiv 2201.12329, section 4, for (D10), (D11) and, in its "modulated attention", the idea of (D12).
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from smca.reference.arrays import FloatArray
+from smca.reference.arrays import BoolArray, FloatArray, IntArray
 from smca.reference.attention import Level, multi_scale_smca_attention
-from smca.reference.config import ModelConfig, selects_scales, uses_prior
+from smca.reference.config import ModelConfig, has_anchors, selects_scales, uses_prior
 from smca.reference.layers import (
     Params,
     feed_forward,
@@ -50,42 +63,68 @@ from smca.reference.layers import (
     softmax,
     split_heads,
 )
-from smca.reference.position import Grid
+from smca.reference.position import Grid, sine_encoding_of_pairs
+
+SIGMA_OF_SIDE = 0.3
+"""Standard deviation of a Gaussian at r = 1, as a fraction of the box's side: (D12)."""
+LEAST_SIGMA = 0.5
+"""The same in cells, at least: nothing can be told apart within a cell."""
+
+
+class FurtherQueries(NamedTuple):
+    """D queries per image beside the model's own, which training adds: beyond the paper, `denoising`."""
+
+    box_logits: FloatArray
+    """[B, D, 4], their ref."""
+    labels: IntArray
+    """[B, D], their t is label_embed[label]."""
+    sees: BoolArray
+    """[B, D, D]: True where the first attends to the second. The model's own queries and these don't see each other."""
 
 
 def decoder(
-    memory: Sequence[FloatArray], grids: Sequence[Grid], params: Params, config: ModelConfig
+    memory: Sequence[FloatArray],
+    grids: Sequence[Grid],
+    params: Params,
+    config: ModelConfig,
+    selected: FloatArray | None = None,
+    further: FurtherQueries | None = None,
 ) -> tuple[FloatArray, FloatArray]:
-    """All layers and their decoded outputs. Equations (D1), (D2), (D8), (D9).
+    """All layers and their decoded outputs. Equations (D1), (D2), (D8) to (D11).
 
     Args:
         memory: the encoder's output, J arrays [B, L_j, C].
         grids: where their cells are.
         params: with the names of `parameters.parameter_shapes`.
         config: as configured.
+        selected: with query_init="selected" the box logits that queries start on, [B, N, 4].
+        further: D queries more per image, as in training; N stands for N + D below.
 
     Returns:
         logits [M, B, N, K], boxes [M, B, N, 4] (cxcywh in [0, 1] of the unpadded image).
     """
-    query_position = params["decoder.query_position"]  # p [N, C]
-    batch = memory[0].shape[0]
-    t = np.zeros((batch, *query_position.shape))
-    reference_logits = np.zeros((batch, query_position.shape[0], 4))  # ref [B, N, 4]
+    t, reference_logits = initial_queries(memory[0].shape[0], params, config, selected)  # [B, N, C], ref [B, N, 4]
+    sees = None
+    if further is not None:
+        t = np.concatenate([t, params["decoder.label_embed"][further.labels]], axis=1)
+        reference_logits = np.concatenate([reference_logits, further.box_logits], axis=1)
+        sees = joined_sight(config.num_queries, further.sees)
     layer_logits, layer_boxes = [], []
 
     for index in range(config.decoder_layers):
         name = f"decoder.layers.{index}"
+        query_position = position_of_queries(reference_logits, params, config)  # p
 
         y = layer_norm(t, params, f"{name}.norm1") if config.pre_norm else t
         q = k = y + query_position
-        t = t + multi_head_attention(q, k, y, params, f"{name}.self_attn", config.num_heads)
+        t = t + multi_head_attention(q, k, y, params, f"{name}.self_attn", config.num_heads, sees=sees)
         if not config.pre_norm:
             t = layer_norm(t, params, f"{name}.norm1")
 
         state = t + query_position
         if uses_prior(config) or selects_scales(config):
             state = layer_norm(state, params, f"{name}.state_norm")  # O
-        if uses_prior(config) and index == 0:
+        if uses_prior(config) and index == 0 and not has_anchors(config):
             reference_logits[..., :2] = initial_center_logits(state, params, config)
         priors = spatial_prior(state, reference_logits, grids, params, name, config)
         level_weights = scale_selection(state, params, name, config)
@@ -111,6 +150,36 @@ def decoder(
     return np.stack(layer_logits), np.stack(layer_boxes)
 
 
+def initial_queries(
+    batch: int, params: Params, config: ModelConfig, selected: FloatArray | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """What queries begin with: t [B, N, C] and ref [B, N, 4]. Zeros as published; otherwise equation (D10)."""
+    shape = (batch, config.num_queries)
+    if not has_anchors(config):
+        return np.zeros((*shape, config.hidden_dim)), np.zeros((*shape, 4))
+    anchors = params["decoder.query_anchor"] if selected is None else selected
+    content = params["decoder.query_content"]
+    return np.broadcast_to(content, (*shape, config.hidden_dim)), np.broadcast_to(anchors, (*shape, 4))
+
+
+def position_of_queries(reference_logits: FloatArray, params: Params, config: ModelConfig) -> FloatArray:
+    """p: learned, [N, C], the same in every layer and image; or, with a box per query, [B, N, C]. Equation (D11)."""
+    if not has_anchors(config):
+        return params["decoder.query_position"]
+    box = sigmoid(reference_logits)
+    center, size = (sine_encoding_of_pairs(pair, config.hidden_dim) for pair in (box[..., :2], box[..., 2:]))
+    return center + mlp(np.concatenate([center, size], axis=-1), params, "decoder.box_position", layers=2)
+
+
+def joined_sight(num_queries: int, sees: BoolArray) -> BoolArray:
+    """Who attends to whom among N queries, which all see each other, and D further ones: [B, N + D, N + D]."""
+    batch, further, _ = sees.shape
+    joined = np.zeros((batch, num_queries + further, num_queries + further), dtype=bool)
+    joined[:, :num_queries, :num_queries] = True
+    joined[:, num_queries:, num_queries:] = sees
+    return joined
+
+
 def initial_center_logits(state: FloatArray, params: Params, config: ModelConfig) -> FloatArray:
     """ĉ of every query: state O [B, N, C] → [B, N, 2], logits (x, y). Equation (D2); method.md §1.
 
@@ -131,11 +200,11 @@ def spatial_prior(
     name: str,
     config: ModelConfig,
 ) -> list[tuple[FloatArray, FloatArray]]:
-    """Centre and precision of every query's Gaussians. Equations (D3), (D4), (D5); method.md §1, §3 and §4.
+    """Centre and precision of every query's Gaussians. Equations (D3), (D4), (D5), (D12); method.md §1, §3, §4 and §8.
 
     Args:
         state: O, [B, N, C].
-        reference_logits: [B, N, 4]; only x and y matter here.
+        reference_logits: [B, N, 4]; width and height matter only with prior_unit="box".
         grids: the J levels.
         params, name: `name`.prior.offset_head and, unless fixed, `name`.prior.scale_head. Their outputs are, in this
             order, [g, J, 2] and [g, J, 1 or 2]: head first, then level, then x and y; g = h, or 1 if heads share.
@@ -160,9 +229,14 @@ def spatial_prior(
 
     priors = []
     for j, grid in enumerate(grids):
-        center_xy = sigmoid(reference_logits[..., :2]) * grid.valid_cells[:, None, ::-1]  # [B, N, 2]
-        center_xy = center_xy[:, :, None, :] + offset_xy[:, :, :, j]  # (D3) [B, N, g, 2]
-        precision_xy = (inverse_scale[:, :, :, j] * grid.stride / config.prior_sigma_px) ** 2  # (D5) [B, N, g, 1 or 2]
+        extent = grid.valid_cells[:, None, ::-1]  # (w_j, h_j) [B, 1, 2]
+        unit_xy, sigma_xy = np.array(1.0), np.array(config.prior_sigma_px / grid.stride)  # in cells
+        if config.prior_unit == "box":  # (D12)
+            unit_xy = (sigmoid(reference_logits[..., 2:]) * extent)[:, :, None, :]  # [B, N, 1, 2]
+            sigma_xy = np.maximum(SIGMA_OF_SIDE * unit_xy, LEAST_SIGMA)
+        center_xy = (sigmoid(reference_logits[..., :2]) * extent)[:, :, None, :]  # [B, N, 1, 2]
+        center_xy = center_xy + unit_xy * offset_xy[:, :, :, j]  # (D3) [B, N, g, 2]
+        precision_xy = (inverse_scale[:, :, :, j] / sigma_xy) ** 2  # (D5) [B, N, g, 1 or 2]
         priors.append((_for_heads(center_xy, config.num_heads), _for_heads(precision_xy, config.num_heads)))
     return priors
 

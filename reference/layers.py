@@ -120,7 +120,11 @@ def merge_heads(x: FloatArray) -> FloatArray:
 
 
 def dot_product_attention(
-    q: FloatArray, k: FloatArray, v: FloatArray, key_padding_mask: BoolArray | None = None
+    q: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    key_padding_mask: BoolArray | None = None,
+    sees: BoolArray | None = None,
 ) -> FloatArray:
     """Plain attention. Equation (L4); DETR's.
 
@@ -128,11 +132,14 @@ def dot_product_attention(
         q: [B, h, N, d].
         k, v: [B, h, L, d]; never read where padded.
         key_padding_mask: [B, L], True = padded.
+        sees: [B, N, L], False where a query is not to attend to a key, which then has a logit of −∞ as well.
 
     Returns:
         [B, h, N, d].
     """
     logits: FloatArray = q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5  # [B, h, N, L]
+    if sees is not None:
+        logits = np.where(sees[:, None], logits, -np.inf)
     if key_padding_mask is not None:
         logits = np.where(key_padding_mask[:, None, None, :], -np.inf, logits)
         v = np.where(key_padding_mask[:, None, :, None], 0.0, v)  # a weight of 0 alone would not stop a NaN
@@ -147,6 +154,7 @@ def multi_head_attention(
     name: str,
     num_heads: int,
     key_padding_mask: BoolArray | None = None,
+    sees: BoolArray | None = None,
 ) -> FloatArray:
     """Project, attend in every head, project back.
 
@@ -156,6 +164,7 @@ def multi_head_attention(
         params, name: `name`.q_proj, k_proj, v_proj and out_proj, each a linear map C → C.
         num_heads: h, which divides C.
         key_padding_mask: [B, L], True = padded.
+        sees: [B, N, L], False where a query is not to attend to a key.
 
     Returns:
         [B, N, C].
@@ -163,7 +172,7 @@ def multi_head_attention(
     q = split_heads(linear(query, params, f"{name}.q_proj"), num_heads)
     k = split_heads(linear(key, params, f"{name}.k_proj"), num_heads)
     v = split_heads(linear(value, params, f"{name}.v_proj"), num_heads)
-    return linear(merge_heads(dot_product_attention(q, k, v, key_padding_mask)), params, f"{name}.out_proj")
+    return linear(merge_heads(dot_product_attention(q, k, v, key_padding_mask, sees)), params, f"{name}.out_proj")
 
 
 def convolution(x: FloatArray, params: Params, name: str, stride: int = 1) -> FloatArray:

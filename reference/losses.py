@@ -11,6 +11,14 @@ logits and b the boxes (method.md §5; DETR, "Object detection set prediction lo
     (S6) giou/l    = w_giou / boxes · Σ over images, matched t of ( 1 − GIoU(b_π(t), b_t) )
     (S7) loss      = Σ over layers l of class/l + l1/l + giou/l
 
+Beyond the paper, the class term can ask of a matched query that its score be the quality of its box, so that the best
+box of several comes first (classification="matchability"; DEIM, arXiv 2412.04234, section 3.2, equation (3)):
+
+    (S8) z_nk      = IoU(b_n, b_t)^1.5 where query n is matched to object t of class k, else 0          taken as given
+    (S9) in place of (S3): ½·v·( −z·ln p − (1 − z)·ln(1 − p) ),   v = 1 where matched, else p^1.5       v taken as given
+
+with p = σ(x). The ½ leaves w_class = 2 with the weight of 1 that its authors give it.
+
 Each layer is matched by itself. The sum in (S4) runs over all queries, matched or not: it is how a query learns that it
 sees no object. There is no class for "no object"; every sigmoid says no. An image without objects takes part in (S4)
 only.
@@ -24,7 +32,8 @@ import numpy as np
 import numpy.typing as npt
 
 from smca.reference.arrays import BoolArray, FloatArray, IntArray, require_shape
-from smca.reference.boxes import cxcywh_to_xyxy, generalized_box_iou
+from smca.reference.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
+from smca.reference.layers import sigmoid, softplus
 from smca.reference.matching import (
     FOCAL_ALPHA,
     FOCAL_GAMMA,
@@ -33,6 +42,10 @@ from smca.reference.matching import (
     linear_sum_assignment,
     match_cost,
 )
+
+CLASSIFICATIONS = ("focal", "matchability")
+MATCHABILITY_GAMMA = 1.5
+MATCHABILITY_WEIGHT = 0.5
 
 
 class PaddedTargets(Protocol):
@@ -93,6 +106,29 @@ def sigmoid_focal_loss(
     return np.where(targets == 1, positive, negative)
 
 
+def matchability_loss(logits: FloatArray, qualities: FloatArray, matched: BoolArray) -> FloatArray:
+    """The matchability-aware loss of every logit, not reduced. Equations (S8) and (S9).
+
+    Args:
+        logits: any shape. Of any size: nothing overflows.
+        qualities: the same shape, the IoU of a matched pair at its class, in [0, 1], else 0.
+        matched: the same shape, True at a matched pair's class.
+
+    Returns:
+        The same shape, ≥ 0.
+
+    Doubt (p = ½) about a perfect box costs ½·ln 2, about nothing ½·(½)^1.5·ln 2. About a box that missed, ½·ln 2: it
+    should have scored 0.
+
+    >>> logits, matched = np.zeros(3), np.array([True, False, True])
+    >>> matchability_loss(logits, np.array([1.0, 0.0, 0.0]), matched).round(4).tolist()
+    [0.3466, 0.1225, 0.3466]
+    """
+    z = qualities**MATCHABILITY_GAMMA  # (S8)
+    weight = np.where(matched, 1.0, sigmoid(logits) ** MATCHABILITY_GAMMA)
+    return MATCHABILITY_WEIGHT * weight * (z * softplus(-logits) + (1.0 - z) * softplus(logits))  # (S9)
+
+
 def match(
     logits: npt.ArrayLike, boxes: npt.ArrayLike, targets: PaddedTargets, weights: Mapping[str, float]
 ) -> IntArray:
@@ -126,20 +162,24 @@ def match(
 
 
 def set_loss(
-    outputs: Mapping[str, npt.ArrayLike], targets: PaddedTargets, weights: Mapping[str, float]
+    outputs: Mapping[str, npt.ArrayLike],
+    targets: PaddedTargets,
+    weights: Mapping[str, float],
+    classification: str = "focal",
 ) -> dict[str, float]:
-    """The whole loss. Equations (S1) to (S7); method.md §5.
+    """The whole loss. Equations (S1) to (S9); method.md §5.
 
     Args:
         outputs: "logits" [M, B, N, K] and "boxes" [M, B, N, 4] (cxcywh in [0, 1]), as `model.forward` returns.
         targets: of the batch; images without objects and T = 0 are legal.
         weights: "class", "l1" and "giou", both of the match cost and of the loss.
+        classification: "focal", or "matchability", (S8) and (S9).
 
     Returns:
         "class/0", "l1/0", "giou/0", "class/1", … by decoder layer, each with its weight in it, and "loss", their sum.
 
     Raises:
-        ValueError: as `match`.
+        ValueError: as `match`, and another classification.
 
     One layer, one image, two queries, one class, one object; all logits 0. The second query's box is the object's own
     and the first one's is off by a quarter in x (the example of `match_cost`), so the second is matched. Focal: 0.0433
@@ -168,18 +208,49 @@ def set_loss(
     terms: dict[str, float] = {}
     for layer in range(logits.shape[0]):
         image, target = np.nonzero(query_of_target[layer] >= 0)  # one entry per matched pair
-        query = query_of_target[layer, image, target]
-        present = np.zeros(logits.shape[1:])  # [B, N, K]
-        present[image, query, labels[image, target]] = 1.0  # (S2)
-        predicted, wanted = boxes[layer, image, query], target_boxes[image, target]  # [pairs, 4] each
-        giou = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
-        sums = {
-            "class": sigmoid_focal_loss(logits[layer], present).sum(),  # (S4)
-            "l1": np.abs(predicted - wanted).sum(),  # (S5)
-            "giou": (1.0 - giou).sum(),  # (S6)
-        }
+        pairs = image, query_of_target[layer, image, target]
+        wanted = labels[image, target], target_boxes[image, target]
+        sums = loss_of_pairs(logits[layer], boxes[layer], pairs, *wanted, classification)
         terms |= {f"{term}/{layer}": float(weights[term] * total / num_boxes) for term, total in sums.items()}
     return {**terms, "loss": sum(terms.values())}  # (S7)
+
+
+def loss_of_pairs(
+    logits: FloatArray,
+    boxes: FloatArray,
+    pairs: tuple[IntArray, IntArray],
+    labels: IntArray,
+    target_boxes: FloatArray,
+    classification: str = "focal",
+) -> dict[str, float]:
+    """The sums of (S4) to (S6), without weight and divisor, for one layer and a given matching.
+
+    Args:
+        logits: [B, N, K].
+        boxes: [B, N, 4], cxcywh in [0, 1].
+        pairs: image and query of each matched pair, [P] each.
+        labels, target_boxes: of its object, [P] and [P, 4].
+        classification: "focal" or "matchability".
+
+    Raises:
+        ValueError: another classification.
+    """
+    if classification not in CLASSIFICATIONS:
+        raise ValueError(f"classification: expected one of {list(CLASSIFICATIONS)}, got {classification!r}.")
+    present = np.zeros(logits.shape)
+    present[(*pairs, labels)] = 1.0  # (S2)
+    predicted, wanted = cxcywh_to_xyxy(boxes[pairs]), cxcywh_to_xyxy(target_boxes)  # [P, 4] each
+    if classification == "focal":
+        per_logit = sigmoid_focal_loss(logits, present)
+    else:
+        quality = np.zeros(logits.shape)
+        quality[(*pairs, labels)] = box_iou(predicted, wanted)
+        per_logit = matchability_loss(logits, quality, present == 1)
+    return {
+        "class": float(per_logit.sum()),  # (S4)
+        "l1": float(np.abs(boxes[pairs] - target_boxes).sum()),  # (S5)
+        "giou": float((1.0 - generalized_box_iou(predicted, wanted)).sum()),  # (S6)
+    }
 
 
 def _arrays(

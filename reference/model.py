@@ -6,6 +6,7 @@
     (M4) pos_j = sine encoding of the cells (`position` (P3) to (P5))  + level_embed_j, where attention mixes several levels
     (M5) x = encoder (`encoder`)
     (M6) logits, boxes = decoder (`decoder`)
+    (M7) cells = dense head (`dense_head`), and the best cells are where the decoder's queries start    beyond the paper
 
 A backbone gives a map for each of the first levels. Each level beyond them is made from the level before it (M3), with 0
 in place of padded cells, and has twice its stride. (Of the projected level, C → C. Read from a ResNet-50's last stage,
@@ -20,11 +21,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from smca.reference.arrays import FloatArray, require_shape
+from smca.reference.arrays import BoolArray, FloatArray, require_shape
 from smca.reference.config import ModelConfig, embeds_levels
-from smca.reference.decoder import decoder
+from smca.reference.decoder import FurtherQueries, decoder
+from smca.reference.dense_head import dense_head, select_queries
 from smca.reference.encoder import encoder
-from smca.reference.layers import Params, cells_of_map, convolution, zero_padded
+from smca.reference.layers import Params, cells_of_map, convolution, sigmoid, zero_padded
 from smca.reference.parameters import checked_parameters, parameter_shapes
 from smca.reference.position import Grid, key_padding_mask, sine_position_encoding
 
@@ -34,8 +36,9 @@ def forward(
     features: Sequence[npt.ArrayLike],
     valid_sizes: npt.ArrayLike,
     config: ModelConfig,
-) -> dict[str, FloatArray]:
-    """The model in evaluation mode. Equations (M1) to (M6).
+    further: FurtherQueries | None = None,
+) -> dict[str, FloatArray | BoolArray]:
+    """The model in evaluation mode. Equations (M1) to (M7).
 
     Args:
         params: named and shaped as in `parameters.parameter_shapes`. Keys that begin with "backbone." are ignored.
@@ -43,10 +46,12 @@ def forward(
             may hold anything, NaN included.
         valid_sizes: [B, 2], (height, width) of the unpadded images in pixels of the network's input.
         config: as configured.
+        further: queries beside the model's own, as training has them with denoising_groups > 0.
 
     Returns:
         "logits" [M, B, N, K] and "boxes" [M, B, N, 4] (cxcywh in [0, 1] of the unpadded image), M decoder layers, the
-        last one being the answer.
+        last one being the answer. With further queries "further_logits" and "further_boxes" likewise. With a dense head
+        "cell_logits" [B, ΣL, K], "cell_boxes" and "cell_anchors" [B, ΣL, 4] (cxcywh, likewise), "cell_padding" [B, ΣL].
 
     Raises:
         ValueError: a parameter missing, misshapen or not of this configuration; features or valid sizes of another number
@@ -61,8 +66,20 @@ def forward(
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))  # what a stride of 2 leaves
     grids = _grids(np.asarray(valid_sizes, dtype=np.float64), len(maps[0]), sizes, weights, config)  # (M1), (M4)
     memory = encoder(project(maps, grids, weights), grids, weights, config)  # (M5)
-    logits, boxes = decoder(memory, grids, weights, config)  # (M6)
-    return {"logits": logits, "boxes": boxes}
+    cells = dense_head(memory, grids, weights) if config.dense_head else None  # (M7)
+    selected = None
+    if cells is not None and config.query_init == "selected":
+        selected = select_queries(cells, grids, config.num_queries)
+    logits, boxes = decoder(memory, grids, weights, config, selected, further)  # (M6)
+
+    n = config.num_queries
+    outputs: dict[str, FloatArray | BoolArray] = {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n]}
+    if further is not None:
+        outputs |= {"further_logits": logits[:, :, n:], "further_boxes": boxes[:, :, n:]}
+    if cells is not None:
+        outputs |= {"cell_logits": cells.logits, "cell_boxes": sigmoid(cells.box_logits)}
+        outputs |= {"cell_anchors": cells.anchors, "cell_padding": cells.padding}
+    return outputs
 
 
 def project(features: Sequence[FloatArray], grids: Sequence[Grid], params: Params) -> list[FloatArray]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smca.reference.arrays import FloatArray, require_shape
-from smca.reference.config import ModelConfig, embeds_levels, selects_scales, uses_prior
+from smca.reference.config import ModelConfig, embeds_levels, has_anchors, selects_scales, uses_prior
 from smca.reference.layers import Params
 
 
@@ -39,9 +39,9 @@ def parameter_shapes(config: ModelConfig, channels: Sequence[int]) -> dict[str, 
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
             add_linear(f"{name}.{projection}", c, c)
 
-    def add_mlp(name: str, out_channels: int) -> None:
-        for index, channels in enumerate((c, c, out_channels)):
-            add_linear(f"{name}.layers.{index}", channels, c)
+    def add_mlp(name: str, *widths: int) -> None:
+        for index in range(len(widths) - 1):
+            add_linear(f"{name}.layers.{index}", widths[index + 1], widths[index])
 
     for j in range(levels):
         in_channels = channels[j] if j < len(channels) else c
@@ -65,7 +65,15 @@ def parameter_shapes(config: ModelConfig, channels: Sequence[int]) -> dict[str, 
     if config.pre_norm:
         add_norm("encoder.norm")
 
-    shapes["decoder.query_position"] = (config.num_queries, c)
+    if has_anchors(config):
+        shapes["decoder.query_content"] = (config.num_queries, c)
+        add_mlp("decoder.box_position", 2 * c, c, c)
+    else:
+        shapes["decoder.query_position"] = (config.num_queries, c)
+    if config.query_init == "anchors":
+        shapes["decoder.query_anchor"] = (config.num_queries, 4)
+    if config.denoising_groups:
+        shapes["decoder.label_embed"] = (config.num_classes, c)
     for index in range(config.decoder_layers):
         layer = f"decoder.layers.{index}"
         add_attention(f"{layer}.self_attn")
@@ -83,14 +91,17 @@ def parameter_shapes(config: ModelConfig, channels: Sequence[int]) -> dict[str, 
                 add_linear(f"{layer}.prior.scale_head", (1 if config.prior_scale == "single" else 2) * priors, c)
         if selects_scales(config):
             add_linear(f"{layer}.level_head", levels, c)
-    if uses_prior(config):
-        add_mlp("decoder.center_head", 2)
+    if uses_prior(config) and not has_anchors(config):
+        add_mlp("decoder.center_head", c, c, c, 2)
         if config.query_init == "grid":
             shapes["decoder.query_center"] = (config.num_queries, 2)
     add_norm("decoder.norm")
     add_linear("decoder.class_head", config.num_classes, c)
     for index in range(config.decoder_layers if config.box_refinement else 1):
-        add_mlp(f"decoder.box_heads.{index}", 4)
+        add_mlp(f"decoder.box_heads.{index}", c, c, c, 4)
+    if config.dense_head:
+        add_linear("dense_head.class_head", config.num_classes, c)
+        add_mlp("dense_head.box_head", c, c, 4)
     return shapes
 
 
@@ -101,7 +112,7 @@ def checked_parameters(params: Mapping[str, npt.ArrayLike], shapes: dict[str, tu
         ValueError: one that is missing, that has another shape, or that another configuration has.
     """
     for key in params:
-        if key not in shapes and key.startswith(("input_proj.", "level_embed", "encoder.", "decoder.")):
+        if key not in shapes and key.startswith(("input_proj.", "level_embed", "encoder.", "decoder.", "dense_head.")):
             raise ValueError(
                 f"params[{key!r}]: expected no such parameter under this configuration, got one of shape "
                 f"{np.shape(params[key])}. Use the configuration that the parameters were made with."

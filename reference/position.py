@@ -8,6 +8,7 @@ For an image whose unpadded part is H_px × W_px pixels, and a level with a stri
     (P4) f_t(u) = sin(u / 10000^(2·⌊t/2⌋/(C/2)))  for even t
                   cos(u / 10000^(2·⌊t/2⌋/(C/2)))  for odd t                   t = 0 … C/2 − 1
     (P5) encoding = [ f_0(u_y) … f_{C/2−1}(u_y), f_0(u_x) … f_{C/2−1}(u_x) ]  y first
+    (P6) the same of any two numbers in 0–1: u = 2π·(first, second), second first
 
 Source of the encoding: DETR, appendix "Spatial positional encoding", with coordinates normalised by the unpadded
 image. DETR's code counts cells from 1, which puts a cell at its far edge; here it is at its centre, as everywhere else
@@ -92,6 +93,29 @@ def sine_position_encoding(size: tuple[int, int], valid_cells: FloatArray, chann
     encoded_y = np.broadcast_to(_waves(angle_y, half)[:, :, None, :], (batch, height, width, half))
     encoded_x = np.broadcast_to(_waves(angle_x, half)[:, None, :, :], (batch, height, width, half))
     return np.concatenate([encoded_y, encoded_x], axis=-1).reshape(batch, height * width, channels)  # (P5)
+
+
+def sine_encoding_of_pairs(pairs: FloatArray, channels: int) -> FloatArray:
+    """The encoding of places, or of sizes. Equation (P6): [..., 2] in 0–1 → [..., C].
+
+    A point (x, y) gets what a cell with its centre there has; a size (w, h) is encoded in the same way.
+
+    >>> (sine_encoding_of_pairs(np.array([0.5, 0.25]), 4).round(12) + 0.0).tolist()
+    [1.0, 0.0, 0.0, -1.0]
+    """
+    waves = _waves(2 * np.pi * pairs, channels // 2)  # [..., 2, C/2]
+    return np.concatenate([waves[..., 1, :], waves[..., 0, :]], axis=-1)
+
+
+def map_centers(size: tuple[int, int]) -> FloatArray:
+    """Centres (x, y) of a map's cells, in cells, [H·W, 2], row-major: (i + ½, j + ½).
+
+    >>> map_centers((1, 2)).tolist()
+    [[0.5, 0.5], [1.5, 0.5]]
+    """
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x.ravel(), y.ravel()], axis=-1) + 0.5
 
 
 def _waves(angle: FloatArray, channels: int) -> FloatArray:

@@ -1,6 +1,6 @@
-"""Matching and the set loss."""
+"""Matching and the losses."""
 
-from smca.gpu.loss.criterion import SetCriterion
+from smca.gpu.loss.criterion import SetCriterion, further_losses
 from smca.gpu.loss.matcher import NonFiniteError, match
 
-__all__ = ["NonFiniteError", "SetCriterion", "match"]
+__all__ = ["NonFiniteError", "SetCriterion", "further_losses", "match"]

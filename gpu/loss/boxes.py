@@ -12,6 +12,15 @@ def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     return torch.cat([center - extent / 2, center + extent / 2], dim=-1)
 
 
+def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
+    """Intersection over union of boxes, broadcast against each other: [..., 4], [..., 4] → [...]; 0 where neither has an area."""
+    low = torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
+    high = torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
+    overlap = _product((high - low).clamp(min=0))
+    union = _area(boxes1_xyxy) + _area(boxes2_xyxy) - overlap
+    return overlap / union.clamp(min=torch.finfo(overlap.dtype).tiny)
+
+
 def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
     """Generalised IoU (arXiv 1902.09630) of boxes, broadcast against each other: [..., 4], [..., 4] → [...].
 

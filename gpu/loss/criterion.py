@@ -1,18 +1,23 @@
-"""The set loss (docs/method.md §5) on padded targets: one matching per layer, focal + L1 + GIoU, summed over all layers.
+"""The set loss (docs/method.md §5) on padded targets: one matching per layer, focal + L1 + GIoU, summed over all layers; and the
+losses of cells and of noised queries (§8), where the model has them.
 
-Shape letters: M decoder layers, B images, N queries, K classes, T targets (padded).
+Shape letters: M decoder layers, B images, N queries, K classes, T targets (padded), G groups of noised queries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn import functional
+from torch import Tensor, nn
 
 from smca.datasets import Targets
 from smca.gpu.config import LossConfig
-from smca.gpu.loss.boxes import cxcywh_to_xyxy, generalized_box_iou
-from smca.gpu.loss.matcher import BROKEN, FOCAL_ALPHA, FOCAL_GAMMA, match
+from smca.gpu.loss.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
+from smca.gpu.loss.classification import matchability_loss, sigmoid_focal_loss
+from smca.gpu.loss.count import at_least_one
+from smca.gpu.loss.dense_loss import dense_loss
+from smca.gpu.loss.matcher import BROKEN, match
 
 
 class SetCriterion(nn.Module):
@@ -20,70 +25,136 @@ class SetCriterion(nn.Module):
 
     def __init__(self, config: LossConfig, *, matcher_backend: str = "auto") -> None:
         super().__init__()
-        self.weights = config.weights
+        self.weights, self.classification = config.weights, config.classification
         self.matcher_backend = matcher_backend
 
     def forward(self, outputs: dict[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Terms of the loss, already weighted.
 
         Args:
-            outputs: "logits" [M, B, N, K], "boxes" [M, B, N, 4] cxcywh in 0–1.
+            outputs: of the model in training: "logits" [M, B, N, K], "boxes" [M, B, N, 4] cxcywh in 0–1; and, if there are any,
+                the "further_…" of noised queries and the "cell_…" of a dense head.
             targets: labels [B, T], boxes [B, T, 4] cxcywh in 0–1, valid [B, T].
 
         Returns:
-            "class/0", "l1/0", "giou/0", "class/1" … one scalar per term and layer, and "loss", their sum.
+            "class/0", "l1/0", "giou/0", "class/1" … one scalar per term and layer, likewise "…/noised" and "…/cells", and "loss",
+            the sum of all.
         """
-        logits, boxes = outputs["logits"], outputs["boxes"]
-        if logits.dtype != torch.float64:  # under autocast the network is bf16, the loss never
-            logits, boxes = logits.float(), boxes.float()
+        logits, boxes = in_float32(outputs["logits"]), in_float32(outputs["boxes"])
         query = match(logits, boxes, targets, self.weights, backend=self.matcher_backend)  # [M, B, T]
         # A matching that is broken by NaN costs leaves its targets out; that layer's loss must not look healthy because of it.
         broken = torch.where((query == BROKEN).any(2).any(1), torch.nan, 0.0).to(logits.dtype)  # [M]
-        matched = query >= 0
-        query = query.clamp(min=0)
-        num_boxes = _num_boxes(targets.valid).to(logits.dtype)
-
-        true_labels = targets.labels.expand(len(logits), -1, -1)
-        focal = sigmoid_focal_loss(logits, one_hot(query, true_labels, matched, logits.shape)).sum((1, 2, 3))
-
-        pred = boxes.gather(2, query[..., None].expand(-1, -1, -1, 4))  # [M, B, T, 4]
-        true = targets.boxes.to(boxes.dtype).expand_as(pred)
-        true = true.masked_fill(~matched[..., None], 0.0)  # padding may hold anything
-        l1 = ((pred - true).abs().sum(-1) * matched).sum((1, 2))
-        giou = ((1 - generalized_box_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(true))) * matched).sum((1, 2))
-
-        by_name = {"class": focal + broken, "l1": l1, "giou": giou}
+        by_name = loss_of_matching(logits, boxes, query, targets, self.classification)
+        by_name["class"] = by_name["class"] + broken
+        num_boxes = at_least_one(targets.valid.sum()).to(logits.dtype)
         per_layer = {name: self.weights[name] * value / num_boxes for name, value in by_name.items()}
         terms = {f"{name}/{m}": value[m] for m in range(len(logits)) for name, value in per_layer.items()}
-        terms["loss"] = torch.stack(list(per_layer.values())).sum()
+        terms |= further_losses(outputs, targets, self.weights, self.classification)
+        terms["loss"] = torch.stack(list(terms.values())).sum()
         return terms
 
 
-def one_hot(query: Tensor, labels: Tensor, matched: Tensor, shape: torch.Size) -> Tensor:
-    """1 at (layer, image, query, class) of each matched pair, else 0: query, labels, matched [M, B, T] → [M, B, N, K]."""
+def further_losses(
+    outputs: Mapping[str, Tensor], targets: Targets, weights: Mapping[str, float], classification: str
+) -> dict[str, Tensor]:
+    """The losses that need no matching, of what there is: noised queries ("class/noised" …), cells ("class/cells" …)."""
+    terms: dict[str, Tensor] = {}
+    if "further_logits" in outputs:
+        num_groups = outputs["further_logits"].shape[2] // (2 * targets.valid.shape[1])
+        terms |= denoising_loss(outputs, targets, weights, num_groups, classification)
+    if "cell_logits" in outputs:
+        terms |= dense_loss(outputs, targets, weights)
+    return terms
+
+
+def denoising_loss(
+    outputs: Mapping[str, Tensor],
+    targets: Targets,
+    weights: Mapping[str, float],
+    num_groups: int,
+    classification: str = "focal",
+) -> dict[str, Tensor]:
+    """The loss of noised queries, whose objects are known (equation (N6) of ``smca.reference.denoising``).
+
+    Args:
+        outputs: "further_logits" [M, B, G·2·T, K], "further_boxes" [M, B, G·2·T, 4].
+        targets: labels [B, T], boxes [B, T, 4] cxcywh in 0–1, valid [B, T].
+        weights: of the terms "class", "l1" and "giou".
+        num_groups: G.
+        classification: "focal" or "matchability".
+
+    Returns:
+        "class/noised", "l1/noised", "giou/noised": scalars, weighted, summed over layers.
+    """
+    logits, boxes = in_float32(outputs["further_logits"]), in_float32(outputs["further_boxes"])
+    layers, batch, _, classes = logits.shape
+    count = targets.valid.shape[1]
+    # Each group is like a layer by itself, of 2·T queries, of which the first T are matched to the objects, one to one.
+    logits = logits.reshape(layers, batch, num_groups, 2 * count, classes).transpose(1, 2).flatten(0, 1)
+    boxes = boxes.reshape(layers, batch, num_groups, 2 * count, 4).transpose(1, 2).flatten(0, 1)
+    own = torch.where(targets.valid, torch.arange(count, device=logits.device), -1)
+    counted = targets.valid.repeat(1, 2)  # [B, 2·T]
+    by_name = loss_of_matching(
+        logits, boxes, own.expand(len(logits), -1, -1), targets, classification, counted.to(logits.dtype)
+    )
+    num_boxes = at_least_one(targets.valid.sum()).to(logits.dtype) * num_groups
+    return {f"{name}/noised": weights[name] * value.sum() / num_boxes for name, value in by_name.items()}
+
+
+def loss_of_matching(
+    logits: Tensor,
+    boxes: Tensor,
+    query: Tensor,
+    targets: Targets,
+    classification: str,
+    counted: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The sums of the set loss for a given matching, without weight and divisor.
+
+    Args:
+        logits: [M, B, N, K]. boxes: [M, B, N, 4] cxcywh in 0–1.
+        query: [M, B, T] of each target, below 0 where it has none.
+        targets: labels [B, T], boxes [B, T, 4], valid [B, T]; padding may hold anything.
+        classification: "focal" or "matchability".
+        counted: [B, N] 1 for queries whose class counts, else 0; None = all of them.
+
+    Returns:
+        "class", "l1", "giou", each [M].
+    """
+    matched = query >= 0
+    query = query.clamp(min=0)
+    pred = boxes.gather(2, query[..., None].expand(-1, -1, -1, 4))  # [M, B, T, 4]
+    true = targets.boxes.to(boxes.dtype).expand_as(pred)
+    true = true.masked_fill(~matched[..., None], 0.0)  # padding may hold anything
+    corners = cxcywh_to_xyxy(pred), cxcywh_to_xyxy(true)
+    l1 = ((pred - true).abs().sum(-1) * matched).sum((1, 2))
+    giou = ((1 - generalized_box_iou(*corners)) * matched).sum((1, 2))
+
+    labels = targets.labels.expand(len(logits), -1, -1)
+    if classification == "focal":
+        hot = one_hot(query, labels, matched, logits.shape)
+        per_logit = sigmoid_focal_loss(logits, hot)
+    else:
+        # A matched box that missed its object entirely has a quality of 0, and is matched all the same.
+        hot = one_hot(query, labels, matched, logits.shape, 1 + box_iou(*corners).detach())
+        per_logit = matchability_loss(logits, (hot - 1).clamp(min=0), hot > 0)
+    if counted is not None:
+        per_logit = per_logit * counted[..., None]
+    return {"class": per_logit.sum((1, 2, 3)), "l1": l1, "giou": giou}
+
+
+def one_hot(query: Tensor, labels: Tensor, matched: Tensor, shape: torch.Size, value: Tensor | None = None) -> Tensor:
+    """`value` (1 if None) at (layer, image, query, class) of each matched pair, else 0: query, labels, matched, value [M, B, T]
+    → [M, B, N, K]."""
     _, _, queries, classes = shape
     # Unmatched targets write into one spare column that is cut off again, so that shapes stay static.
     flat = torch.where(matched, query * classes + labels, queries * classes)
-    target = torch.zeros(*shape[:2], queries * classes + 1, device=query.device)
-    return target.scatter_(2, flat, 1.0)[..., :-1].reshape(shape)
+    dtype = torch.float32 if value is None else value.dtype
+    target = torch.zeros(*shape[:2], queries * classes + 1, dtype=dtype, device=query.device)
+    target = target.scatter_(2, flat, 1.0) if value is None else target.scatter_(2, flat, value)
+    return target[..., :-1].reshape(shape)
 
 
-def sigmoid_focal_loss(
-    logits: Tensor, targets: Tensor, alpha: float = FOCAL_ALPHA, gamma: float = FOCAL_GAMMA
-) -> Tensor:
-    """Focal loss (arXiv 1708.02002, eq. 5) of each logit against a 0/1 target, in the shape of both; α weighs the ones."""
-    targets = targets.to(logits.dtype)
-    p = logits.sigmoid()
-    cross_entropy = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    miss = p * (1 - targets) + (1 - p) * targets  # 1 − probability given to the truth
-    weight = alpha * targets + (1 - alpha) * (1 - targets)
-    return weight * miss**gamma * cross_entropy
-
-
-def _num_boxes(valid: Tensor) -> Tensor:
-    """Number of ground-truth boxes, averaged over all processes, at least 1."""
-    count = valid.sum().float()
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(count)
-        count = count / distributed.get_world_size()
-    return count.clamp(min=1.0)
+def in_float32(x: Tensor) -> Tensor:
+    """At least float32: under autocast the network is bf16, the loss never."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -6,7 +6,6 @@ The names of the parameters are a contract with ``smca.reference.model``, which 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -16,6 +15,8 @@ from torch.nn import functional
 
 from smca.gpu.attention import Level, multi_scale_smca_attention
 from smca.gpu.config import ModelConfig
+from smca.gpu.model.denoising import FurtherQueries
+from smca.gpu.model.dense_head import START_SIZE_LOGIT
 from smca.gpu.model.layers import (
     MLP,
     Attention,
@@ -23,15 +24,14 @@ from smca.gpu.model.layers import (
     feed_forward_block,
     in_full_precision,
     plain_attention,
+    set_class_prior,
     split_levels,
 )
-from smca.gpu.model.position import sine_of_points
+from smca.gpu.model.position import sine_encoding_of_pairs, spread_points
 from smca.gpu.model.prior import Prior
 
-CLASS_PRIOR = 0.01
-"""π of docs/method.md §5: the score that every class starts from, so that the focal loss is not drowned by background."""
-START_SIZE_LOGIT = -1.5
-"""Logit of the width and height of every query's first box: 0.18 of the image."""
+LABEL_EMBED_STD = 0.5
+"""Of the contents that noised queries start from."""
 
 
 class DecoderLayer(nn.Module):
@@ -51,15 +51,14 @@ class DecoderLayer(nn.Module):
         self.level_head = nn.Linear(dim, levels) if levels > 1 and config.scale_selection else None
         self.state_norm = nn.LayerNorm(dim) if self.prior is not None or self.level_head is not None else None
 
-    def attend_queries(self, t: Tensor, position: Tensor) -> Tensor:
-        """The first block: content t and learned position, both [B, N, C] → [B, N, C]."""
-        if self.pre_norm:
-            y = self.norm1(t)
-            return cast(Tensor, t + self.dropout(self.self_attn(y + position, y + position, y)))
-        return cast(Tensor, self.norm1(t + self.dropout(self.self_attn(t + position, t + position, t))))
+    def attend_queries(self, t: Tensor, position: Tensor, sees: Tensor | None = None) -> Tensor:
+        """The first block: content t and position, both [B, N, C] → [B, N, C]; sees [B, N, N] bool: who attends to whom."""
+        y = self.norm1(t) if self.pre_norm else t
+        t = t + self.dropout(self.self_attn(y + position, y + position, y, sees=sees))
+        return t if self.pre_norm else cast(Tensor, self.norm1(t))
 
     def state(self, t: Tensor, position: Tensor) -> Tensor | None:
-        """O, the layer-normalised sum of a query's content and learned position, from which prior and level weights are
+        """O, the layer-normalised sum of a query's content and position, from which prior and level weights are
         predicted: [B, N, C]; None if neither is predicted."""
         return None if self.state_norm is None else self.state_norm(t + position)
 
@@ -71,16 +70,16 @@ class DecoderLayer(nn.Module):
         memory_pos: Tensor,
         grids: Sequence[Grid],
         state: Tensor | None,
-        reference_xy: Tensor,
+        reference: Tensor,
     ) -> Tensor:
         """The second block.
 
         Args:
-            t, position: [B, N, C] content and learned position of the queries.
+            t, position: [B, N, C] content and position of the queries.
             memory, memory_pos: [B, ΣL, C] inputs of the values and of the keys.
             grids: the levels' cells.
             state: O of ``state``.
-            reference_xy: [B, N, 2] reference centres in 0–1 of the unpadded image.
+            reference: [B, N, 4] reference boxes, cxcywh in 0–1 of the unpadded image.
 
         Returns:
             [B, N, C].
@@ -90,7 +89,7 @@ class DecoderLayer(nn.Module):
         keys, values = split_levels(k, grids, dim=2), split_levels(v, grids, dim=2)
         weights = self._level_weights(state, q, len(grids))
         if self.prior is not None and state is not None:
-            priors = self.prior(state, reference_xy, grids)
+            priors = self.prior(state, reference, grids)
             levels = [
                 Level(key, value, center, precision, grid.size, grid.key_padding_mask)
                 for key, value, (center, precision), grid in zip(keys, values, priors, grids, strict=True)
@@ -125,8 +124,25 @@ class Decoder(nn.Module):
         """`attention_backend`: of ``smca.gpu.attention.smca_attention``."""
         super().__init__()
         dim = config.hidden_dim
-        self.box_refinement = config.box_refinement
-        self.query_position = nn.Parameter(torch.empty(config.num_queries, dim))
+        self.num_queries, self.query_init = config.num_queries, config.query_init
+        self.box_refinement, self.has_anchors = config.box_refinement, config.has_anchors
+        smca = config.cross_attention == "smca"
+        # Queries: learned positions, with reference centres from the first layer's state; or boxes, and what is made of them.
+        self.query_position = self.center_head = self.query_center = None
+        self.query_anchor = self.query_content = self.box_position = self.label_embed = None
+        if self.has_anchors:
+            self.query_content = nn.Parameter(torch.empty(config.num_queries, dim))
+            self.box_position = MLP(2 * dim, dim, dim)
+            if config.query_init == "anchors":
+                self.query_anchor = nn.Parameter(torch.empty(config.num_queries, 4))
+            if config.denoising_groups:
+                self.label_embed = nn.Parameter(torch.empty(config.num_classes, dim))
+        else:
+            self.query_position = nn.Parameter(torch.empty(config.num_queries, dim))
+            if smca:
+                self.center_head = MLP(dim, dim, dim, 2)
+                if config.query_init == "grid":
+                    self.query_center = nn.Parameter(torch.empty(config.num_queries, 2))
         self.layers = nn.ModuleList(DecoderLayer(config, attention_backend) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(dim)
         self.class_head = nn.Linear(dim, config.num_classes)
@@ -135,26 +151,35 @@ class Decoder(nn.Module):
         self.box_heads = nn.ModuleList(
             MLP(dim, dim, dim, 4) for _ in range(config.decoder_layers if config.box_refinement else 1)
         )
-        smca = config.cross_attention == "smca"
-        self.center_head = MLP(dim, dim, dim, 2) if smca else None
-        self.query_init = config.query_init
-        grid = smca and config.query_init == "grid"
-        self.query_center = nn.Parameter(torch.empty(config.num_queries, 2)) if grid else None
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the initial values that matter; everything else is Xavier-uniform (docs/deviations.md)."""
-        points_xy = _spread_points(len(self.query_position))
-        if self.query_init == "grid":
-            with torch.no_grad():
-                self.query_position.copy_(sine_of_points(points_xy, self.query_position.shape[1]))
-        else:
+        points_xy = spread_points(self.num_queries)
+        if self.query_position is not None and self.query_init == "grid":
+            self.query_position.copy_(sine_encoding_of_pairs(points_xy, self.query_position.shape[1]))
+        elif self.query_position is not None:
             nn.init.normal_(self.query_position)
-        nn.init.constant_(self.class_head.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
+        if self.query_center is not None and self.center_head is not None:
+            self.query_center.copy_(points_xy.logit())
+            nn.init.zeros_(self.center_head.last.weight)
+            nn.init.zeros_(self.center_head.last.bias)
+        if self.query_anchor is not None:
+            self.query_anchor.copy_(functional.pad(points_xy.logit(), (0, 2), value=START_SIZE_LOGIT))
+        if self.query_content is not None and self.box_position is not None:
+            nn.init.zeros_(self.query_content)
+            nn.init.zeros_(self.box_position.last.weight)  # a query's position is that of its centre at first
+            nn.init.zeros_(self.box_position.last.bias)
+        if self.label_embed is not None:
+            nn.init.normal_(self.label_embed, std=LABEL_EMBED_STD)
+        set_class_prior(self.class_head)
         for index, head in enumerate(self.box_heads):
             last = cast(MLP, head).last
-            nn.init.zeros_(last.weight)  # every query starts with the same box around its reference centre
+            nn.init.zeros_(
+                last.weight
+            )  # every query starts with the same box around its reference centre, or with its own
             nn.init.zeros_(last.bias)
-            if index == 0:  # later heads correct a box that has its size already
+            if index == 0 and not self.has_anchors:  # later heads, and anchors, have a size already
                 nn.init.constant_(last.bias[2:], START_SIZE_LOGIT)
         for layer in cast("list[DecoderLayer]", self.layers):
             if layer.prior is not None:
@@ -162,30 +187,48 @@ class Decoder(nn.Module):
             if layer.level_head is not None:  # every query starts with all levels alike
                 nn.init.zeros_(layer.level_head.weight)
                 nn.init.zeros_(layer.level_head.bias)
-        if self.query_center is not None and self.center_head is not None:
-            with torch.no_grad():
-                self.query_center.copy_(points_xy.logit())
-            nn.init.zeros_(self.center_head.last.weight)
-            nn.init.zeros_(self.center_head.last.bias)
 
-    def forward(self, memory: Tensor, pos: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
-        """memory and pos [B, ΣL, C] → logits [M, B, N, K], boxes [M, B, N, 4] (cxcywh in 0–1 of the unpadded image)."""
-        position = self.query_position.expand(len(memory), -1, -1)
+    def forward(
+        self,
+        memory: Tensor,
+        pos: Tensor,
+        grids: Sequence[Grid],
+        selected: Tensor | None = None,
+        further: FurtherQueries | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All layers and their decoded outputs.
+
+        Args:
+            memory, pos: [B, ΣL, C] the encoder's output, and what to add to it in keys.
+            grids: the levels' cells.
+            selected: [B, N, 4] box logits that queries start on, with query_init="selected".
+            further: D queries more per image, which do not see the others, nor are seen by them; N stands for N + D below.
+
+        Returns:
+            logits [M, B, N, K], boxes [M, B, N, 4] (cxcywh in 0–1 of the unpadded image).
+        """
         dtype = grids[0].valid_cells.dtype  # of boxes and centres: at least float32, also under autocast
-        t = torch.zeros_like(position)
+        t, reference_logits = self._first_queries(len(memory), dtype, selected)
+        sees = None
+        if further is not None:
+            assert self.label_embed is not None
+            t = torch.cat([t, functional.embedding(further.labels, self.label_embed)], dim=1)
+            reference_logits = torch.cat([reference_logits, further.box_logits.to(dtype)], dim=1)
+            sees = joined_sight(self.num_queries, further.sees)
         memory_pos = memory + pos
-        reference_logits = position.new_zeros(*position.shape[:2], 4, dtype=dtype)
         states, refined = [], []
         for index, layer in enumerate(cast("list[DecoderLayer]", self.layers)):
-            t = layer.attend_queries(t, position)
+            position = self._position(reference_logits)
+            t = layer.attend_queries(t, position, sees)
             state = layer.state(t, position)
             if index == 0 and self.center_head is not None and state is not None:
                 center_logits = in_full_precision(self.center_head, state).to(dtype)
                 if self.query_center is not None:
                     center_logits = center_logits + self.query_center
                 reference_logits = functional.pad(center_logits, (0, 2))  # [ĉ_x, ĉ_y, 0, 0]
-            reference_xy = reference_logits[..., :2].sigmoid()
-            t = layer.attend_image(t, position, memory, memory_pos, grids, state, reference_xy)
+            # What a query is moved by learns; the box that it has is taken as given, by its prior as by its position.
+            reference = (reference_logits.detach() if self.has_anchors else reference_logits).sigmoid()
+            t = layer.attend_image(t, position, memory, memory_pos, grids, state, reference)
             t = layer.feed_forward(t)
             states.append(self.norm(t))
             if self.box_refinement:
@@ -199,11 +242,28 @@ class Decoder(nn.Module):
         box_logits = torch.cat(refined)
         return self.class_head(decoded), box_logits.sigmoid()
 
+    def _first_queries(self, batch: int, dtype: torch.dtype, selected: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What queries begin with: content [B, N, C] and logits of their reference boxes [B, N, 4]."""
+        if self.query_content is None:
+            assert self.query_position is not None
+            position = self.query_position.expand(batch, -1, -1)
+            return torch.zeros_like(position), position.new_zeros(*position.shape[:2], 4, dtype=dtype)
+        anchors = self.query_anchor if selected is None else selected
+        assert anchors is not None
+        return self.query_content.expand(batch, -1, -1), anchors.to(dtype).expand(batch, -1, -1)
 
-def _spread_points(count: int) -> Tensor:
-    """Points (x, y) [count, 2] spread evenly over the unit square: the R2 low-discrepancy sequence, which covers it for
-    any count (a lattice would need a square number)."""
-    plastic = 1.32471795724474602596  # the real root of x³ = x + 1
-    index = torch.arange(1, count + 1, dtype=torch.float64)[:, None]
-    points = (0.5 + index * torch.tensor([1 / plastic, 1 / plastic**2], dtype=torch.float64)) % 1.0
-    return points.clamp(0.02, 0.98)
+    def _position(self, reference_logits: Tensor) -> Tensor:
+        """[B, N, 4] → [B, N, C]: learned for each query, or made of its box."""
+        if self.query_position is not None:
+            return self.query_position.expand(len(reference_logits), -1, -1)
+        assert self.box_position is not None
+        channels, box = self.norm.normalized_shape[0], reference_logits.detach().sigmoid()
+        center, size = (sine_encoding_of_pairs(pair, channels) for pair in (box[..., :2], box[..., 2:]))
+        return center + cast(Tensor, self.box_position(torch.cat([center, size], dim=-1)))
+
+
+def joined_sight(num_queries: int, sees: Tensor) -> Tensor:
+    """Who attends to whom among N queries, which all see each other, and D further ones: [B, D, D] → [B, N + D, N + D] bool."""
+    own = torch.ones(num_queries, num_queries, dtype=torch.bool, device=sees.device).expand(len(sees), -1, -1)
+    rest = sees.shape[1]
+    return torch.cat([functional.pad(own, (0, rest)), functional.pad(sees, (num_queries, 0))], dim=1)

@@ -20,13 +20,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from smca.datasets import Augmentation, Sample, collate
+from smca.datasets import Augmentation, Sample, Targets, collate
 from smca.datasets.images import to_rgb
 from smca.gpu.config import ModelConfig
 from smca.gpu.config_json import cut
 from smca.gpu.files import SavedModel, open_model, write_model
 from smca.gpu.model.backbone import Backbone
 from smca.gpu.model.decoder import Decoder
+from smca.gpu.model.denoising import FurtherQueries, draw_noise, noised_queries
+from smca.gpu.model.dense_head import DenseHead, select_queries
 from smca.gpu.model.detections import Detections, decode
 from smca.gpu.model.encoder import Encoder
 from smca.gpu.model.layers import Grid
@@ -55,27 +57,38 @@ class SMCADETR(nn.Module):
         levels, read = len(config.strides), config.encoder == "attention" and config.encoder_layers > 0
         self.level_embed = nn.Parameter(torch.zeros(levels, config.hidden_dim)) if levels > 1 and read else None
         self.encoder, self.decoder = Encoder(config), Decoder(config, attention_backend)
+        self.dense_head = DenseHead(config) if config.dense_head else None
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
-        for module in (self.encoder, self.decoder):
-            for parameter in module.parameters():
+        for module in (self.encoder, self.decoder, self.dense_head):
+            for parameter in module.parameters() if module is not None else ():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
         self.decoder.reset_parameters()
+        if self.dense_head is not None:
+            self.dense_head.reset_parameters()
 
-    def forward(self, images: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, padding_mask: Tensor | None = None, targets: Targets | None = None
+    ) -> dict[str, Tensor]:
         """Detect in a batch of padded images.
 
         Args:
             images: [B, 3, H, W] RGB, uint8 or float in [0, 1], each image in the top left corner.
             padding_mask: [B, H, W] bool, True = padded; None = no padding anywhere. In evaluation mode, what is detected in an
-            image
-                does not depend on it, nor on the other images (to rounding).
+                image does not depend on it, nor on the other images (to rounding).
+            targets: the objects, of which training with denoising_groups makes noised queries; not read otherwise.
 
         Returns:
             "logits" [M, B, N, K], one sigmoid per class; "boxes" [M, B, N, 4] (cx, cy, w, h) in 0–1 of the unpadded image;
-            both after each of the M decoder layers, the last layer last.
+            both after each of the M decoder layers, the last layer last. With noised queries, "further_logits" and
+            "further_boxes" likewise. With a dense head "cell_logits" [B, ΣL, K], "cell_boxes" and "cell_anchors" [B, ΣL, 4]
+            (cxcywh, likewise) and "cell_padding" [B, ΣL] bool, of the cells of all levels.
         """
+        further = None
+        if self.training and self.config.denoising_groups and targets is not None:
+            noise = draw_noise(None, targets.labels, self.config.denoising_groups, self.config.num_classes)
+            further = noised_queries(targets, noise)
         pixels = self.normalize(images, padding_mask)
         batch, _, height, width = images.shape
         if padding_mask is None:
@@ -83,11 +96,11 @@ class SMCADETR(nn.Module):
             valid_sizes = torch.stack(
                 [images.new_full((batch,), side, dtype=torch.int64) for side in (height, width)], -1
             )
-            return self.detect(self.backbone(pixels), valid_sizes, padded=False)
+            return self.detect(self.backbone(pixels), valid_sizes, further, padded=False)
         valid_sizes = valid_sizes_of(padding_mask)
         # In training, where nothing may wait for the device, the backbone sees the padding.
         features = self.backbone(pixels) if self.training else self.backbone.each_alone(pixels, valid_sizes)
-        return self.detect(features, valid_sizes)
+        return self.detect(features, valid_sizes, further)
 
     def normalize(self, images: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Pixels in the backbone's input range; padding becomes 0, whatever it held."""
@@ -95,16 +108,24 @@ class SMCADETR(nn.Module):
         pixels = (images.to(self.pixel_mean.dtype) * scale - self.pixel_mean) / self.pixel_std
         return pixels if padding_mask is None else pixels.masked_fill(padding_mask[:, None], 0.0)
 
-    def detect(self, features: Sequence[Tensor], valid_sizes: Tensor, *, padded: bool = True) -> dict[str, Tensor]:
+    def detect(
+        self,
+        features: Sequence[Tensor],
+        valid_sizes: Tensor,
+        further: FurtherQueries | None = None,
+        *,
+        padded: bool = True,
+    ) -> dict[str, Tensor]:
         """The part that ``smca.reference.model.forward`` specifies: backbone features to logits and boxes.
 
         Args:
             features: from the backbone, [B, channels, H, W] for each level that it has.
             valid_sizes: [B, 2] (height, width) of the unpadded images in pixels of the network's input.
+            further: queries beside the model's own.
             padded: False promises that no cell is padding, so that masks are not needed.
         """
         # Positions and boxes stay in at least float32 under autocast; in a float64 model all is float64.
-        valid_sizes = valid_sizes.to(self.decoder.query_position.dtype)
+        valid_sizes = valid_sizes.to(self.decoder.norm.weight.dtype)
         grids, tokens, positions = [], [], []
         level_map = features[0]
         for level, (projection, stride) in enumerate(zip(self.input_proj, self.config.strides, strict=True)):
@@ -121,8 +142,18 @@ class SMCADETR(nn.Module):
             positions.append(pos if self.level_embed is None else pos + self.level_embed[level])
         x, pos = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
         memory = self.encoder(x, pos, grids)
-        logits, boxes = self.decoder(memory, pos, grids)
-        return {"logits": logits, "boxes": boxes}
+        outputs, selected = {}, None
+        if self.dense_head is not None:
+            cells = self.dense_head(memory, grids)
+            outputs = {"cell_logits": cells.logits, "cell_boxes": cells.box_logits.sigmoid()}
+            outputs |= {"cell_anchors": cells.anchors, "cell_padding": cells.padding}
+            if self.config.query_init == "selected":
+                selected = select_queries(cells, grids, self.config.num_queries)
+        logits, boxes = self.decoder(memory, pos, grids, selected, further)
+        n = self.config.num_queries
+        if further is not None:
+            outputs |= {"further_logits": logits[:, :, n:], "further_boxes": boxes[:, :, n:]}
+        return {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n], **outputs}
 
     @torch.inference_mode()
     def predict(

@@ -7,6 +7,7 @@ tokens of several levels stand one level after another, ΣL in all.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -22,6 +23,9 @@ from smca.gpu.config import ModelConfig
 TRUSTED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Kernels of plain attention on a GPU. Not cuDNN's: where L mod 128 = 64 and a query's logits all lie below −88, its backward pass
 gives NaN, with a mask and without (PyTorch 2.11, cuDNN 9.19, Hopper GPUs; github.com/pytorch/pytorch/issues/196678)."""
+
+CLASS_PRIOR = 0.01
+"""π of docs/method.md §5: the score that every class starts from, so that the loss is not drowned by background."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,14 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.reshape(*x.shape[:-1], num_heads, -1).transpose(1, 2)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """softmax(q·kᵀ/√d)·v without the padded keys: q [B, h, N, d], k and v [B, h, L, d], mask [B, L] → [B, h, N, d]."""
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, sees: Tensor | None = None
+) -> Tensor:
+    """softmax(q·kᵀ/√d)·v without the padded keys, or without those that a query does not see: q [B, h, N, d], k and v
+    [B, h, L, d], mask [B, L] True = padded, or sees [B, N, L] bool in its place → [B, h, N, d]."""
+    if sees is not None:
+        with sdpa_kernel(TRUSTED):
+            return functional.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
     if not q.is_cuda:
         keep = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
@@ -111,6 +121,11 @@ def in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
         return cast(Tensor, head(x.to(next(head.parameters()).dtype)))
 
 
+def set_class_prior(class_head: nn.Linear) -> None:
+    """Let every class start from a score of ``CLASS_PRIOR``."""
+    nn.init.constant_(class_head.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
+
+
 class Attention(nn.Module):
     """The projections around an attention kernel."""
 
@@ -130,9 +145,16 @@ class Attention(nn.Module):
         """The heads' outputs joined and projected: [B, h, N, d] → [B, N, C]."""
         return cast(Tensor, self.out_proj(out.transpose(1, 2).flatten(2)))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Plain attention: query [B, N, C], key and value [B, L, C], mask [B, L] True = padded → [B, N, C]."""
-        return self.merge(plain_attention(*self.project(query, key, value), key_padding_mask))
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        sees: Tensor | None = None,
+    ) -> Tensor:
+        """``plain_attention`` of query [B, N, C], key and value [B, L, C] → [B, N, C]."""
+        return self.merge(plain_attention(*self.project(query, key, value), key_padding_mask, sees))
 
 
 def feed_forward_block(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Module) -> Tensor:

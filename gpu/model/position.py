@@ -23,9 +23,26 @@ def sine_position_encoding(size: tuple[int, int], valid_cells: Tensor, channels:
     return torch.cat([rows, columns], dim=-1).flatten(1, 2)
 
 
-def sine_of_points(points_xy: Tensor, dim: int) -> Tensor:
-    """Encoding [N, dim] of points (x, y) [N, 2] in 0–1 of the image: the encoding that a cell at that place would have."""
-    return torch.cat([_waves(points_xy[:, 1], dim // 2), _waves(points_xy[:, 0], dim // 2)], dim=-1)
+def sine_encoding_of_pairs(pairs: Tensor, channels: int) -> Tensor:
+    """Encoding [..., channels] of pairs [..., 2] in 0–1: of a point (x, y) that of a cell with its centre there, of a size (w, h)
+    likewise."""
+    return torch.cat([_waves(pairs[..., 1], channels // 2), _waves(pairs[..., 0], channels // 2)], dim=-1)
+
+
+def map_centers(size: tuple[int, int], *, device: torch.device | None = None) -> Tensor:
+    """Centres (x, y) of a map's cells, in cells: [H·W, 2] float32, row-major."""
+    height, width = size
+    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1) + 0.5
+
+
+def spread_points(count: int) -> Tensor:
+    """Points (x, y) [count, 2] float64 spread evenly over the unit square: the R2 low-discrepancy sequence, which covers it for
+    any count (a lattice would need a square number)."""
+    plastic = 1.32471795724474602596  # the real root of x³ = x + 1
+    index = torch.arange(1, count + 1, dtype=torch.float64)[:, None]
+    points = (0.5 + index * torch.tensor([1 / plastic, 1 / plastic**2], dtype=torch.float64)) % 1.0
+    return points.clamp(0.02, 0.98)
 
 
 def _waves(coordinate: Tensor, channels: int) -> Tensor:

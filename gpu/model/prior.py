@@ -17,6 +17,11 @@ from smca.gpu.model.layers import Grid, in_full_precision
 _AXES = {"fixed": 0, "single": 1, "independent": 2}
 """Number of scales that the head predicts per Gaussian."""
 
+SIGMA_OF_SIDE = 0.3
+"""Standard deviation at r = 1 with prior_unit="box", as a fraction of the box's side."""
+LEAST_SIGMA = 0.5
+"""The same in cells, at least: nothing can be told apart within a cell."""
+
 
 class Prior(nn.Module):
     """Offset of the centre and precision, for each head and level."""
@@ -24,6 +29,7 @@ class Prior(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.unit = config.prior_unit
         self.gaussians = 1 if config.prior_heads == "shared" else config.num_heads
         # λ at r = 1 on each level, in its cells⁻²: 2/β. The same width in pixels on all of them.
         self.unit_precision = [(stride / config.prior_sigma_px) ** 2 for stride in config.strides]
@@ -33,7 +39,7 @@ class Prior(nn.Module):
         self.scale_head = nn.Linear(config.hidden_dim, outputs * axes) if axes else None
 
     def reset_parameters(self) -> None:
-        """Start the heads as broad Gaussians (r = 1) on a ring of radius 1σ around the reference centre, whatever the query.
+        """Start the heads as Gaussians of r = 1 on a ring of radius 1σ around the reference centre, whatever the query.
 
         Values carry no position, so only the difference between heads that look to different sides tells a query where in its
         neighbourhood the object lies; with all heads on the same spot, that difference has to be learned first. (With one
@@ -44,29 +50,35 @@ class Prior(nn.Module):
         if self.gaussians > 1:
             angle = torch.arange(self.gaussians) * (2 * math.pi / self.gaussians)
             sigma = torch.tensor(self.unit_precision)[:, None] ** -0.5
+            if self.unit == "box":
+                sigma = torch.full_like(sigma, SIGMA_OF_SIDE)
             ring = torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None] * sigma
             with torch.no_grad():
-                self.offset_head.bias.copy_(ring.flatten())  # [h, J, 2] in cells
+                self.offset_head.bias.copy_(ring.flatten())  # [h, J, 2] in cells, or in sides of the box
         if self.scale_head is not None:
             nn.init.zeros_(self.scale_head.weight)
             nn.init.ones_(self.scale_head.bias)
 
-    def forward(self, state: Tensor, reference_xy: Tensor, grids: Sequence[Grid]) -> list[tuple[Tensor, Tensor]]:
-        """O [B, N, C] and reference centres [B, N, 2] in 0–1 of the unpadded image → for each level centre (its cells) and
-        precision (its cells⁻²), each [B, h, N, 2]."""
+    def forward(self, state: Tensor, reference: Tensor, grids: Sequence[Grid]) -> list[tuple[Tensor, Tensor]]:
+        """O [B, N, C] and reference boxes [B, N, 4], cxcywh in 0–1 of the unpadded image → for each level centre (its cells)
+        and precision (its cells⁻²), each [B, h, N, 2]."""
         # [B, h or 1, N, J, 2]; in the centres' precision, which under autocast is more than the network's.
-        offsets = self._by_level(in_full_precision(self.offset_head, state)).to(reference_xy.dtype)
+        offsets = self._by_level(in_full_precision(self.offset_head, state)).to(reference.dtype)
         # r is the inverse scale 1/s: at 0 attention is plain.
         r = (
             None
             if self.scale_head is None
-            else self._by_level(in_full_precision(self.scale_head, state)).to(reference_xy.dtype)
+            else self._by_level(in_full_precision(self.scale_head, state)).to(reference.dtype)
         )
         priors = []
         for level, grid in enumerate(grids):
-            center = (reference_xy * grid.valid_cells.flip(-1)[:, None])[:, None] + offsets[..., level, :]
-            unit = self.unit_precision[level]
-            precision = torch.full_like(center, unit) if r is None else unit * r[..., level, :].square()
+            extent, offset = grid.valid_cells.flip(-1)[:, None], offsets[..., level, :]
+            unit: float | Tensor = self.unit_precision[level]
+            if self.unit == "box":
+                side = (reference[..., 2:] * extent)[:, None]  # [B, 1, N, 2] in cells
+                offset, unit = side * offset, (SIGMA_OF_SIDE * side).clamp(min=LEAST_SIGMA) ** -2
+            center = (reference[..., :2] * extent)[:, None] + offset
+            precision = unit * (torch.ones_like(center) if r is None else r[..., level, :].square())
             shape = (len(state), self.num_heads, state.shape[1], 2)
             priors.append((center.expand(shape), precision.expand(shape)))
         return priors

@@ -27,7 +27,7 @@ def summarize(config: ModelConfig) -> str:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     counts = counter.get_flop_counts()
-    parts = ["backbone", "input_proj", "encoder", "decoder"]
+    parts = ["backbone", "input_proj", "encoder", "decoder", *(["dense_head"] if config.dense_head else [])]
     lines = [f"{'part':<12} {'parameters':>12} {'trained':>12} {'multiply-adds':>15}"]
     for name in parts:
         parameters = list(model.get_submodule(name).parameters())

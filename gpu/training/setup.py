@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from smca.datasets import Augmented, DetectionDataset, Report, Targets, collate, require_same_categories
 from smca.datasets.batch import CocoDict
 from smca.datasets.settings import shown
-from smca.gpu.config import RunConfig
+from smca.gpu.config import LossConfig, RunConfig
 from smca.gpu.evaluation import evaluation_loader, open_split, pick_device
-from smca.gpu.loss import SetCriterion
+from smca.gpu.loss import SetCriterion, further_losses
 from smca.gpu.model import SMCADETR
 from smca.gpu.training.guard import BAD_BATCH_FILE, FiniteCheck
 from smca.gpu.training.optimizer import make_optimizer
@@ -210,22 +210,25 @@ def set_up(
         model=model,
         parallel=parallel,
         average=average,
-        criterion=criterion if isinstance(criterion, SetCriterion) else _checked(criterion),
+        criterion=criterion if isinstance(criterion, SetCriterion) else _completed(criterion, config.loss),
         optimizer=optimizer,
         base_lrs=base_lrs,
         check=check,
     )
 
 
-def _checked(criterion: Criterion) -> Criterion:
-    """`criterion`, whose terms are looked at: it is a user's own."""
+def _completed(criterion: Criterion, loss: LossConfig) -> Criterion:
+    """A user's own `criterion`, whose terms are looked at; with the losses that teach cells and noised queries, which it may not
+    know of, unless it has them."""
 
     def terms_of(outputs: dict[str, Tensor], targets: Targets) -> Mapping[str, Tensor]:
-        terms = criterion(outputs, targets)
+        terms = dict(criterion(outputs, targets))
         shapes = {name: tuple(value.shape) for name, value in terms.items()}
         if "loss" not in shapes or any(shapes.values()):
             raise ValueError(f'criterion: expected scalar tensors by name, one of them "loss", got the shapes {shapes}')
-        return terms
+        further = further_losses(outputs, targets, loss.weights, loss.classification)
+        missing = {name: value for name, value in further.items() if name not in terms}
+        return {**terms, **missing, "loss": torch.stack([terms["loss"], *missing.values()]).sum()} if missing else terms
 
     return terms_of
 
