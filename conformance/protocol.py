@@ -23,6 +23,15 @@ T targets.
     set_loss_vjp(the same) → gradients of "loss" with respect to logits and boxes
     forward(params, features, valid_sizes, config, *, dtype) → {"logits": [M, B, N, K], "boxes": [M, B, N, 4]}
     forward_vjp(grad_logits, grad_boxes, *as forward, dtype) → gradient of every entry of params, by name
+
+and of what goes beyond the paper (docs/method.md §8):
+
+    anchored_forward(params, features, valid_sizes, config, further, *, dtype) → all outputs of `smca.reference.model.forward`, for
+        configurations with a box per query; further: None, or `FurtherQueries` (box_logits, labels, sees)
+    anchored_forward_vjp(gradients of outputs by name, *as anchored_forward, dtype) → gradient of every entry of params, by name
+    noised_queries(targets, noise, *, dtype) → box_logits [B, D, 4], labels [B, D], sees [B, D, D]
+    training_loss(outputs, targets, weights, classification, *, dtype) → the terms of layers, noised queries and cells by name
+    training_loss_vjp(the same) → gradient of "loss" with respect to each output that a loss reads, by name
 """
 
 from __future__ import annotations
@@ -44,6 +53,11 @@ OPERATIONS = (
     "set_loss_vjp",
     "forward",
     "forward_vjp",
+    "anchored_forward",
+    "anchored_forward_vjp",
+    "noised_queries",
+    "training_loss",
+    "training_loss_vjp",
 )
 """All operations that an implementation may offer."""
 

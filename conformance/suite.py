@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from smca.conformance.properties import (
+    anchored,
     attention,
     distance,
     dropout,
@@ -25,4 +26,5 @@ PROPERTIES: list[Property] = [
     *matching.PROPERTIES,
     *loss.PROPERTIES,
     *model.PROPERTIES,
+    *anchored.PROPERTIES,
 ]

@@ -56,6 +56,11 @@ CONSTANTS: dict[str, tuple[float, str]] = {
     "set_loss_vjp": (4.0, "compared along a random direction: steps are not counted one by one"),
     "forward": (8.0, "a condition number that is measured on random nudges misses the worst ones"),
     "forward_vjp": (4.0, "truncation of the differences is estimated, not bounded"),
+    "anchored_forward": (8.0, "as forward"),
+    "anchored_forward_vjp": (4.0, "as forward_vjp"),
+    "noised_queries": (1.0, "every rounding is counted"),
+    "training_loss": (1.0, "sums of at most a few hundred terms, each of the size of their sum"),
+    "training_loss_vjp": (4.0, "as set_loss_vjp"),
 }
 """Operation → (constant, its reason): 1 where the bound counts every rounding."""
 

@@ -17,11 +17,12 @@ DETR, "DETR architecture"; paper, the whole of its method section.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from smca.reference.arrays import BoolArray, FloatArray, require_shape
+from smca.reference.arrays import FloatArray, require_shape
 from smca.reference.config import ModelConfig, embeds_levels
 from smca.reference.decoder import FurtherQueries, decoder
 from smca.reference.dense_head import dense_head, select_queries
@@ -37,7 +38,7 @@ def forward(
     valid_sizes: npt.ArrayLike,
     config: ModelConfig,
     further: FurtherQueries | None = None,
-) -> dict[str, FloatArray | BoolArray]:
+) -> dict[str, npt.NDArray[Any]]:
     """The model in evaluation mode. Equations (M1) to (M7).
 
     Args:
@@ -73,7 +74,7 @@ def forward(
     logits, boxes = decoder(memory, grids, weights, config, selected, further)  # (M6)
 
     n = config.num_queries
-    outputs: dict[str, FloatArray | BoolArray] = {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n]}
+    outputs: dict[str, npt.NDArray[Any]] = {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n]}
     if further is not None:
         outputs |= {"further_logits": logits[:, :, n:], "further_boxes": boxes[:, :, n:]}
     if cells is not None:

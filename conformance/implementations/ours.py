@@ -25,8 +25,11 @@ from smca.conformance.protocol import Unavailable
 from smca.datasets import Targets
 from smca.gpu.config import LossConfig
 from smca.gpu.loss import assignment, boxes, criterion, matcher
+from smca.gpu.model import denoising
 from smca.reference import attention as reference_attention
 from smca.reference import boxes as reference_boxes
+from smca.reference import denoising as reference_denoising
+from smca.reference import dense_loss as reference_dense_loss
 from smca.reference import losses as reference_losses
 from smca.reference import matching as reference_matching
 from smca.reference import model as reference_model
@@ -48,6 +51,8 @@ class Oracle:
     matching: Any = reference_matching
     losses: Any = reference_losses
     model: Any = reference_model
+    dense_loss: Any = reference_dense_loss
+    denoising: Any = reference_denoising
 
     def smca_attention(self, *arguments: Any, dtype: str) -> Array:
         return self.attention.smca_attention(*arguments)  # type: ignore[no-any-return]
@@ -76,6 +81,22 @@ class Oracle:
     def forward(self, *arguments: Any, dtype: str) -> Any:
         return self.model.forward(*arguments)
 
+    anchored_forward = forward
+
+    def noised_queries(self, targets: Any, noise: Any, *, dtype: str) -> Any:
+        return self.denoising.noised_queries(targets, noise)
+
+    def training_loss(
+        self, outputs: Any, targets: Any, weights: Mapping[str, float], classification: str, *, dtype: str
+    ) -> dict[str, float]:
+        terms = dict(self.losses.set_loss(outputs, targets, weights, classification))
+        if "further_logits" in outputs:
+            groups = outputs["further_logits"].shape[2] // (2 * targets.valid.shape[1])
+            terms |= self.denoising.denoising_loss(outputs, targets, weights, groups, classification)
+        if "cell_logits" in outputs:
+            terms |= self.dense_loss.dense_loss(outputs, targets, weights)
+        return terms | {"loss": sum(value for name, value in terms.items() if name != "loss")}
+
 
 class OracleOnCuPy(Oracle):
     """The specification on a GPU: the same code, given CuPy arrays."""
@@ -83,6 +104,7 @@ class OracleOnCuPy(Oracle):
     name = "oracle-cupy"
     is_oracle = False
     match_cost = assign = generalized_box_iou = set_loss = forward = None  # type: ignore[assignment]
+    anchored_forward = noised_queries = training_loss = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         try:
@@ -127,6 +149,7 @@ class Criterion:
     boxes: Any = boxes
     matcher: Any = matcher
     criterion: Any = criterion
+    denoising: Any = denoising
 
     def __init__(self, backend: str, device: str) -> None:
         if device != "cpu" and not torch.cuda.is_available():
@@ -166,6 +189,34 @@ class Criterion:
         terms, leaves = self._loss(logits, boxes, targets, weights, dtype)
         dlogits, dboxes = torch.autograd.grad(terms["loss"], leaves)
         return numpy_of(dlogits), numpy_of(dboxes)
+
+    def noised_queries(self, targets: Any, noise: Any, *, dtype: str) -> tuple[Array, ...]:
+        padded_targets = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
+        drawn = self.denoising.Noise(self._tensor(noise.corners, dtype), self._tensor(noise.labels, "int64"))
+        return tuple(map(numpy_of, self.denoising.noised_queries(padded_targets, drawn)))
+
+    def training_loss(
+        self, outputs: Any, targets: Any, weights: Any, classification: str, *, dtype: str
+    ) -> dict[str, Array]:
+        terms, _ = self._training_loss(outputs, targets, weights, classification, dtype)
+        return {name: numpy_of(value) for name, value in terms.items()}
+
+    def training_loss_vjp(
+        self, outputs: Any, targets: Any, weights: Any, classification: str, *, dtype: str
+    ) -> dict[str, Array]:
+        terms, leaves = self._training_loss(outputs, targets, weights, classification, dtype)
+        gradients = torch.autograd.grad(terms["loss"], list(leaves.values()))
+        return dict(zip(leaves, map(numpy_of, gradients), strict=True))
+
+    def _training_loss(self, outputs: Any, targets: Any, weights: Any, classification: Any, dtype: str) -> Any:
+        given = {"cell_anchors": dtype, "cell_padding": "bool"}
+        tensors = {
+            name: self._tensor(value, given.get(name, dtype), name not in given) for name, value in outputs.items()
+        }
+        padded_targets = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
+        loss = LossConfig(weights["class"], weights["l1"], weights["giou"], classification)
+        terms = self.criterion.SetCriterion(loss, matcher_backend=self.backend)(tensors, padded_targets)
+        return terms, {name: value for name, value in tensors.items() if name not in given}
 
     def _loss(self, logits: Any, boxes: Any, targets: Any, weights: Any, dtype: str) -> tuple[dict[str, Tensor], Any]:
         leaves = self._tensor(logits, dtype, True), self._tensor(boxes, dtype, True)

@@ -23,6 +23,7 @@ from smca.gpu.attention import dispatch, fused
 from smca.gpu.config import BackboneConfig, ModelConfig
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.backbone import Backbone
+from smca.gpu.model.denoising import FurtherQueries
 from smca.reference import config as reference_config
 from smca.reference.attention import Level
 
@@ -217,6 +218,47 @@ class TorchModel(TorchAttention):
             outputs = model.detect([self._tensor(x, dtype) for x in features], sizes)
         return {name: numpy_of(value) for name, value in outputs.items()}
 
+    def anchored_forward(
+        self, params: Any, features: Any, valid_sizes: Array, config: Any, further: Any, *, dtype: str
+    ) -> dict[str, Array]:
+        model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
+        with torch.no_grad():
+            outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, self._further(further, dtype))
+        return {name: numpy_of(value) for name, value in outputs.items()}
+
+    def anchored_forward_vjp(
+        self,
+        gradients: Mapping[str, Array],
+        params: Any,
+        features: Any,
+        valid_sizes: Array,
+        config: Any,
+        further: Any,
+        *,
+        dtype: str,
+    ) -> dict[str, Array]:
+        model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
+        outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, self._further(further, dtype))
+        return self._gradients(model, params, {outputs[name]: grad for name, grad in gradients.items()}, dtype)
+
+    def _further(self, further: Any, dtype: str) -> FurtherQueries | None:
+        if further is None:
+            return None
+        labels, sees = (torch.tensor(each, device=self.device) for each in (further.labels, further.sees))
+        return FurtherQueries(self._tensor(further.box_logits, dtype), labels, sees)
+
+    def _gradients(
+        self, model: SMCADETR, params: Any, gradients: Mapping[Tensor, Array], dtype: str
+    ) -> dict[str, Array]:
+        """Of every parameter, by name, from those of outputs; 0 for a parameter that no output depends on."""
+        leaves = {name: value for name, value in model.named_parameters() if name in params}
+        seeds = [self._tensor(grad, dtype) for grad in gradients.values()]
+        found = torch.autograd.grad(list(gradients), list(leaves.values()), seeds, allow_unused=True)
+        return {
+            name: np.zeros(tuple(leaf.shape)) if gradient is None else numpy_of(gradient)
+            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+        }
+
     def forward_vjp(
         self,
         grad_logits: Array,
@@ -230,15 +272,8 @@ class TorchModel(TorchAttention):
     ) -> dict[str, Array]:
         model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
         outputs = model.detect([self._tensor(x, dtype) for x in features], sizes)
-        leaves = {name: value for name, value in model.named_parameters() if name in params}
-        seeds = [self._tensor(grad_logits, dtype), self._tensor(grad_boxes, dtype)]
-        gradients = torch.autograd.grad(
-            [outputs["logits"], outputs["boxes"]], list(leaves.values()), seeds, allow_unused=True
-        )
-        return {
-            name: np.zeros(tuple(leaf.shape)) if gradient is None else numpy_of(gradient)
-            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
-        }
+        gradients = {outputs["logits"]: grad_logits, outputs["boxes"]: grad_boxes}
+        return self._gradients(model, params, gradients, dtype)
 
 
 class Lifted(TorchModel):

@@ -1,0 +1,112 @@
+"""Inputs of what goes beyond the paper: models whose queries have boxes, what such a model puts out, and the objects of a batch.
+
+Bounds as in `model` and `matching`. Objects may be smaller than a cell, and images may have fewer cells than queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+from smca.conformance.inputs.attention import SEEDS
+from smca.conformance.inputs.matching import random_boxes
+from smca.conformance.inputs.model import LEVELS, ODD, PADDED, ModelArrays, ModelInputs, Options, Sizes
+from smca.conformance.tolerances import round_to
+from smca.reference.decoder import FurtherQueries
+from smca.reference.denoising import Noise, draw_noise, noised_queries
+from smca.reference.losses import Targets
+
+Array = npt.NDArray[np.float64]
+
+OBJECTS = 3
+"""T of every batch."""
+
+
+class AnchoredArrays(NamedTuple):
+    """Arguments of anchored_forward, and the objects that its further queries are made of."""
+
+    model: ModelArrays
+    further: FurtherQueries | None
+    targets: Targets
+    noise: Noise
+
+
+@dataclass(frozen=True)
+class AnchoredInputs:
+    """A model, its images, and objects in them."""
+
+    model: ModelInputs
+    filled: float = 0.7
+    """Fraction of the padded targets that are objects."""
+
+    def arrays(self, dtype: str) -> AnchoredArrays:
+        """With values that `dtype` represents."""
+        x, rng = self.model.arrays(dtype), np.random.default_rng(self.model.seed + 1)
+        shape = (len(x.valid_sizes), OBJECTS)
+        labels = rng.integers(0, x.config.num_classes, shape)
+        targets = Targets(labels, round_to(random_boxes(rng, *shape), dtype), rng.random(shape) < self.filled)
+        groups = max(1, x.config.denoising_groups)
+        noise = draw_noise(rng, labels, groups, x.config.num_classes)
+        noise = noise._replace(corners=round_to(noise.corners, dtype))
+        further = noised_queries(targets, noise) if x.config.denoising_groups else None
+        if further is not None:
+            further = further._replace(box_logits=round_to(further.box_logits, dtype))
+        return AnchoredArrays(x, further, targets, noise)
+
+    def describe(self) -> str:
+        """Configuration, sizes and objects."""
+        valid = self.arrays("float64").targets.valid
+        return f"{self.model.describe()}; objects per image {valid.sum(1).tolist()} of {OBJECTS}"
+
+
+SELECTED: Options = [("query_init", "selected"), ("dense_head", True)]
+ANCHORS: Options = [("query_init", "anchors")]
+IN_BOXES = ("prior_unit", "box")
+_LISTED: list[tuple[Options, Sizes]] = [
+    ([*SELECTED, IN_BOXES, ("box_refinement", True), ("pre_norm", True), ("denoising_groups", 2)], PADDED),
+    ([*SELECTED, IN_BOXES, LEVELS, ("encoder", "conv"), ("denoising_groups", 1)], ODD),
+    ([*ANCHORS, IN_BOXES, ("prior_scale", "single"), ("denoising_groups", 1), ("dense_head", True)], ODD),
+    ([*ANCHORS, LEVELS, ("prior_heads", "shared"), ("box_refinement", True), ("decoder_layers", 3)], PADDED),
+    ([*SELECTED, ("cross_attention", "dense"), ("num_queries", 40)], ((12, 30), (37, 61))),
+    ([*SELECTED, IN_BOXES, LEVELS, ("num_queries", 9), ("cross_level_blocks", (0,))], ((8, 8), (64, 24))),
+]
+
+CONFIGURATIONS = [
+    AnchoredInputs(ModelInputs(tuple(options), sizes, seed)) for seed, (options, sizes) in enumerate(_LISTED)
+]
+"""Every option with every kind of query, with padding, and with fewer cells than queries."""
+
+
+@st.composite
+def anchored_inputs(draw: st.DrawFn, /, **fixed: Any) -> AnchoredInputs:
+    """Any configuration with a box per query; `fixed` pins fields of it."""
+    usual: dict[str, Any] = {
+        "query_init": st.sampled_from(["selected", "anchors"]),
+        "prior_unit": st.sampled_from(["box", "pixels"]),
+        "strides": st.sampled_from([(8,), (4, 8, 16), (8, 16)]),
+        "encoder": st.sampled_from(["attention", "conv"]),
+        "encoder_layers": st.integers(0, 1),
+        "cross_attention": st.sampled_from(["smca", "smca", "dense"]),
+        "num_queries": st.sampled_from([5, 1, 40]),
+        "decoder_layers": st.integers(1, 2),
+        "pre_norm": st.booleans(),
+        "prior_scale": st.sampled_from(["independent", "single", "fixed"]),
+        "box_refinement": st.booleans(),
+        "dense_head": st.booleans(),
+        "denoising_groups": st.integers(0, 2),
+    }
+    options: dict[str, Any] = {}
+    for name, values in (usual | fixed).items():
+        options[name] = draw(values) if isinstance(values, st.SearchStrategy) else values
+    if options["cross_attention"] == "dense":
+        del options["prior_scale"], options["prior_unit"]
+    if options["query_init"] == "selected":
+        options["dense_head"] = True
+    side = st.one_of(st.integers(5, 24), st.sampled_from([33, 47, 64]))
+    sizes = tuple(draw(st.lists(st.tuples(side, side), min_size=1, max_size=3)))
+    filled = draw(st.sampled_from([0.7, 1.0, 0.0]))
+    return AnchoredInputs(ModelInputs(tuple(options.items()), sizes, draw(SEEDS)), filled)
