@@ -3,10 +3,10 @@
 Matching changes from step to step while the network is young. A query made from an object is told what to find: its
 loss needs no matching. There are G groups, each with a positive and a negative query for each of T (padded) objects: in
 all D = G·2·T queries per image, in the order group, kind, object. For an object with the box (x0, y0, x1, y1), width w
-and height h, for each corner coordinate u drawn from [0, 1) and a sign s from ±1:
+and height h, for each corner coordinate u drawn from [0, 1) and a sign s from ±1 (so that no corner moves as far as the middle):
 
     (N1) corner'   = clip( corner + s·(u + kind)·0.4·side/2, 0, 1 )           kind 0: positive, 1: negative; side w or h
-    (N2) box       = of the sorted corners', sides at least 0.01;  its middle for padding
+    (N2) box       = of the corners', sides at least 0.01;  (½, ½, ½, ½) for padding
     (N3) ref       = logit(clip(box as cxcywh, 0.005, 0.995))                 what `decoder` calls ref
     (N4) label     = the object's, or with probability 0.2 one drawn from all classes;  t = label_embed[label]
     (N5) a query attends to the real objects' queries of its own group, and to itself, and to nothing else
@@ -78,8 +78,7 @@ def noised_queries(targets: PaddedTargets, noise: Noise) -> FurtherQueries:
     boxes = np.where(real[..., None], np.asarray(targets.boxes, dtype=np.float64)[:, None, None], 0.5)
     half_sides = np.concatenate([boxes[..., 2:], boxes[..., 2:]], axis=-1) / 2
     corners = np.clip(cxcywh_to_xyxy(boxes) + noise.corners * half_sides, 0.0, 1.0)  # (N1)
-    low, high = np.minimum(corners[..., :2], corners[..., 2:]), np.maximum(corners[..., :2], corners[..., 2:])
-    noised = xyxy_to_cxcywh(np.concatenate([low, high], axis=-1))
+    noised = xyxy_to_cxcywh(corners)
     noised[..., 2:] = np.maximum(noised[..., 2:], LEAST_SIDE)
     noised = np.where(real[..., None], noised, 0.5)  # (N2)
     p = np.clip(noised, LEAST_COORDINATE, 1 - LEAST_COORDINATE)

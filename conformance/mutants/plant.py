@@ -25,12 +25,13 @@ import smca.reference
 from smca.conformance.implementations.ours import Criterion, Oracle
 from smca.conformance.implementations.pytorch import LIFTED, Auto, TorchModel, Triton
 from smca.conformance.mutants.table import ORACLE, Mutant
+from smca.conformance.mutants.table_anchored import ANCHORED
 from smca.conformance.mutants.table_gpu import DROPOUT, KERNELS, LIFTING, PRODUCTION
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
 from smca.gpu.attention import fused as fused_attention
 
-MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING]
+MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING, *ANCHORED]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
@@ -55,6 +56,9 @@ CONCERNS = {
     "criterion": ("set_loss", "set_loss_vjp"),
 }
 """File → the operations that a bug in it can reach; for any other file, the whole model."""
+
+_BEYOND = ("anchored_forward", "anchored_forward_vjp", "noised_queries", "training_loss", "training_loss_vjp")
+"""What a bug of `table_anchored` can reach."""
 
 _count = itertools.count()
 
@@ -154,7 +158,7 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
         if mutant.package == "reference":
             oracle: Any = Oracle()
             oracle.examples_factor, oracle.is_oracle = 1.0, False
-            for module in ("attention", "boxes", "matching", "losses", "model"):
+            for module in ("attention", "boxes", "matching", "losses", "model", "dense_loss", "denoising"):
                 setattr(oracle, module, importlib.import_module(f"{name}.{module}"))
             yield [oracle]
         else:
@@ -176,7 +180,9 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
     if mutant.module.startswith("model."):
         model: Any = TorchModel("eager", "cpu", ("float64",), {})
         model.model = importlib.import_module(f"{name}.model").SMCADETR
-        return [model]
+        noising: Any = Criterion("scipy", "cpu")  # of which only this is mutated
+        noising.denoising = importlib.import_module(f"{name}.model.denoising")
+        return [model, noising]
     criterion: Any = Criterion("scipy", "cpu")
     for module in ("boxes", "matcher", "criterion"):
         setattr(criterion, module, importlib.import_module(f"{name}.loss.{module}"))
@@ -210,6 +216,7 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
     """
     operations = CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))
     operations = ("smca_attention_dropout",) if mutant in DROPOUT else operations
+    operations = _BEYOND if mutant in ANCHORED else operations
     concerned = [prop for prop in properties if prop.operation in operations]
     concerned.sort(key=lambda prop: not prop.oracle)
     begun, first, killer, examples, message, without = time.perf_counter(), 0.0, "", 0, "", []

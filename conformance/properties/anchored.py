@@ -308,7 +308,11 @@ def outputs_of(x: AnchoredArrays, dtype: str, seed: int) -> Outputs:
         # A cell that has found an object, here and there: otherwise no IoU counts.
         for b, t in zip(*np.nonzero(x.targets.valid), strict=True):
             near = np.abs(outputs["cell_anchors"][b, :, :2] - x.targets.boxes[b, t, :2]).max(-1).argsort()[:8]
-            outputs["cell_boxes"][b, near] = x.targets.boxes[b, t] * rng.uniform(0.7, 1.2, (len(near), 4))
+            center, sides = np.split(x.targets.boxes[b, t], 2)
+            moved = center + sides * rng.uniform(-0.2, 0.2, (len(near), 2))
+            outputs["cell_boxes"][b, near] = np.concatenate(
+                [moved, sides * rng.uniform(0.7, 1.2, moved.shape)], axis=-1
+            )
         outputs["cell_boxes"] = np.clip(outputs["cell_boxes"], 0.0, 1.0)
     as_stored = np.dtype(dtype).type
     return {n: v if v.dtype == bool else v.astype(as_stored).astype(np.float64) for n, v in outputs.items()}
@@ -347,11 +351,12 @@ def clear_choices(outputs: Outputs, targets: Targets, dtype: str) -> bool:
         return True
     owner, goal = assign_cells(outputs, targets)
     rng, image, cell = np.random.default_rng(0), *np.nonzero(owner >= 0)
-    owned = (
-        cxcywh_to_xyxy(each) for each in (outputs["cell_boxes"][image, cell], targets.boxes[image, owner[image, cell]])
-    )
-    if (box_iou(*owned) == 0).any():
-        return False  # a cell that two objects chose, and that found neither, is either's
+    anchors, true = outputs["cell_anchors"][image, cell][:, None], targets.boxes[image]  # [P, 1, 4], [P, T, 4]
+    reach = np.maximum(NEAR_SIDE * true[..., 2:], NEAR_CELL * anchors[..., 2:])
+    near = (np.abs(anchors[..., :2] - true[..., :2]) <= reach).all(-1) & targets.valid[image]
+    iou = box_iou(cxcywh_to_xyxy(outputs["cell_boxes"][image, cell])[:, None], cxcywh_to_xyxy(true))
+    if ((near & (iou == 0)).sum(-1) > 1).any():
+        return False  # of two objects that a cell is near to and has not found, either may own it
     for _ in range(3):
         nudged = dict(outputs)
         for name in ("cell_logits", "cell_boxes", "cell_anchors"):

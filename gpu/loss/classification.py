@@ -28,10 +28,10 @@ def matchability_loss(logits: Tensor, qualities: Tensor, matched: Tensor) -> Ten
 
     Args:
         logits: class logits.
-        qualities: IoU of a matched pair at its class, else 0; taken as given.
+        qualities: IoU of a matched pair at its class, else 0; without gradient.
         matched: bool, True at a matched pair's class.
     """
-    goal = qualities.detach() ** MATCHABILITY_GAMMA
+    goal = qualities**MATCHABILITY_GAMMA
     weight = (logits.detach().sigmoid() ** MATCHABILITY_GAMMA).masked_fill(matched, 1.0)
     cross_entropy = functional.binary_cross_entropy_with_logits(logits, goal, reduction="none")
     return MATCHABILITY_WEIGHT * weight * cross_entropy

@@ -51,8 +51,7 @@ def noised_queries(targets: Targets, noise: Noise) -> FurtherQueries:
     boxes = boxes.masked_fill(~real[..., None], 0.5)
     center, half = boxes[..., :2], boxes[..., 2:] / 2
     moved = torch.cat([center - half, center + half], dim=-1) + noise.corners * half.repeat(1, 1, 1, 1, 2)
-    one, other = torch.split(moved.clamp(0, 1), 2, dim=-1)
-    low, high = torch.minimum(one, other), torch.maximum(one, other)
+    low, high = torch.split(moved.clamp(0, 1), 2, dim=-1)  # no corner moves as far as the middle
     noised = torch.cat([(low + high) / 2, (high - low).clamp(min=LEAST_SIDE)], dim=-1)
     noised = noised.masked_fill(~real[..., None], 0.5).clamp(LEAST_COORDINATE, 1 - LEAST_COORDINATE)
 
