@@ -284,18 +284,24 @@ class LossConfig:
 class OptimConfig:
     """Optimiser, schedule and averaging."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"adamw"; or "muon": Muon for the weight matrices and convolution kernels, AdamW for everything else
+    (``smca.gpu.training.muon``)."""
     lr: float = 1e-4
     """AdamW's learning rate."""
     backbone_lr: float = 1e-5
-    """Learning rate of the backbone; 0 leaves it untrained."""
+    """AdamW's learning rate of the backbone; 0 leaves it untrained."""
+    muon_lr: float = 0.01
+    """Muon's learning rate, for optimizer="muon"; in the backbone muon_lr · backbone_lr / lr."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
     clip_norm: float = 0.1
     """Largest norm of the whole gradient; larger ones are scaled down to it."""
     warmup_steps: int = 0
     """Steps over which the learning rates rise linearly from 0."""
-    schedule: Literal["step", "cosine"] = "step"
-    """"step": the rates fall to a tenth once `drop_epoch` epochs are done; "cosine": to 0 along half a cosine."""
+    schedule: Literal["step", "cosine", "wsd"] = "step"
+    """"step": the rates fall to a tenth once `drop_epoch` epochs are done; "cosine": to 0 along half a cosine; "wsd" (warm-up,
+    stable, decay): to 0 along a line over the last fifth of all steps."""
     drop_epoch: int = 40
     """Epoch of the drop, for schedule="step"."""
     ema_decay: float = 0.0
@@ -303,6 +309,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", "positive", self.lr)
+        require(self.muon_lr > 0, "optim.muon_lr", "positive", self.muon_lr)
+        require(
+            self.optimizer == "muon" or self.muon_lr == type(self).muon_lr,
+            "optim.muon_lr",
+            'left at its default with optimizer="adamw", whose rate is optim.lr',
+            self.muon_lr,
+        )
         require(self.backbone_lr >= 0, "optim.backbone_lr", "0 or more", self.backbone_lr)
         require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         require(self.clip_norm > 0, "optim.clip_norm", "positive", self.clip_norm)

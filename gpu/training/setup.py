@@ -74,7 +74,7 @@ class Run:
     average: SMCADETR | None
     """Moving average of the model, which is then what is evaluated and saved."""
     criterion: Criterion
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     base_lrs: list[float]
     """Of each parameter group, before the schedule."""
     check: FiniteCheck

@@ -24,6 +24,7 @@ from smca.gpu.loss import NonFiniteError, SetCriterion, assignment
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS
 from smca.gpu.training.guard import FiniteCheck
+from smca.gpu.training.muon import Muon, matrices_of
 from smca.gpu.training.optimizer import update_average
 
 READS_A_VALUE = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
@@ -98,6 +99,26 @@ def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch
         torch.stack([*terms.values(), norm]).isfinite().all()
         update_average(model, model, 0.9)
     assert watch.operations > 500
+    assert watch.waits == []
+
+
+def test_a_step_of_muon_never_waits() -> None:
+    """AdamW's part gets no gradients here: it has no fused form on the meta device."""
+    config = PRESETS["smca_r50_multiscale"]().model
+    config = replace(config, backbone=replace(config.backbone, weights=None))
+    with torch.device("meta"):
+        model = SMCADETR(config, download=False)
+    matrices = matrices_of(model)
+    other = torch.nn.Parameter(torch.empty(1))
+    optimizer = Muon([{"params": [other], "lr": 0.1}], [{"params": matrices, "lr": 0.1}], torch.bfloat16, fused=True)
+    with Watch() as watch, Constants(watch.waits):
+        for _ in range(2):
+            for matrix in matrices:
+                matrix.grad = torch.empty_like(matrix)
+            optimizer.found_inf = torch.empty((), device="meta")  # type: ignore[attr-defined]
+            optimizer.step()
+    assert len(matrices) > 130
+    assert watch.operations > 1000
     assert watch.waits == []
 
 

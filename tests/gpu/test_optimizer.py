@@ -7,7 +7,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -67,8 +67,18 @@ def test_the_cosine_falls_from_one_to_nearly_zero(warmup: int) -> None:
     assert all(a > b for a, b in itertools.pairwise(factors))
 
 
-def test_a_run_that_is_all_warm_up_divides_by_nothing() -> None:
-    optim = OptimConfig(schedule="cosine", warmup_steps=10)
+def test_wsd_is_constant_and_falls_along_a_line_over_the_last_fifth() -> None:
+    optim = OptimConfig(schedule="wsd", warmup_steps=10)
+    factors = [learning_rate_factor(optim, step, step // 30, 100) for step in range(100)]
+    assert factors[:10] == [(step + 1) / 10 for step in range(10)]
+    assert factors[10:81] == [1.0] * 71
+    assert factors[80:] == pytest.approx([left / 20 for left in range(20, 0, -1)])
+    assert learning_rate_factor(optim, 100, 3, 100) == 0.0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_run_that_is_all_warm_up_divides_by_nothing(schedule: Literal["cosine", "wsd"]) -> None:
+    optim = OptimConfig(schedule=schedule, warmup_steps=10)
     assert learning_rate_factor(optim, 9, 0, 5) == 1.0
     assert 0 <= learning_rate_factor(optim, 10, 0, 10) <= 1
 
@@ -98,6 +108,12 @@ def test_a_run_follows_the_cosine_to_its_last_step_and_max_steps_is_the_last(
     rates = rates_of(tiny(tmp_path / "whole", optim=optim, max_steps=50), monkeypatch)
     assert len(rates) == 6, "max_steps does not lengthen a run, nor its schedule"
     assert rates[-1] == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * 3 / 4)), 0.1 * rates[-1][0]])
+
+
+def test_a_run_follows_wsd_to_its_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optim = OptimConfig(lr=1e-3, backbone_lr=1e-4, schedule="wsd")
+    rates = rates_of(tiny(tmp_path, optim=optim, epochs=4, max_steps=10), monkeypatch)
+    assert rates == [pytest.approx([1e-3 * factor, 1e-4 * factor]) for factor in [1.0] * 9 + [0.5]]
 
 
 def test_a_run_drops_its_rates_after_so_many_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,7 @@ def test_a_mistake_leaves_the_old_run_alone(tmp_path: Path) -> None:
         ({"max_steps": 5}, "--max-steps is 5, was None"),
         ({"precision": "bf16"}, "--precision is 'bf16', was 'fp32'"),
         ({"optim": {"weight_decay": 0.5}}, "--optim.weight-decay is 0.5, was 0.0001"),
+        ({"optim": {"optimizer": "muon"}}, "--optim.optimizer is 'muon', was 'adamw'"),
         ({"loss": {"giou_weight": 9.0}}, "--loss.giou-weight is 9.0, was 2.0"),
         ({"augmentation": {"zoom": (0.5, 1.0)}}, r"--augmentation.zoom is \[0.5, 1.0\], was \[1.0, 1.0\]"),
         ({"synthetic": {"train_images": 16}}, "the training images or their boxes are others .*16 images.*12 images"),
