@@ -48,15 +48,12 @@ class AnchoredInputs:
         x, rng = self.model.arrays(dtype), np.random.default_rng(self.model.seed + 1)
         shape = (len(x.valid_sizes), OBJECTS)
         labels = rng.integers(0, x.config.num_classes, shape)
-        boxes = random_boxes(rng, *shape)
-        if self.model.seed % 2 == 0:
-            boxes[:, 0] = [
-                0.998,
-                0.998,
-                0.004,
-                0.004,
-            ]  # smaller than a cell, and nearer to one of padding, if there is any
-        targets = Targets(labels, round_to(boxes, dtype), rng.random(shape) < self.filled)
+        boxes, valid = random_boxes(rng, *shape), rng.random(shape) < self.filled
+        if (
+            self.model.seed % 2 == 0
+        ):  # an object that is smaller than a cell, and nearer to one of padding, if there is any
+            boxes[:, 0], valid[:, 0] = [0.998, 0.998, 0.004, 0.004], self.filled > 0
+        targets = Targets(labels, round_to(boxes, dtype), valid)
         groups = max(1, x.config.denoising_groups)
         noise = draw_noise(rng, labels, groups, x.config.num_classes)
         noise = noise._replace(corners=round_to(noise.corners, dtype))
