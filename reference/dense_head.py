@@ -25,12 +25,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smca.reference.arrays import BoolArray, FloatArray
+from smca.reference.arrays import BoolArray, FloatArray, IntArray
 from smca.reference.layers import Params, linear, mlp, sigmoid
 from smca.reference.position import Grid, map_centers
 
 START_SIZE_LOGIT = -1.5
 """Of a box's width and height before training, as fractions of the image: σ(−1.5) = 0.18."""
+HALF, QUOTIENTS = 5_000_000_000, (7_548_776_662, 5_698_402_910)
+"""½, 1/ρ and 1/ρ² to ten digits."""
 LEAST_CENTER = 0.01
 """Cells closer to the border than this fraction of the image start their boxes there: logit(0) is −∞."""
 
@@ -135,16 +137,16 @@ def is_peak(score: FloatArray, size: tuple[int, int]) -> BoolArray:
 def spread_points(count: int) -> FloatArray:
     """Points (x, y) in (0, 1), [count, 2], spread evenly over the image for any count: the R2 low-discrepancy sequence.
 
-    Point n is the fraction of ½ + n/ρ and of ½ + n/ρ², ρ the real root of x³ = x + 1, kept 0.02 off the borders. Source:
-    M. Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018.
+    Point n is the fraction of ½ + n/ρ and of ½ + n/ρ², ρ the real root of x³ = x + 1 and both quotients to ten digits (so
+    that whole numbers give it, in any precision), kept 0.02 off the borders. Source: M. Roberts, "The unreasonable
+    effectiveness of quasirandom sequences", 2018.
 
     >>> spread_points(2).round(3).tolist()
     [[0.255, 0.07], [0.02, 0.64]]
     """
-    plastic = 1.32471795724474602596  # ρ
-    points = (0.5 + np.arange(1, count + 1)[:, None] * np.array([1 / plastic, 1 / plastic**2])) % 1.0
-    spread: FloatArray = np.clip(points, 0.02, 0.98)
-    return spread
+    n = np.arange(1, count + 1)[:, None]
+    digits: IntArray = (HALF + n * np.array(QUOTIENTS)) % (2 * HALF)
+    return np.clip(digits / (2.0 * HALF), 0.02, 0.98)
 
 
 def logit(p: FloatArray) -> FloatArray:

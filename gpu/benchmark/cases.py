@@ -114,7 +114,6 @@ def smca_detector(preset: str, backend: str, work: Work) -> tuple[SMCADETR, SetC
         work: its workload.
     """
     from smca.datasets import Targets
-    from smca.gpu.config import LossConfig
     from smca.gpu.loss import SetCriterion
     from smca.gpu.model import SMCADETR
     from smca.gpu.presets import PRESETS
@@ -127,7 +126,8 @@ def smca_detector(preset: str, backend: str, work: Work) -> tuple[SMCADETR, SetC
     with torch.device(work.device):
         model = SMCADETR(config, attention_backend=backend).to(work.device)
     images, labels, boxes = _images(work)
-    return model, SetCriterion(LossConfig()), Targets(labels, boxes, torch.ones_like(labels, dtype=torch.bool)), images
+    criterion = SetCriterion(PRESETS[preset]().loss)
+    return model, criterion, Targets(labels, boxes, torch.ones_like(labels, dtype=torch.bool)), images
 
 
 def transformers_step_case(name: str, work: Work) -> Case:

@@ -6,6 +6,7 @@ Shape letters: B images, N queries, C channels, K classes, ΣL cells of all leve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,9 +46,8 @@ class DenseHead(nn.Module):
         self.class_head = nn.Linear(dim, config.num_classes)
         self.box_head = MLP(dim, dim, 4)
         # Boxes start in proportion to the cells, at the usual size in the coarsest level.
-        strides = torch.tensor(config.strides, dtype=torch.float64)
-        sides = torch.tensor(START_SIZE_LOGIT, dtype=torch.float64).sigmoid() * strides / strides[-1]
-        self.start_size_logits: list[float] = sides.logit().tolist()
+        sides = [stride / config.strides[-1] / (1 + math.exp(-START_SIZE_LOGIT)) for stride in config.strides]
+        self.start_size_logits = [math.log(side / (1 - side)) for side in sides]
 
     def reset_parameters(self) -> None:
         """Every cell starts with a box of the same size around itself, and with the usual score."""
@@ -99,8 +99,8 @@ def select_queries(cells: Cells, grids: Sequence[Grid], num_queries: int) -> Ten
     # A peak of padding among padding is none.
     best, index = rank.masked_fill(cells.padding, -1.0).topk(min(num_queries, score.shape[1]), dim=1)
     chosen = cells.box_logits.gather(1, index[..., None].expand(-1, -1, 4))
-    start = functional.pad(spread_points(num_queries).logit(), (0, 2), value=START_SIZE_LOGIT).to(chosen)
-    start = start.expand(len(chosen), -1, -1)
+    points = spread_points(num_queries, device=chosen.device, dtype=chosen.dtype)
+    start = functional.pad(points.logit(), (0, 2), value=START_SIZE_LOGIT).expand(len(chosen), -1, -1)
     found = chosen.shape[1]
     chosen = torch.where(best[..., None] > -1.0, chosen, start[:, :found])
     return torch.cat([chosen, start[:, found:]], dim=1)

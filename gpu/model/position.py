@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 TEMPERATURE = 10000.0
+HALF, QUOTIENTS = 5_000_000_000, (7_548_776_662, 5_698_402_910)
+"""½, 1/ρ and 1/ρ² to ten digits, ρ the real root of x³ = x + 1."""
 
 
 def sine_position_encoding(size: tuple[int, int], valid_cells: Tensor, channels: int) -> Tensor:
@@ -36,13 +38,12 @@ def map_centers(size: tuple[int, int], *, device: torch.device | None = None) ->
     return torch.stack([x, y], dim=-1).flatten(0, 1) + 0.5
 
 
-def spread_points(count: int) -> Tensor:
-    """Points (x, y) [count, 2] float64 spread evenly over the unit square: the R2 low-discrepancy sequence, which covers it for
-    any count (a lattice would need a square number)."""
-    plastic = 1.32471795724474602596  # the real root of x³ = x + 1
-    index = torch.arange(1, count + 1, dtype=torch.float64)[:, None]
-    points = (0.5 + index * torch.tensor([1 / plastic, 1 / plastic**2], dtype=torch.float64)) % 1.0
-    return points.clamp(0.02, 0.98)
+def spread_points(count: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Points (x, y) [count, 2] spread evenly over the unit square: the R2 low-discrepancy sequence, which covers it for any count
+    (a lattice would need a square number). Of whole numbers made on the device: nothing is copied there, and it is exact."""
+    n = torch.arange(1, count + 1, device=device)
+    x, y = ((HALF + n * quotient) % (2 * HALF) for quotient in QUOTIENTS)
+    return (torch.stack([x, y], dim=-1).to(dtype) / (2 * HALF)).clamp(0.02, 0.98)
 
 
 def _waves(coordinate: Tensor, channels: int) -> Tensor:

@@ -78,7 +78,7 @@ def meta_batch() -> tuple[Tensor, Tensor, Targets]:
 
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("preset", ["small", "smca_r50_multiscale", "smca_r50_multiscale_conv", "detr_r50"])
+@pytest.mark.parametrize("preset", ["small", "smca_r50_multiscale", "smca_r50_multiscale_conv", "detr_r50", "fast_r50"])
 def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assignment, "available", lambda device: None)  # its op has a form for tensors without values
     monkeypatch.setattr("smca.gpu.attention.fused.available", lambda device: None)
@@ -89,10 +89,10 @@ def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch
         pytest.skip("DETR has no SMCA attention")
     with torch.device("meta"):
         model = SMCADETR(config, attention_backend=backend, download=False)
-    criterion = SetCriterion(LossConfig(), matcher_backend="cupy")
+    criterion = SetCriterion(PRESETS[preset]().loss, matcher_backend="cupy")
     images, mask, targets = meta_batch()
     with Watch() as watch, Constants(watch.waits):
-        outputs = model(images, mask if padded else None)
+        outputs = model(images, mask if padded else None, targets)
         terms = criterion(outputs, targets)
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
