@@ -291,7 +291,7 @@ class OptimConfig:
     """AdamW's learning rate."""
     backbone_lr: float = 1e-5
     """AdamW's learning rate of the backbone; 0 leaves it untrained."""
-    muon_lr: float = 0.01
+    muon_lr: float = 0.02
     """Muon's learning rate, for optimizer="muon"; in the backbone muon_lr · backbone_lr / lr."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""

@@ -41,7 +41,7 @@ def demo() -> RunConfig:
             num_heads=4,
             num_queries=30,
             encoder_layers=1,
-            decoder_layers=3,
+            decoder_layers=2,
             feedforward_dim=256,
             dropout=0.0,
             query_init="selected",
@@ -54,10 +54,10 @@ def demo() -> RunConfig:
             image_max_size=128,
         ),
         loss=LossConfig(classification="matchability"),
-        optim=OptimConfig(optimizer="muon", muon_lr=0.02, lr=4e-4, backbone_lr=4e-4, warmup_steps=100, schedule="wsd"),
+        optim=OptimConfig(optimizer="muon", lr=4e-4, backbone_lr=4e-4, warmup_steps=100, schedule="wsd"),
         augmentation=Augmentation(short_sides=(128,), max_size=128, horizontal_flip=0.5),
         synthetic=SyntheticConfig(image_size=128, train_images=5200, val_images=300),
-        epochs=4,
+        epochs=3,
         batch_size=8,
         workers=0,
         cache_images=True,
@@ -120,7 +120,7 @@ def fast_r50() -> RunConfig:
         denoising_groups=2,
         dropout=0.0,
     )
-    optim = replace(run.optim, optimizer="muon", muon_lr=0.02, lr=2e-4, backbone_lr=2e-5, schedule="wsd")
+    optim = replace(run.optim, optimizer="muon", lr=2e-4, backbone_lr=2e-5, schedule="wsd")
     optim = replace(optim, warmup_steps=1000, ema_decay=0.9997)
     loss = LossConfig(classification="matchability")
     return replace(run, output=Path("runs/fast_r50"), model=model, loss=loss, optim=optim, epochs=12)

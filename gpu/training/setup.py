@@ -147,6 +147,8 @@ def set_up(
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     _seed(config.seed)
+    # A narrow Gaussian leaves attention weights too small for the usual format, with which a CPU computes far more slowly.
+    torch.set_flush_denormal(True)
 
     # Data; the model's classes follow from it.
     named = partial(

@@ -249,7 +249,7 @@ def test_every_trained_parameter_is_in_one_part_and_each_kind_where_it_belongs(p
         if name in matrices | kernels:
             assert parameter.dim() >= 2, name
             assert not any(part in name for part in (*heads, "query_", "level_embed", "norm", ".own", ".finer")), name
-    last = f"{len(model.decoder.box_heads[0].layers) - 1}.weight"  # type: ignore[arg-type, union-attr]
+    last = f"{len(model.decoder.box_heads[0].layers) - 1}.weight"  # type: ignore[arg-type]
     layer = "decoder.layers.0"
     expected = {
         *(
