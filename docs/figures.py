@@ -33,6 +33,8 @@ LABELS = {
     "shared_heads": "one Gaussian for all heads",
     "single_scale": "one width for both axes",
     "fixed_scale": "fixed width",
+    "recipe": "make demo: beyond the paper",
+    "plain": "the paper's queries, prior and loss, AdamW",
     "single": "stride 8",
     "multi": "strides 8, 16, 32",
 }
@@ -98,6 +100,19 @@ def draw_prior(path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_by_minute(runs: Runs, path: Path, title: str) -> None:
+    """AP by minutes of training, without the evaluations: one line per run."""
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
+    for kind, seeds in runs.items():
+        for run in seeds:
+            minutes = [0.0, *(line["train_seconds"] / 60 for line in run)]
+            axis.plot(minutes, [0.0, *(line["ap"] for line in run)], marker=".", label=f"{kind} ({run[-1]['ap']:.3f})")
+    axis.set_xlabel("minutes of training"), axis.set_ylabel("AP"), axis.set_title(title)
+    axis.set_ylim(bottom=0), axis.set_xlim(left=0), axis.grid(alpha=0.3), axis.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Write every picture; print every table."""
     draw_prior(DOCS / "prior.png")
@@ -117,6 +132,7 @@ def main() -> None:
             compare_curves(runs, DOCS / f"convergence-{name}.png", title=title, log_epochs=name == "long")
             by_size = name in ("scales", "cells")
             print(f"\n{title}\n\n{ap_table(runs, ('ap', 'ap_small', 'ap_medium') if by_size else ('ap', 'ap50'))}")
+    draw_by_minute(runs_of("minutes"), DOCS / "convergence-minutes.png", "Built-in data, 2 cores")
     whole = "everything: independent widths, a Gaussian for each head, scale selection"
     ablation = {whole: scales[LABELS["small_objects_multiscale"]], **runs_of("ablation")}
     print(f"\nAblation\n\n{last_table(ablation, ('ap', 'ap50', 'ap_small', 'ap_medium'))}")

@@ -84,7 +84,7 @@ def small() -> RunConfig:
             stretch=0.15,
             gamma=0.15,
         ),
-        epochs=160,
+        epochs=100,
         eval_every=10,
         batch_size=base.batch_size,
         workers=0,
