@@ -126,7 +126,6 @@ class Decoder(nn.Module):
         dim = config.hidden_dim
         self.num_queries, self.query_init = config.num_queries, config.query_init
         self.box_refinement, self.has_anchors = config.box_refinement, config.has_anchors
-        smca = config.cross_attention == "smca"
         # Queries: learned positions, with reference centres from the first layer's state; or boxes, and what is made of them.
         self.query_position = self.center_head = self.query_center = None
         self.query_anchor = self.query_content = self.box_position = self.label_embed = None
@@ -139,10 +138,6 @@ class Decoder(nn.Module):
                 self.label_embed = nn.Parameter(torch.empty(config.num_classes, dim))
         else:
             self.query_position = nn.Parameter(torch.empty(config.num_queries, dim))
-            if smca:
-                self.center_head = MLP(dim, dim, dim, 2)
-                if config.query_init == "grid":
-                    self.query_center = nn.Parameter(torch.empty(config.num_queries, 2))
         self.layers = nn.ModuleList(DecoderLayer(config, attention_backend) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(dim)
         self.class_head = nn.Linear(dim, config.num_classes)
@@ -151,6 +146,10 @@ class Decoder(nn.Module):
         self.box_heads = nn.ModuleList(
             MLP(dim, dim, dim, 4) for _ in range(config.decoder_layers if config.box_refinement else 1)
         )
+        if config.cross_attention == "smca" and not self.has_anchors:
+            self.center_head = MLP(dim, dim, dim, 2)
+            if config.query_init == "grid":
+                self.query_center = nn.Parameter(torch.empty(config.num_queries, 2))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
