@@ -73,7 +73,13 @@ def evaluation_loader(
     sizes = getattr(data, "sizes", None)
     if sizes is not None:
         order.sort(key=lambda index: (sizes[index][0] / sizes[index][1], sizes[index]))
-    return DataLoader(torch.utils.data.Subset(resized, order), batch_size, collate_fn=collate, num_workers=workers)
+    return DataLoader(
+        torch.utils.data.Subset(resized, order),
+        batch_size,
+        collate_fn=collate,
+        generator=torch.Generator(),  # or it would draw from the generator that training draws from
+        num_workers=workers,
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -247,6 +247,7 @@ def _training_loader(
         per_process,
         sampler=sampler,
         collate_fn=partial(collate, size_divisor=config.shape_bucket, target_divisor=target_divisor),
+        generator=torch.Generator().manual_seed(config.seed),  # else it draws from the one that the network draws from
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         pin_memory=device.type == "cuda",

@@ -159,7 +159,7 @@ def test_a_mistake_leaves_the_old_run_alone(tmp_path: Path) -> None:
         ({"max_steps": 5}, "--max-steps is 5, was None"),
         ({"precision": "bf16"}, "--precision is 'bf16', was 'fp32'"),
         ({"optim": {"weight_decay": 0.5}}, "--optim.weight-decay is 0.5, was 0.0001"),
-        ({"optim": {"optimizer": "muon"}}, "--optim.optimizer is 'muon', was 'adamw'"),
+        ({"optim": {"optimizer": "adamw"}}, "--optim.optimizer is 'adamw', was 'muon'"),
         ({"loss": {"giou_weight": 9.0}}, "--loss.giou-weight is 9.0, was 2.0"),
         ({"augmentation": {"zoom": (0.5, 1.0)}}, r"--augmentation.zoom is \[0.5, 1.0\], was \[1.0, 1.0\]"),
         ({"synthetic": {"train_images": 16}}, "the training images or their boxes are others .*16 images.*12 images"),
@@ -190,7 +190,8 @@ def test_changed_settings_hold_from_then_on(tmp_path: Path) -> None:
     optim = dataclasses.replace(tiny(tmp_path).optim, weight_decay=0.5, lr=1e-3)
     train.train(tiny(tmp_path, epochs=2, resume=True, resume_changed=True, optim=optim))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5, 0.5]
+    groups = state["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups if "weight_decay" in group] == [0.5, 0.5], "Muon's have none"
     assert state["settings"]["optim"]["lr"] == 1e-3
     train.train(tiny(tmp_path, epochs=2, resume=True, optim=optim))  # which are now the run's own
 

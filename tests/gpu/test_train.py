@@ -213,8 +213,8 @@ def test_attention_is_computed_as_asked(backend: str, tmp_path: Path, monkeypatc
 
 
 def test_no_way_to_compute_smca_attention_is_asked_of_detr(tmp_path: Path) -> None:
+    model = dataclasses.replace(tiny(tmp_path).model, cross_attention="dense", prior_unit="pixels")
     with pytest.raises(ValueError, match=r'attention must be left at its default with model.cross_attention="dense"'):
-        model = dataclasses.replace(tiny(tmp_path).model, cross_attention="dense", prior_unit="pixels")
         tiny(tmp_path, attention="lifted", model=model)
 
 
