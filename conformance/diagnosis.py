@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from smca.conformance.mutants.plant import CONCERNS, planted
-from smca.conformance.mutants.table import ORACLE
+from smca.conformance.mutants.plant import MUTANTS, operations_of, planted
 from smca.conformance.property import Judge
 from smca.conformance.protocol import name_of
 from smca.conformance.runner import Outcome
@@ -37,7 +36,7 @@ def explain(outcome: Outcome) -> str:
 
 
 def known_bugs(outcome: Outcome) -> str:
-    """A line that names the bugs of `table` that reproduce a failure, for every failing example; "" if none does.
+    """A line that names the specification's bugs that reproduce a failure, for every failing example; "" if none does.
 
     Only for comparisons with the oracle: the others have no wrong numbers to reproduce.
     """
@@ -48,8 +47,8 @@ def known_bugs(outcome: Outcome) -> str:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         wrong = [_outputs(outcome.case.implementation, outcome, recipe) for recipe in outcome.failing]
-        for mutant in ORACLE:
-            if prop.operation not in CONCERNS.get(mutant.module, ("forward",)):
+        for mutant in MUTANTS:
+            if mutant.package != "reference" or prop.operation not in operations_of(mutant):
                 continue
             with planted(mutant) as (oracle,):
                 pairs = zip(outcome.failing, wrong, strict=True)

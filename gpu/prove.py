@@ -114,6 +114,7 @@ PARTS = (
     tests("assignment", ("cuda", "cupy"), "test_assignment.py"),
     tests("step", ALL, STEP, "test_layers.py", *all_but(STEP, "test_a_compiled_step_does_not_wait_either")),
     tests("step-compiled", ALL, STEP, "-k", "compiled"),
+    tests("muon", ("cuda",), "test_muon.py", "-k", "gpu or cuda or wait"),
     # The conformance suite.
     suite("triton-cuda", *ON_GPU),
     suite("compiled"),

@@ -53,7 +53,7 @@ CONCERNS = {
     "matching": ("match_cost", "assign", "set_loss"),
     "matcher": ("match_cost", "set_loss"),
     "losses": ("set_loss",),
-    "criterion": ("set_loss", "set_loss_vjp"),
+    **dict.fromkeys(("criterion", "classification"), ("set_loss", "set_loss_vjp")),
 }
 """File → the operations that a bug in it can reach; for any other file, the whole model."""
 
@@ -189,6 +189,15 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
     return [criterion]
 
 
+def operations_of(mutant: Mutant) -> tuple[str, ...]:
+    """What a bug can reach."""
+    if mutant in ANCHORED:
+        return _BEYOND
+    if mutant in DROPOUT:
+        return ("smca_attention_dropout",)
+    return CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))
+
+
 @dataclass(frozen=True)
 class MutantResult:
     """Which property killed a mutant, and when."""
@@ -214,9 +223,7 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
         profile: how many examples of each.
         thorough: do not stop at the first that fails; find all that fail without the oracle.
     """
-    operations = CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))
-    operations = ("smca_attention_dropout",) if mutant in DROPOUT else operations
-    operations = _BEYOND if mutant in ANCHORED else operations
+    operations = operations_of(mutant)
     concerned = [prop for prop in properties if prop.operation in operations]
     concerned.sort(key=lambda prop: not prop.oracle)
     begun, first, killer, examples, message, without = time.perf_counter(), 0.0, "", 0, "", []

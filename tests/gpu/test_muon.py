@@ -258,7 +258,8 @@ def test_every_trained_parameter_is_in_one_part_and_each_kind_where_it_belongs(p
             for of in ("q", "k", "v", "out")
         ),
         *(f"{layer}.linear1.weight", f"{layer}.linear2.weight", "encoder.layers.0.linear1.weight"),
-        *("input_proj.0.weight", "decoder.box_heads.0.layers.0.weight", "decoder.center_head.layers.0.weight"),
+        *("input_proj.0.weight", "decoder.box_heads.0.layers.0.weight"),
+        f"decoder.{'box_position' if preset == 'demo' else 'center_head'}.layers.0.weight",
     }
     assert expected <= matrices
     assert {
@@ -266,7 +267,8 @@ def test_every_trained_parameter_is_in_one_part_and_each_kind_where_it_belongs(p
         f"{layer}.prior.offset_head.weight",
         f"{layer}.prior.scale_head.weight",
     } <= rest
-    assert {f"decoder.box_heads.0.layers.{last}", "decoder.query_position"} <= rest
+    queries = {"query_content", "label_embed"} if preset == "demo" else {"query_position"}
+    assert {f"decoder.box_heads.0.layers.{last}", *(f"decoder.{name}" for name in queries)} <= rest
     if preset == "demo":
         first = [name for name in backbone if "embedder.embedder" in name and name.endswith("convolution.weight")]
         assert len(first) == 1, "the convolution that reads the image"
@@ -306,8 +308,8 @@ def test_the_rates_and_an_untrained_backbone() -> None:
 
 
 def test_its_rate_is_refused_where_nothing_reads_it() -> None:
-    with pytest.raises(ValueError, match=r'optim.muon_lr must be left at its default with optimizer="adamw".*got 0.02'):
-        OptimConfig(muon_lr=0.02)
+    with pytest.raises(ValueError, match=r'optim.muon_lr must be left at its default with optimizer="adamw".*got 0.03'):
+        OptimConfig(muon_lr=0.03)
     with pytest.raises(ValueError, match=r"optim.muon_lr must be positive, got 0"):
         OptimConfig(optimizer="muon", muon_lr=0.0)
 
@@ -333,9 +335,9 @@ def test_a_run_learns_and_a_stopped_one_goes_on_exactly(tmp_path: Path) -> None:
 def test_a_checkpoint_of_the_other_optimiser_does_not_fit(tmp_path: Path) -> None:
     """Not even with --resume-changed."""
     train.train(tiny(tmp_path, epochs=1))
-    optim = dataclasses.replace(tiny(tmp_path).optim, optimizer="muon")
-    with pytest.raises(ValueError, match=r"--optim.optimizer is 'muon', was 'adamw'"):
-        train.train(tiny(tmp_path, resume=True, optim=optim))
+    optim = dataclasses.replace(tiny(tmp_path).optim, optimizer="adamw")
+    with pytest.raises(ValueError, match=r"--optim.optimizer is 'adamw', was 'muon'"):
+        train.train(tiny(tmp_path, epochs=1, resume=True, optim=optim))
     with pytest.raises(ValueError, match=r"does not fit this run .*parameter group.*start anew with --overwrite"):
         train.train(tiny(tmp_path, resume=True, resume_changed=True, optim=optim))
 
