@@ -24,8 +24,12 @@ def summarize(config: ModelConfig) -> str:
     with torch.device("meta"):
         model = SMCADETR(config, attention_backend="eager", download=False).eval()
         images = torch.empty(1, 3, height, width)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)  # the counter refuses views of parameters that are trained
+    with FlopCounterMode(display=False) as counter:
         model(images)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     counts = counter.get_flop_counts()
     parts = ["backbone", "input_proj", "encoder", "decoder", *(["dense_head"] if config.dense_head else [])]
     lines = [f"{'part':<12} {'parameters':>12} {'trained':>12} {'multiply-adds':>15}"]
@@ -40,9 +44,8 @@ def summarize(config: ModelConfig) -> str:
     lines.append(f"one image of {height}×{width} px; torch.utils.flop_counter, two operations = one multiply-add")
     for stride in config.strides:
         beta = 2 * (config.prior_sigma_px / stride) ** 2
-        lines.append(
-            f"level of stride {stride}: {-(-height // stride)}×{-(-width // stride)} cells, β = {beta:.3g} cells²"
-        )
+        width_of_prior = f", β = {beta:.3g} cells²" if config.prior_unit == "pixels" else ""
+        lines.append(f"level of stride {stride}: {-(-height // stride)}×{-(-width // stride)} cells{width_of_prior}")
     return "\n".join(lines)
 
 

@@ -334,13 +334,19 @@ def test_published_presets_stay_as_published() -> None:
         assert (run.epochs, run.optim.drop_epoch, run.optim.clip_norm) == (50, 40, 0.1)
         assert not (run.model.pre_norm)
         assert not (run.model.box_refinement)
-        assert run.model.query_init != "grid"
+        assert (run.model.query_init, run.model.prior_unit, run.model.dense_head) == ("random", "pixels", False)
+        assert (run.model.denoising_groups, run.loss.classification, run.optim.optimizer) == (0, "focal", "adamw")
         assert 2 * (run.model.prior_sigma_px / run.model.strides[0]) ** 2 == 8.0, "β = 8 cells² at stride 32"
 
 
 @pytest.mark.parametrize(
     ("name", "parameters", "macs"),
-    [("smca_r50", 41.76, 83.98), ("smca_r50_multiscale", 41.40, 145.76), ("smca_r101_multiscale", 60.34, 209.21)],
+    [
+        ("smca_r50", 41.76, 83.98),
+        ("smca_r50_multiscale", 41.40, 145.76),
+        ("smca_r101_multiscale", 60.34, 209.21),
+        ("fast_r50", 42.23, 146.46),
+    ],
 )
 def test_a_dry_run_says_how_large_the_model_is(
     name: str,
