@@ -102,7 +102,7 @@ def _container_available() -> int | None:
     ):
         try:
             root = Path("/sys/fs/cgroup")
-            return max(0, int((root / limit).read_text()) - int((root / used).read_text()))
+            return max(0, int((root / limit).read_text("ascii")) - int((root / used).read_text("ascii")))
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return None

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
@@ -124,6 +125,7 @@ PARTS = (
     # The benchmark, what is worth most first.
     benchmark("attention", "attention", ON_GPU, 105, "--minutes", "0.8"),
     benchmark("step-speed", "step", ALL, 105, "--batches", "16", "--minutes", "0.7"),
+    benchmark("recipe-speed", "recipe", ALL, 90, "--minutes", "0.5"),
     benchmark("assignment-speed", "assignment", ("cuda", "cupy"), 50, "--minutes", "0.2"),
     benchmark("profile", "profile", ALL, 90, "--minutes", "0.5"),
     benchmark("multi-scale", "multi-scale", ON_GPU, 105, "--minutes", "0.6"),
@@ -396,6 +398,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     go.add_argument("--total", type=float, default=TOTAL_SECONDS, help="seconds for the whole (default: %(default)s)")
     commands.add_parser("list", help="the parts of a run")
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends, too
     try:

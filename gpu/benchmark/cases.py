@@ -35,6 +35,10 @@ RESNET50: dict[str, Any] = {"depths": [3, 4, 6, 3]}
 
 QUERIES, TARGETS, LAYERS = 300, 20, 6  # of an assignment problem
 
+BEYOND = ("boxes", "Muon", "matchability", "noised queries")
+"""What ``demo``, ``small`` and ``fast_r50`` have beyond the paper, in the order in which ``recipe_step_case`` adds it. "boxes":
+queries at the image's best cells, the dense head that finds them, and the prior in units of their boxes."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -130,6 +134,60 @@ def smca_detector(preset: str, backend: str, work: Work) -> tuple[SMCADETR, SetC
     return model, criterion, Targets(labels, boxes, torch.ones_like(labels, dtype=torch.bool)), images
 
 
+def recipe_step_case(preset: str, beyond: int, work: Work, decoder_layers: int | None = None) -> Case:
+    """The whole step of a preset: forward, loss, backward, gradient clipping, optimiser; no loading of images, no moving average.
+
+    Args:
+        preset: one with all of ``BEYOND``.
+        beyond: how many of ``BEYOND`` it keeps, from the first on; the others become what the paper has, and Muon AdamW.
+        work: its workload; `small` leaves the preset its own backbone.
+        decoder_layers: M, in place of the preset's.
+    """
+    from smca.datasets import Targets
+    from smca.gpu.loss import SetCriterion
+    from smca.gpu.model import SMCADETR
+    from smca.gpu.presets import PRESETS
+    from smca.gpu.training.optimizer import make_optimizer
+
+    run, kept = PRESETS[preset](), BEYOND[:beyond]
+    optim, loss = run.optim, run.loss
+    changes: dict[str, Any] = {} if decoder_layers is None else {"decoder_layers": decoder_layers}
+    if "boxes" not in kept:
+        changes |= {"query_init": "grid", "dense_head": False, "prior_unit": "pixels"}
+    if "Muon" not in kept:
+        optim = replace(optim, optimizer="adamw")
+    if "matchability" not in kept:
+        loss = replace(loss, classification="focal")
+    if "noised queries" not in kept:
+        changes["denoising_groups"] = 0
+    if not work.small:
+        changes["backbone"] = replace(run.model.backbone, options=RESNET50, weights=None)
+    model_config = replace(run.model, **changes)
+
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)  # as in training
+    with torch.device(work.device):
+        model = SMCADETR(model_config).to(work.device)
+    model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images, labels, boxes = _images(work, model_config.num_classes)
+    images = images.contiguous(memory_format=torch.channels_last)
+    targets = Targets(labels, boxes, torch.ones_like(labels, dtype=torch.bool))
+    criterion = SetCriterion(loss)
+    optimizer = make_optimizer(model, optim, torch.device(work.device))
+
+    def training() -> dict[str, Tensor]:
+        with autocast(work):
+            outputs = model(images, targets=targets)
+        value = criterion(outputs, targets)["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        optimizer.step()
+        return {"loss": value.detach()}
+
+    return {"training": training}
+
+
 def transformers_step_case(name: str, work: Work) -> Case:
     """transformers' model of the same size with the same backbone; modes as in ``smca_step_case``.
 
@@ -205,13 +263,13 @@ def trained_by_adamw(model: nn.Module, backbone: nn.Module) -> torch.optim.AdamW
     return torch.optim.AdamW(trained, lr=1e-5, weight_decay=1e-4, fused=True)
 
 
-def _images(work: Work) -> tuple[Tensor, Tensor, Tensor]:
+def _images(work: Work, classes: int = 80) -> tuple[Tensor, Tensor, Tensor]:
     """Images [B, 3, H, W] in [0, 1], and ten objects in each: labels [B, 10] and boxes [B, 10, 4] cxcywh."""
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(work.batch, 3, *work.image_size, generator=generator).to(work.device)
     if not work.small:
         images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(80, (work.batch, 10), generator=generator)
+    labels = torch.randint(classes, (work.batch, 10), generator=generator)
     center = torch.rand(work.batch, 10, 2, generator=generator) * 0.6 + 0.2
     extent = torch.rand(work.batch, 10, 2, generator=generator) * 0.3 + 0.05
     return images, labels.to(work.device), torch.cat([center, extent], dim=-1).to(work.device)

@@ -5,6 +5,7 @@
     smca benchmark --only multi-scale the same over three levels
     smca benchmark --only assignment  the matcher's assignments: SciPy on the host, and the kernel on a GPU
     smca benchmark --only step        inference and a whole training step against transformers' detectors
+    smca benchmark --only recipe      a whole training step without and with each part beyond the paper
     smca benchmark --only profile     where the time of a training step goes, part by part, and the floor of each
     smca benchmark --only compiled    a training step through torch.compile; on a GPU only
 
@@ -46,7 +47,7 @@ from smca.gpu.benchmark.cases import Case, Work
 from smca.gpu.benchmark.measure import LEFT_OUT, Part, Run, measure_apart, measure_together
 from smca.gpu.benchmark.report import Report
 
-GROUPS = ("assignment", "step", "profile", "attention", "multi-scale", "compiled")
+GROUPS = ("assignment", "step", "recipe", "profile", "attention", "multi-scale", "compiled")
 """Parts that need compilation come last."""
 _GRACE = 30.0
 """Seconds beyond --minutes in which a process on the GPU may finish its current part."""
@@ -56,7 +57,7 @@ _GRACE = 30.0
 class BenchmarkArgs:
     """Measure speed and memory on this machine."""
 
-    only: Literal["attention", "multi-scale", "assignment", "step", "profile", "compiled"] | None = None
+    only: Literal["attention", "multi-scale", "assignment", "step", "recipe", "profile", "compiled"] | None = None
     """Measure only this part."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
@@ -126,6 +127,8 @@ def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Ite
                 for compiled in (False, True)
             }
             yield Part("compiled", f"Compiled {_describe(work)}", steps, images=work.batch)
+    elif group == "recipe":
+        yield _recipe_part(_largest_work(args, device) if full else Work((128, 128), batch=8))
     elif not full:
         work = Work(args.image_size or (800, 1216))
         sides = f"two {work.image_size[0]}×{work.image_size[1]} images, 6+6 layers, 300 queries"
@@ -136,6 +139,24 @@ def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Ite
                 work = Work(args.image_size or (800, 1333), batch, dtype, device, small=False)
                 key = f"step {_KINDS[dtype]} {batch}"
                 yield Part(key, f"Step{_describe(work)[4:]}", _step_cases(work, full), images=batch)
+
+
+def _recipe_part(work: Work) -> Part:
+    """On a CPU a step of ``demo`` as it is trained, whose predecessor had a decoder layer more; on a GPU one of ``fast_r50``."""
+    preset = "demo" if work.small else "fast_r50"
+    names = [
+        "nothing beyond the paper",
+        *(f"+ {part}" for part in cases.BEYOND[:-1]),
+        f"+ {cases.BEYOND[-1]} = {preset}",
+    ]
+    steps: dict[str, Callable[[], Case]] = {
+        name: partial(cases.recipe_step_case, preset, kept, work) for kept, name in enumerate(names)
+    }
+    if work.small:
+        before = partial(cases.recipe_step_case, preset, 0, work, decoder_layers=3)
+        steps = {"nothing beyond, 3 decoder layers": before, **steps}
+    height, width = work.image_size
+    return Part("recipe", f"Recipe: a whole step of {preset}, {work.batch} images of {height}×{width}", steps)
 
 
 _KINDS = {torch.bfloat16: "bf16 autocast", torch.float32: "float32"}

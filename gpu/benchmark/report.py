@@ -33,6 +33,7 @@ NOTES = {
     "and parameters over that of a copy, whichever takes longer. What a part stores inside itself is not in its floor. "
     "NAME-….trace.json.gz is a step for chrome://tracing, NAME-….ops.txt its operators by time.",
     "compiled": "torch.compile of model and criterion, as `smca train --compile` does it.",
+    "recipe": "A whole step: forward, loss, backward, gradient clipping, optimiser. docs/convergence.md says what each part gains.",
     "step": "All sides do the same work: the same ResNet from random weights, of which all but the stem and the first stage is "
     "trained (as DETR does, and as transformers means to: its filter looks for “stage.1” where its own ResNet says “stages.1”, and "
     "left alone trains none of it), dropout also inside the feed-forward blocks, 300 queries, no padding. Loading of images is "

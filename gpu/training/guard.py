@@ -117,7 +117,7 @@ class FiniteCheck:
             raise NonFiniteError(
                 f"{error}. Image ids of the batch: {batch.image_ids.tolist()}; the batch is kept in {self.path}, the last good "
                 f"state in {self.path.with_name(CHECKPOINT_FILE)} (if an epoch was done). Look at these images and boxes; a lower "
-                "--optim.lr often helps, then --resume"
+                "--optim.lr (with Muon --optim.muon-lr, too) often helps, then --resume"
             ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import time
 from collections.abc import Iterator
@@ -17,12 +18,21 @@ import torch
 from smca.gpu.attention import smca_attention
 from smca.gpu.benchmark import command as benchmark
 from smca.gpu.benchmark.attention import Size, _attention_inputs, attention_case, flex, lifted_bf16_split
-from smca.gpu.benchmark.cases import Step, Work, assignment_case, smca_step_case, transformers_step_case
+from smca.gpu.benchmark.cases import (
+    BEYOND,
+    Step,
+    Work,
+    assignment_case,
+    recipe_step_case,
+    smca_step_case,
+    transformers_step_case,
+)
 from smca.gpu.benchmark.measure import Part, Run, measure_together
 from smca.gpu.benchmark.profile import profile_step
 from smca.gpu.benchmark.report import PARTS, Report, summarize, table
 from smca.gpu.loss import criterion
 from smca.gpu.model import decoder
+from smca.gpu.training.muon import Muon
 
 ON_CPU = ["--device", "cpu", "--repeats", "2", "--threads", "1", "--name", "benchmark"]
 SMALL = Size(batch=1, heads=2, queries=9, maps=((50, 84),))
@@ -126,6 +136,34 @@ def test_what_a_gpu_measures_trains_a_resnet50() -> None:
     parts = list(benchmark.parts_of("step", benchmark.BenchmarkArgs(batches=(2, 4)), "cpu", full=True))
     assert [p.images for p in parts] == [4, 2, 4, 2]
     assert {"smca_r50", "smca_r50 lifted", "detr_r50", "transformers DeformableDetr"} <= set(parts[0].cases)
+
+
+def test_each_part_beyond_the_paper_is_a_step_of_its_own() -> None:
+    """By name, whether a model's outputs and its optimiser are those of the parts that it keeps."""
+    (part,) = benchmark.parts_of("recipe", benchmark.BenchmarkArgs(), "cpu", full=False)
+    assert list(part.cases) == [
+        "nothing beyond, 3 decoder layers",
+        "nothing beyond the paper",
+        "+ boxes",
+        "+ Muon",
+        "+ matchability",
+        "+ noised queries = demo",
+    ]
+    work = Work((32, 48), batch=2)
+    losses = [float(recipe_step_case("demo", beyond, work)["training"]()["loss"]) for beyond in range(len(BEYOND) + 1)]
+    plain, boxes, muon, matchability, everything = losses
+    assert plain < boxes == muon != matchability < everything, (
+        "a dense head and noised queries have losses of their own"
+    )
+    for beyond, optimizer in ((1, torch.optim.AdamW), (2, Muon)):
+        step = recipe_step_case("demo", beyond, work)["training"]
+        made = inspect.getclosurevars(step).nonlocals["optimizer"]
+        assert type(made) is optimizer
+        first, second = float(step()["loss"]), float(step()["loss"])
+        assert first != second, "the optimiser moves the weights"
+    (part,) = benchmark.parts_of("recipe", benchmark.BenchmarkArgs(image_size=(64, 96), batches=(2,)), "cpu", full=True)
+    assert next(reversed(part.cases)) == "+ noised queries = fast_r50"
+    assert "2 images of 64×96" in part.title
 
 
 def test_a_case_that_fails_leaves_the_others(tmp_path: Path) -> None:

@@ -130,6 +130,14 @@ def test_it_needs_the_standard_library_alone() -> None:
     assert [line.split()[0] for line in listed.stdout.splitlines()] == [part.name for part in PARTS]
 
 
+def test_help_survives_a_terminal_without_its_characters() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, str(ROOT / "gpu/prove.py"), "--help"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "wheels" in shown.stdout
+
+
 def test_what_the_whole_has_no_time_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prove, "LEAST_SECONDS", 1)
     parts = [script("first", "import time; time.sleep(60)"), script("second", "", phase="measure")]
