@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -12,8 +14,9 @@ from smca.datasets.transforms import Augmentation
 class Augmented(torch.utils.data.Dataset[Sample]):
     """`dataset` with `augmentation` applied anew to every image in every epoch.
 
-    The random numbers of an image come from (seed, epoch, index) alone: neither the number of loader workers nor the
-    order of the images matters, and a resumed run sees what the uninterrupted one would have seen. The epoch is kept in
+    The random numbers of an image, and the seed of those that a network draws for it, come from (seed, epoch, index)
+    alone: neither the number of loader workers nor the order of the images matters, and a resumed run sees what the
+    uninterrupted one would have seen. The epoch is kept in
     shared memory, so that `set_epoch` reaches persistent workers.
     """
 
@@ -55,4 +58,5 @@ class Augmented(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        return self.augmentation(self.dataset[index], rng)
+        sample = self.augmentation(self.dataset[index], rng)
+        return dataclasses.replace(sample, seed=int(rng.integers(2**63)))

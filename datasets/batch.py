@@ -48,6 +48,8 @@ class Sample:
     """The annotation file's id of this image."""
     original_size: tuple[int, int]
     """(height, width) in pixels before augmentation: of the image as its annotations see it, turned by EXIF or as stored."""
+    seed: int = 0
+    """Of what a network draws for this image in this epoch; 0 where nothing was drawn for it (`Augmented` gives it one)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,8 @@ class Batch:
     """[B] int64."""
     original_sizes: torch.Tensor
     """[B, 2] int64 (height, width) before augmentation."""
+    seeds: torch.Tensor
+    """[B] int64, of what a network draws for each image."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -94,6 +98,7 @@ class Batch:
             self.targets.to(device, non_blocking=non_blocking),
             self.image_ids.to(device, non_blocking=non_blocking),
             self.original_sizes.to(device, non_blocking=non_blocking),
+            self.seeds.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Batch:
@@ -104,6 +109,7 @@ class Batch:
             self.targets.pin_memory(),
             self.image_ids.pin_memory(),
             self.original_sizes.pin_memory(),
+            self.seeds.pin_memory(),
         )
 
 
@@ -293,4 +299,5 @@ def collate(samples: Sequence[Sample], size_divisor: int = 1, target_divisor: in
         targets=Targets(torch.from_numpy(labels_BT), torch.from_numpy(boxes_BT4), torch.from_numpy(valid_BT)),
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
+        seeds=torch.tensor([sample.seed for sample in samples], dtype=torch.int64),
     )

@@ -26,6 +26,7 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
 
     What a terminal cannot show (a code page without "→" or without the letters of a class name) is shown as "?". A reader that goes
     away, such as ``head``, ends the command quietly with status 141, and Ctrl-C with 130.
+    So does a signal that stops training, with the status of its own that a shell gives.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -41,9 +42,9 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
             raise
         print(f"error: {_message(error)}\n(SMCA_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(getattr(error, "status", 130)) from None
     finally:
         _drop_unwritable()
 

@@ -411,10 +411,16 @@ class RunConfig:
     """Seeds weights, data order and augmentation."""
     dry_run: bool = False
     """Only print what would be trained: parameters, multiply-adds, levels. Reads no data, writes nothing."""
+    checkpoint_every: float = 10.0
+    """Minutes between checkpoints within an epoch, beside that at its end: what a run that is killed loses at most. One that is
+    stopped by Ctrl-C, SIGTERM or SIGHUP loses nothing."""
     resume: bool = False
     """Go on from the checkpoint in `output`, under the settings that the run was started with; others are refused."""
     resume_changed: bool = False
     """With `resume`: take other settings, data and numbers of steps from here on."""
+    restartable: bool = False
+    """Go on from the checkpoint in `output` if there is one, else start: for a scheduler that gives the same command again. What
+    torchrun restarts by itself does so anyway."""
     overwrite: bool = False
     """Start anew although `output` already holds a run, whose files are removed before the first step."""
 
@@ -422,6 +428,7 @@ class RunConfig:
         for name in ("epochs", "batch_size", "eval_every", "eval_batch_size", "shape_bucket"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
+        require(self.checkpoint_every >= 0, "checkpoint_every", "0 or more", self.checkpoint_every)
         require(self.workers >= 0, "workers", "0 or more", self.workers)
         require(
             self.attention == "auto" or self.model.cross_attention == "smca",
@@ -433,3 +440,9 @@ class RunConfig:
             self.resume or not self.resume_changed, "resume_changed", "given together with resume", self.resume_changed
         )
         require(not (self.resume and self.overwrite), "resume", "not given together with overwrite", self.resume)
+        require(
+            not (self.restartable and (self.resume or self.overwrite)),
+            "restartable",
+            "given without resume and overwrite: it resumes where there is something to resume",
+            self.restartable,
+        )

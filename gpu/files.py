@@ -1,6 +1,7 @@
 """Files that a run leaves: checkpoints, with all that training needs to go on, and models, with what prediction needs.
 
-    runs/x/checkpoint.pt              before the first step, and after every epoch
+    runs/x/checkpoint.pt              before the first step, after every epoch, every few minutes, and when the run is stopped
+    runs/x/checkpoint.previous.pt     the one before it, in case that one is damaged
     runs/x/model/config.json          before every evaluation, and when the run is stopped
     runs/x/model/model.safetensors
     runs/x/best/…                     likewise, at the highest AP so far
@@ -11,8 +12,10 @@ in it is run, and a ValueError names the file.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +30,12 @@ from smca.gpu.config import ModelConfig
 from smca.gpu.config_json import cut
 
 CHECKPOINT_FILE = "checkpoint.pt"
+PREVIOUS_FILE = "checkpoint.previous.pt"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FOLDER = "model"
 """Of a run: the model as it was last evaluated, or when the run was stopped."""
-FORMAT = 1
+FORMAT = 2
 """Layout of the checkpoint; raised when it changes."""
 
 _CHECKPOINT_KEYS: dict[str, type | tuple[type, ...]] = {
@@ -39,9 +43,11 @@ _CHECKPOINT_KEYS: dict[str, type | tuple[type, ...]] = {
     "model": dict,
     "average": (dict, type(None)),
     "optimizer": dict,
-    "rng": Tensor,
     "step": int,
     "epoch": int,
+    "batch": int,
+    "sum_of_losses": Tensor,
+    "logged": dict,
     "total_steps": int,
     "train_seconds": (int, float),
 }
@@ -59,8 +65,13 @@ _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None) -> None:
     """Let `write` fill a neighbour of `path`, then put it in place: a reader sees the old file or the new, never half.
+
+    Args:
+        path: the file.
+        write: is given the open neighbour.
+        keep: where the old file goes; None = it is replaced.
 
     Raises:
         OSError: it could not be written; says why, and how much space is left. The old file is untouched.
@@ -71,6 +82,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -78,11 +91,39 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "unexpected pos" in str(error)):
             raise OSError(f"{path} could not be written: {_reason(error)}; {_free_space(path.parent)}") from error
         raise
+    with contextlib.suppress(OSError):  # a system whose folders are no files has no such thing to put on disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values) to `path` atomically."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    """Write `state` (tensors and plain values) to `path` atomically; the one before it becomes PREVIOUS_FILE."""
+    previous = path.with_name(PREVIOUS_FILE)
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file), keep=previous)
+
+
+def load_latest_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, or, with a warning, the one before it, if that is missing or damaged.
+
+    Raises:
+        ValueError: neither can be read; says why not of the first.
+    """
+    previous = path.with_name(PREVIOUS_FILE)
+    try:
+        return load_checkpoint(path)
+    except ValueError as error:
+        if not previous.is_file():
+            raise
+        try:
+            state = load_checkpoint(previous)
+        except ValueError:
+            raise error from None
+        reason = str(error) if path.is_file() else f"there is no {path}"
+        warnings.warn(f"{reason}. Going on from the one before it, {previous}, of step {state['step']}", stacklevel=2)
+        return state
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import itertools
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import tyro
@@ -37,6 +36,7 @@ from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
+from smca.gpu.training.order import seed_step
 from smca.gpu.training.resume import BEST_FOLDER, checkpoint_of, claim, clear, resume
 from smca.gpu.training.setup import (
     Criterion,
@@ -47,7 +47,9 @@ from smca.gpu.training.setup import (
     process_group,
     set_up,
     share_buffers,
+    wait_for_all,
 )
+from smca.gpu.training.stop import Stop, StoppedError
 
 LOG_EVERY = 10
 """Steps between updates of the progress bar and TensorBoard."""
@@ -77,8 +79,8 @@ def train(
         ValueError: configuration, data and loss that do not fit, found before anything is trained.
         NonFiniteError: loss or gradient is not finite; names term and layer. The last checkpoint stays as it was.
     """
-    claim(config)
-    with process_group() as (rank, world):
+    config = claim(config)
+    with Stop() as stop, process_group() as (rank, world):
         run = set_up(config, rank, world, train_data, val_data, criterion)
         if rank == 0:
             _require_boxes(run)
@@ -87,13 +89,12 @@ def train(
         elif rank == 0:
             clear(config.output)
         with RunLog(
-            config.output, run.total_steps, first_step=run.step, first_epoch=run.epoch, main_process=rank == 0
+            config.output, run.total_steps, first_step=run.step, main_process=rank == 0, logged=run.logged
         ) as log:
             try:
-                _train(run, log)
-            except KeyboardInterrupt:
-                if rank == 0:
-                    log.say(_keep_interrupted(run))
+                _train(run, log, stop)
+            except StoppedError as error:
+                log.say(_stopped_message(run, error))
                 raise
             if rank == 0:
                 draw_run(run.trained, run.val_data, log.metrics, config.output)
@@ -102,42 +103,64 @@ def train(
         return config.output / MODEL_FOLDER
 
 
-def _train(run: Run, log: RunLog) -> None:
+def _train(run: Run, log: RunLog, stop: Stop) -> None:
     """All epochs that are left. What is needed to go on, and a model, are on disk before anything else can go wrong."""
-    first, path = run.rank == 0, run.config.output / CHECKPOINT_FILE
-    if first:
+    if run.rank == 0:
         _announce(run, log)
-        if not run.config.resume:
-            save_checkpoint(path, checkpoint_of(run))
-    if run.epoch and _is_due(run):
-        evaluated = first and bool(log.metrics) and log.metrics[-1]["epoch"] == run.epoch
+    if not run.config.resume:
+        _save(run, log)
+    if run.step and _is_due(run):
+        evaluated = bool(log.metrics) and log.metrics[-1]["step"] == run.step
         if not as_the_first_says(evaluated, run):
             _evaluate(run, log)  # the run was stopped between its checkpoint and its evaluation
     while run.step < run.total_steps:
-        _train_epoch(run, log)
+        stop.waits = True
+        _train_epoch(run, log, stop)
         share_buffers(run)
-        if first:
-            save_checkpoint(path, checkpoint_of(run))
+        _save(run, log)
+        stop.waits = False
+        if number := stop.agreed(run.world, run.device):
+            _stop(run, log, number)
         if _is_due(run):
             _evaluate(run, log)
 
 
 def _is_due(run: Run) -> bool:
-    """Whether the epoch that has just ended is to be evaluated."""
-    return run.epoch % run.config.eval_every == 0 or run.step >= run.total_steps
+    """Whether the weights are to be evaluated as they are."""
+    return run.step >= run.total_steps or (run.batch == 0 and run.epoch % run.config.eval_every == 0)
 
 
-def _train_epoch(run: Run, log: RunLog) -> None:
-    """Pass over the training images once, or up to the last step."""
+def _save(run: Run, log: RunLog) -> None:
+    """Put everything on disk that going on from here takes."""
+    run.check.raise_if_not_finite()
+    if run.rank == 0:
+        log.flush()
+        save_checkpoint(run.config.output / CHECKPOINT_FILE, checkpoint_of(run))
+    run.saved_step, run.saved_at = run.step, time.monotonic()
+
+
+def _stop(run: Run, log: RunLog, number: int) -> NoReturn:
+    """End the run after a signal, at a step that all processes have done."""
+    if run.saved_step != run.step:
+        _save(run, log)
+    if run.rank == 0 and run.step:
+        run.trained.save_pretrained(run.config.output / MODEL_FOLDER)
+    wait_for_all(run)  # torchrun ends the others as soon as one has ended
+    raise StoppedError(number)
+
+
+def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
+    """Take the steps of an epoch that are left, or those up to the last step of all."""
     config, criterion, optimizer, check = run.config, run.criterion, run.optimizer, run.check
     run.augmented.set_epoch(run.epoch)
-    run.sampler.set_epoch(run.epoch)
+    run.batches.start_at(run.epoch, run.batch)
     run.parallel.train()
-    first_step, sum_of_losses, start = run.step, torch.zeros((), device=run.device), time.perf_counter()
+    first_step, start = run.step, time.perf_counter()
+    before = run.train_seconds
     for host_batch in itertools.islice(run.loader, run.total_steps - run.step):
-        set_learning_rates(
-            optimizer, run.base_lrs, learning_rate_factor(config.optim, run.step, run.epoch, run.total_steps)
-        )
+        lr_factor = learning_rate_factor(config.optim, run.step, run.epoch, run.total_steps)
+        set_learning_rates(optimizer, run.base_lrs, lr_factor)
+        seed_step(run.device, config.seed, run.step, run.rank)
 
         # From here to the end of the step nothing waits for the GPU.
         batch = host_batch.to(run.device, non_blocking=True)
@@ -146,6 +169,7 @@ def _train_epoch(run: Run, log: RunLog) -> None:
                 batch.images.contiguous(memory_format=torch.channels_last),
                 batch.padding_mask if host_batch.padding_mask.any() else None,
                 batch.targets,
+                batch.seeds,
             )
         with check.keep_bad_batch(host_batch):
             terms = criterion(outputs, batch.targets)
@@ -158,18 +182,30 @@ def _train_epoch(run: Run, log: RunLog) -> None:
         if run.average is not None:
             update_average(run.average, run.model, min(config.optim.ema_decay, (1 + run.step) / (10 + run.step)))
 
-        run.step += 1
-        sum_of_losses += terms["loss"].detach()
+        run.step, run.batch, run.logged = run.step + 1, run.batch + 1, {}
+        run.sum_of_losses += terms["loss"].detach()
+        elapsed = time.perf_counter() - start
+        run.train_seconds = before + elapsed
         if run.step % LOG_EVERY == 0:
-            speed = (run.step - first_step) * config.batch_size / (time.perf_counter() - start)
-            terms_of_all = mean_over_processes(check.values, run)
-            log.step(f"epoch {run.epoch + 1}", run.step, terms_of_all, optimizer.param_groups[0]["lr"], speed)
+            means = mean_over_processes({**check.values, "": run.sum_of_losses.item()}, run)
+            run.sum_of_losses.fill_(means.pop(""))
+            run.logged = {**means, "lr": optimizer.param_groups[0]["lr"]}
+            speed = (run.step - first_step) * config.batch_size / elapsed
+            log.step(f"epoch {run.epoch + 1}", run.step, run.logged, speed)
+        # Several processes agree now and then, one need not; the end of an epoch is saved anyway.
+        if (run.world == 1 or run.step % LOG_EVERY == 0) and run.batch < len(run.batches):
+            if number := stop.agreed(run.world, run.device):
+                _stop(run, log, number)
+            if as_the_first_says(time.monotonic() - run.saved_at >= 60 * config.checkpoint_every, run):
+                _save(run, log)
     check.raise_if_not_finite()
-    run.epoch += 1
     steps, seconds = run.step - first_step, time.perf_counter() - start
-    run.train_seconds += seconds
+    run.train_seconds = before + seconds
     run.images_per_second = steps * config.batch_size / seconds
-    run.loss = mean_over_processes({"loss": sum_of_losses.item() / max(steps, 1)}, run)["loss"]
+    run.loss = mean_over_processes({"loss": run.sum_of_losses.item() / max(run.batch, 1)}, run)["loss"]
+    if run.batch == len(run.batches):
+        run.epoch, run.batch = run.epoch + 1, 0
+        run.sum_of_losses.zero_()
 
 
 def _evaluate(run: Run, log: RunLog) -> None:
@@ -188,7 +224,7 @@ def _evaluate(run: Run, log: RunLog) -> None:
         run.trained.save_pretrained(output / BEST_FOLDER)
     log.evaluation(
         {
-            "epoch": run.epoch,
+            "epoch": run.epoch + (run.batch > 0),
             "step": run.step,
             "loss": run.loss,
             **metrics,
@@ -214,12 +250,12 @@ def _require_boxes(run: Run) -> None:
         )
 
 
-def _keep_interrupted(run: Run) -> str:
-    """Save the model as it is; what to say."""
-    if run.step:
-        run.trained.save_pretrained(run.config.output / MODEL_FOLDER)
-    saved = f"{run.config.output / MODEL_FOLDER} has its weights; " if run.step else ""
-    return f"stopped at step {run.step}: {saved}`smca train … --resume` continues from the end of epoch {run.epoch}"
+def _stopped_message(run: Run, error: StoppedError) -> str:
+    where = f"stopped by {error} at step {run.step}"
+    if run.saved_step is None:
+        return f"{where}: nothing was saved yet"
+    saved = "everything is saved" if run.saved_step == run.step else f"saved is step {run.saved_step}"
+    return f"{where}: {saved}; `smca train … --resume` goes on from there"
 
 
 def _announce(run: Run, log: RunLog) -> None:
@@ -297,7 +333,6 @@ def parse(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``smca train``."""
     config = parse(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop: as Ctrl-C
     if config.dry_run:
         print(summarize(config.model))
     else:

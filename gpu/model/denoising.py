@@ -62,13 +62,40 @@ def noised_queries(targets: Targets, noise: Noise) -> FurtherQueries:
     return FurtherQueries(noised.flatten(1, 3).logit(), noise.labels.flatten(1), sees)
 
 
-def draw_noise(rng: torch.Generator | None, labels: Tensor, num_groups: int, num_classes: int) -> Noise:
-    """Draw for a batch's labels [B, T], where they are; `rng` None = PyTorch's own generator there."""
-    batch, count = labels.shape
-    shape, device = (batch, num_groups, 2, count), labels.device
-    kind = torch.arange(2, device=device)[:, None, None]
-    amount = (torch.rand(*shape, 4, generator=rng, device=device) + kind) * BOX_NOISE
-    sign = torch.randint(0, 2, amount.shape, generator=rng, device=device) * 2 - 1
-    other = torch.randint(0, num_classes, shape, generator=rng, device=device)
-    anew = torch.rand(shape, generator=rng, device=device) < LABEL_NOISE
+def draw_noise(seeds: Tensor, labels: Tensor, num_groups: int, num_classes: int) -> Noise:
+    """Draw for a batch's labels [B, T], where they are, from a seed of each image, [B] int64.
+
+    What is drawn for an object follows from its image's seed and its place among the image's objects: neither the other images nor
+    how far the batch is padded matters.
+    """
+    count = labels.shape[1]
+    place = torch.arange(count * num_groups * 2 * 6, device=labels.device)
+    place = place.reshape(count, num_groups, 2, 6).permute(1, 2, 0, 3)  # an object's numbers are those in a row
+    bits = _hash(_hash(seeds)[:, None, None, None, None] + place)  # [B, G, 2, T, 6]
+    kind = torch.arange(2, device=labels.device)[:, None, None]
+    amount = (_uniform(bits[..., :4]) + kind) * BOX_NOISE
+    sign = (bits[..., :4] & 1) * 2 - 1  # a bit that the uniform numbers leave
+    other = (bits[..., 4] >> 1 & _ALL_BITS >> 1) % num_classes
+    anew = _uniform(bits[..., 5]) < LABEL_NOISE
     return Noise(amount * sign, torch.where(anew, other, labels[:, None, None]))
+
+
+_ALL_BITS = (1 << 63) - 1
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Scramble int64 numbers: the generator SplitMix64 (Steele, Lea, Flood 2014), whose state they are. Products wrap around."""
+    x = x * -0x61C8864680B583EB + -0x61C8864680B583EB
+    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits of numbers taken as unsigned."""
+    return x >> bits & (1 << 64 - bits) - 1
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """The highest 24 of 64 random bits → float32 in [0, 1)."""
+    return _shifted(bits, 40).float() * 2.0**-24

@@ -69,7 +69,11 @@ class SMCADETR(nn.Module):
             self.dense_head.reset_parameters()
 
     def forward(
-        self, images: Tensor, padding_mask: Tensor | None = None, targets: Targets | None = None
+        self,
+        images: Tensor,
+        padding_mask: Tensor | None = None,
+        targets: Targets | None = None,
+        seeds: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Detect in a batch of padded images.
 
@@ -78,6 +82,7 @@ class SMCADETR(nn.Module):
             padding_mask: [B, H, W] bool, True = padded; None = no padding anywhere. In evaluation mode, what is detected in an
                 image does not depend on it, nor on the other images (to rounding).
             targets: the objects, of which training with denoising_groups makes noised queries; not read otherwise.
+            seeds: [B] int64, from which the noise of each image follows; None = from PyTorch's generator.
 
         Returns:
             "logits" [M, B, N, K], one sigmoid per class; "boxes" [M, B, N, 4] (cx, cy, w, h) in 0–1 of the unpadded image;
@@ -87,7 +92,9 @@ class SMCADETR(nn.Module):
         """
         further = None
         if self.training and self.config.denoising_groups and targets is not None:
-            noise = draw_noise(None, targets.labels, self.config.denoising_groups, self.config.num_classes)
+            if seeds is None:
+                seeds = torch.randint(2**63 - 1, images.shape[:1], device=images.device)
+            noise = draw_noise(seeds, targets.labels, self.config.denoising_groups, self.config.num_classes)
             further = noised_queries(targets, noise)
         pixels = self.normalize(images, padding_mask)
         batch, _, height, width = images.shape

@@ -23,27 +23,38 @@ class RunLog:
     """Reports one run; silent on every process but the first."""
 
     def __init__(
-        self, output: Path, total_steps: int, *, first_step: int, first_epoch: int, main_process: bool
+        self,
+        output: Path,
+        total_steps: int,
+        *,
+        first_step: int,
+        main_process: bool,
+        logged: Mapping[str, float] | None = None,
     ) -> None:
         """Open the logs of `output`.
 
         Args:
             output: the run's folder.
             total_steps: steps of the whole run.
-            first_step: step that comes next; more than 0 when a run goes on.
-            first_epoch: epochs done already; metrics of later ones (from a run that was cut off) are dropped.
+            first_step: steps done already; more than 0 when a run goes on. What the logs have of later ones, from a run that was
+                cut off, is dropped.
             main_process: False on processes that must stay silent.
+            logged: what ``step`` was given at `first_step`; None if it was not called then.
         """
         self.metrics: list[dict[str, Any]] = []
         self.main_process = main_process
         if not main_process:
             return
         self._path = output / METRICS_FILE
-        if first_epoch and self._path.is_file():
-            self.metrics = [m for m in read_metrics(self._path) if m["epoch"] <= first_epoch]
+        if first_step and self._path.is_file():
+            self.metrics = [m for m in read_metrics(self._path) if m["step"] <= first_step]
         lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
         write_atomically(self._path, lambda file: file.write(lines.encode()))
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step if first_step else None)
+        # TensorBoard drops a point of the very step that a run goes on from, and of every later one.
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
+        self._draw_step(first_step, logged or {})
+        if self.metrics and self.metrics[-1]["step"] == first_step:
+            self._draw_evaluation(self.metrics[-1])
         self._console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -72,18 +83,28 @@ class RunLog:
             self._progress.stop()
             self._board.close()
 
-    def step(
-        self, description: str, step: int, terms: Mapping[str, float], lr: float, images_per_second: float
-    ) -> None:
-        """After a logged step: move the bar, write the terms of the loss to TensorBoard."""
+    def step(self, description: str, step: int, values: Mapping[str, float], images_per_second: float) -> None:
+        """After a logged step: move the bar, write `values`, the terms of the loss and the rate, to TensorBoard."""
         if not self.main_process:
             return
         self._progress.update(
-            self._task, description=description, completed=step, loss=terms["loss"], speed=images_per_second
+            self._task, description=description, completed=step, loss=values["loss"], speed=images_per_second
         )
-        for name, value in terms.items():
+        self._draw_step(step, values)
+
+    def _draw_step(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
             self._board.add_scalar(f"train/{name}", value, step)
-        self._board.add_scalar("train/lr", lr, step)
+
+    def _draw_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"eval/{name}", value, metrics["step"])
+
+    def flush(self) -> None:
+        """Put everything on disk: before a checkpoint, after which it is not told again."""
+        if self.main_process:
+            self._board.flush()
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """After an evaluation: one line on the terminal, one in metrics.jsonl, one point in TensorBoard."""
@@ -98,9 +119,7 @@ class RunLog:
             f"epoch {metrics['epoch']:4d}  step {metrics['step']:6d}  loss {metrics['loss']:7.3f}  AP {shown['ap']}  "
             f"AP50 {shown['ap50']}  {metrics['images_per_second']:6.1f} images/s  {metrics['train_seconds']:6.0f} s of training"
         )
-        for name, value in metrics.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"eval/{name}", value, metrics["step"])
+        self._draw_evaluation(metrics)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from smca.datasets.settings import shown
 from smca.gpu.config import RunConfig
-from smca.gpu.files import CHECKPOINT_FILE, CONFIG_FILE, MODEL_FOLDER, WEIGHTS_FILE, load_checkpoint
+from smca.gpu.files import (
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    PREVIOUS_FILE,
+    WEIGHTS_FILE,
+    load_latest_checkpoint,
+)
 from smca.gpu.training.log import METRICS_FILE
 from smca.gpu.training.setup import Run
 
+_CHECKPOINTS = (CHECKPOINT_FILE, PREVIOUS_FILE)
 BEST_FOLDER = "best"
 """Of a run: the model of the highest AP so far."""
 _WRITTEN = (
-    CHECKPOINT_FILE,
+    *_CHECKPOINTS,
     METRICS_FILE,
     "curves.png",
     "predictions.png",
@@ -46,21 +54,41 @@ _FREE = {
     "attention",
     "compile",
     "dry_run",
+    "checkpoint_every",
     "resume",
+    "restartable",
     "resume_changed",
     "overwrite",
 }
 """Settings that do not change what is learned, or that other comparisons cover."""
 
 
-def claim(config: RunConfig) -> None:
-    """Raise ValueError if the folder holds a run that the configuration neither resumes nor overwrites."""
-    held = [name for name in (CHECKPOINT_FILE, METRICS_FILE, MODEL_FOLDER) if (config.output / name).exists()]
+def claim(config: RunConfig) -> RunConfig:
+    """The configuration, settled on whether it resumes: as it says, or because it is started again.
+
+    Raises:
+        ValueError: the folder holds a run that the configuration neither resumes nor overwrites.
+    """
+    # A metrics file is empty until there is an evaluation: a run that was ended before its first checkpoint leaves one.
+    present = [name for name in (*_CHECKPOINTS, METRICS_FILE, MODEL_FOLDER) if (config.output / name).exists()]
+    held = [name for name in present if name != METRICS_FILE or (config.output / name).stat().st_size]
+    if not config.resume and any(name in held for name in _CHECKPOINTS):
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        # What --overwrite is to replace may still lie there, if the job failed early.
+        if config.restartable or (
+            restarted and (not config.overwrite or _is_this_jobs(config.output / CHECKPOINT_FILE))
+        ):
+            return dataclasses.replace(config, resume=True, restartable=False, overwrite=False)
     if held and not (config.resume or config.overwrite):
         raise ValueError(
             f"{config.output} already holds a run ({', '.join(held)}): --resume goes on with it, --overwrite starts anew, "
             "--output puts it elsewhere"
         )
+    return config
+
+
+def _is_this_jobs(path: Path) -> bool:
+    return bool(load_latest_checkpoint(path).get("job") == os.environ.get("TORCHELASTIC_RUN_ID"))
 
 
 def clear(output: Path) -> None:
@@ -84,13 +112,16 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
         "config": run.config.model.to_json(),
         "model_config": config.to_json(),  # which needs no published weights to be built
         "settings": settings_of(run.config),
+        "job": os.environ.get("TORCHELASTIC_RUN_ID"),
         "data": run.fingerprints,
         "model": run.model.state_dict(),
         "average": run.average.state_dict() if run.average is not None else None,
         "optimizer": run.optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
         "step": run.step,
         "epoch": run.epoch,
+        "batch": run.batch,
+        "sum_of_losses": run.sum_of_losses.cpu(),
+        "logged": run.logged,
         "total_steps": run.total_steps,
         "train_seconds": run.train_seconds,
         "loss": run.loss,
@@ -106,7 +137,7 @@ def resume(run: Run) -> None:
             ``config.resume_changed`` does not allow it.
     """
     path = run.config.output / CHECKPOINT_FILE
-    state = load_checkpoint(path)
+    state = load_latest_checkpoint(path)
     if state["config"] != run.config.model.to_json():
         changed = differences(json.loads(state["config"]), json.loads(run.config.model.to_json()), "model.")
         raise ValueError(
@@ -135,13 +166,27 @@ def resume(run: Run) -> None:
         run.optimizer.load_state_dict(state["optimizer"])
         if run.average is not None:
             run.average.load_state_dict(state["average"])
-        torch.set_rng_state(state["rng"])
-        run.step, run.epoch, run.train_seconds = int(state["step"]), int(state["epoch"]), float(state["train_seconds"])
+        run.step, run.epoch, run.batch = state["step"], state["epoch"], state["batch"]
+        run.sum_of_losses.copy_(state["sum_of_losses"])
+        run.logged = dict(state["logged"])
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} does not fit this run ({shown(error)}): start anew with --overwrite") from error
     for group, settings in zip(run.optimizer.param_groups, groups, strict=True):
         group.update(settings)  # of the optimiser, too, this run's settings hold
+    run.train_seconds, run.saved_step = state["train_seconds"], run.step
+    if run.step != run.epoch * len(run.batches) + run.batch:  # batches or data were changed
+        _recount(run, state["settings"]["batch_size"])
     run.loss, run.images_per_second = state.get("loss", float("nan")), state.get("images_per_second", 0.0)
+
+
+def _recount(run: Run, batch_size: int) -> None:
+    """Go on in the epoch after as many images as were seen of it in batches of `batch_size`, up to the same number of epochs."""
+    run.batch = run.batch * batch_size // run.config.batch_size
+    if run.batch >= len(run.batches):
+        run.epoch, run.batch = run.epoch + 1, 0
+    run.sum_of_losses.zero_()
+    left = (run.config.epochs - run.epoch) * len(run.batches) - run.batch
+    run.total_steps = min(run.step + max(0, left), run.config.max_steps or sys.maxsize)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

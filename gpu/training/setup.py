@@ -10,15 +10,17 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from smca.datasets import Augmented, DetectionDataset, Report, Targets, collate, require_same_categories
 from smca.datasets.batch import CocoDict
@@ -27,9 +29,14 @@ from smca.gpu.config import LossConfig, RunConfig
 from smca.gpu.evaluation import evaluation_loader, open_split, pick_device
 from smca.gpu.loss import SetCriterion, further_losses
 from smca.gpu.model import SMCADETR
+from smca.gpu.model.synced_norm import synchronize_norms
 from smca.gpu.training.guard import BAD_BATCH_FILE, FiniteCheck
 from smca.gpu.training.optimizer import make_optimizer
+from smca.gpu.training.order import GlobalBatches
+from smca.gpu.training.stop import leave_signals_to_the_parent
 
+ALL_COME = timedelta(minutes=5)
+"""How long processes wait for each other at the start."""
 Criterion = Callable[[dict[str, Tensor], Targets], Mapping[str, Tensor]]
 """(outputs, targets) → terms of the loss, scalars by name; "loss" is what is minimised. ``SetCriterion``, or one of your own."""
 
@@ -62,7 +69,8 @@ class Run:
     val_data: DetectionDataset
     augmented: Augmented
     """`train_data` as `loader` reads it."""
-    sampler: DistributedSampler[Any]
+    batches: GlobalBatches
+    """Which images `loader` reads."""
     loader: DataLoader[Any]
     """Training batches of this process."""
     val_loader: DataLoader[Any]
@@ -81,11 +89,21 @@ class Run:
     step: int = 0
     """Steps done."""
     epoch: int = 0
-    """Epochs done."""
+    """Whole epochs done."""
+    batch: int = 0
+    """Steps done of the epoch after those."""
+    sum_of_losses: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Of those steps, of this process."""
+    logged: dict[str, float] = field(default_factory=dict)
+    """What the log was told of the last step, if it was told of it."""
+    saved_step: int | None = None
+    """That of the checkpoint on disk, as far as this process wrote it."""
+    saved_at: float = 0.0
+    """When, by the monotonic clock."""
     train_seconds: float = 0.0
     """Seconds spent on training so far, evaluations not counted."""
     loss: float = float("nan")
-    """Mean of the last epoch, over all processes."""
+    """Mean of the last epoch, or of what was done of it, over all processes."""
     images_per_second: float = 0.0
     """Of the last epoch, all processes together."""
 
@@ -162,8 +180,8 @@ def set_up(
         config = dataclasses.replace(config, data=None)  # which is not what the model is measured on
     config = _with_classes(config, train_data, val_data)
     augmented = Augmented(train_data, config.augmentation, config.seed)
-    sampler: DistributedSampler[Any] = DistributedSampler(augmented, world, rank, shuffle=True, seed=config.seed)
-    loader = _training_loader(config, augmented, sampler, world, device)
+    batches = GlobalBatches(len(augmented), config.batch_size, rank, world, config.seed)
+    loader = _training_loader(config, augmented, batches, device)
     val_loader = evaluation_loader(
         val_data, config.model, config.eval_batch_size, config.workers, range(rank, len(val_data), world)
     )
@@ -183,6 +201,8 @@ def set_up(
                 f"criterion: expected a loss without parameters to train, got {trained}; make them buffers"
             )
         criterion.to(device)
+    if world > 1:
+        synchronize_norms(model, device)
     if config.compile:
         model.compile()
         if isinstance(criterion, nn.Module):
@@ -205,7 +225,7 @@ def set_up(
         train_data=train_data,
         val_data=val_data,
         augmented=augmented,
-        sampler=sampler,
+        batches=batches,
         loader=loader,
         val_loader=val_loader,
         total_steps=total_steps,
@@ -216,6 +236,7 @@ def set_up(
         optimizer=optimizer,
         base_lrs=base_lrs,
         check=check,
+        sum_of_losses=torch.zeros((), device=device),
     )
 
 
@@ -236,22 +257,18 @@ def _completed(criterion: Criterion, loss: LossConfig) -> Criterion:
 
 
 def _training_loader(
-    config: RunConfig, augmented: Augmented, sampler: DistributedSampler[Any], world: int, device: torch.device
+    config: RunConfig, augmented: Augmented, batches: GlobalBatches, device: torch.device
 ) -> DataLoader[Any]:
-    if config.batch_size % world:
-        raise ValueError(f"batch_size = {config.batch_size} images per step cannot be split over {world} processes")
-    per_process = config.batch_size // world
     target_divisor = TARGET_BUCKET if config.shape_bucket > 1 else 1
     return DataLoader(
         augmented,
-        per_process,
-        sampler=sampler,
+        batch_sampler=batches,
         collate_fn=partial(collate, size_divisor=config.shape_bucket, target_divisor=target_divisor),
         generator=torch.Generator().manual_seed(config.seed),  # else it draws from the one that the network draws from
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
-        drop_last=len(sampler) >= per_process,
     )
 
 
@@ -270,16 +287,50 @@ def _with_classes(config: RunConfig, train_data: DetectionDataset, val_data: Det
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
-    """(rank, world size); joins the group that torchrun set up, if it did."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    """(rank, world size); joins the group that torchrun set up, if it did.
+
+    Raises:
+        ValueError: the environment promises processes that do not come, or says of this one something that cannot be.
+    """
+    promised = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    rank, world = _promised(promised)
+    if promised["RANK"] is None or promised["WORLD_SIZE"] is None:
         yield 0, 1
         return
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield distributed.get_rank(), distributed.get_world_size()
+        store, _, _ = next(rendezvous("env://", timeout=ALL_COME))
+    except (ValueError, RuntimeError) as error:  # DistStoreError is one
+        raise ValueError(
+            f"RANK={rank} and WORLD_SIZE={world} promise {world} processes, which did not all come within "
+            f"{ALL_COME.total_seconds() / 60:.0f} minutes ({shown(error)}): start them with torchrun, or unset the two"
+        ) from error
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+    try:
+        yield rank, world
         distributed.barrier()  # the others wait for what the first writes: a group that ends by halves may hang
     finally:
         distributed.destroy_process_group()
+
+
+def _promised(environment: Mapping[str, str | None]) -> tuple[int, int]:
+    """(rank, world size) that the environment says this process has."""
+    words = " ".join(f"{name}={value}" for name, value in environment.items() if value is not None)
+    try:
+        rank, world = int(environment["RANK"] or 0), int(environment["WORLD_SIZE"] or 1)
+    except ValueError:
+        raise ValueError(f"the environment says {words}: expected whole numbers") from None
+    if not 0 <= rank < world:
+        raise ValueError(
+            f"the environment says {words}, which cannot be: RANK counts from 0 to WORLD_SIZE − 1. Start several processes with "
+            "torchrun, which sets both, or unset them"
+        )
+    absent = [name for name, value in environment.items() if value is None]
+    if len(absent) == 1 and words != "WORLD_SIZE=1":
+        raise ValueError(
+            f"the environment says {words} and no {absent[0]}: start several processes with torchrun, which sets both, or unset it"
+        )
+    return rank, world
 
 
 def gather(results: list[dict[str, Any]], world: int) -> list[dict[str, Any]]:
@@ -305,6 +356,12 @@ def as_the_first_says(value: bool, run: Run) -> bool:
     if run.world > 1:
         distributed.broadcast_object_list(answer, 0)
     return answer[0]
+
+
+def wait_for_all(run: Run) -> None:
+    """Until every process has come as far."""
+    if run.world > 1:
+        distributed.barrier()
 
 
 def mean_over_processes(values: Mapping[str, float], run: Run) -> dict[str, float]:

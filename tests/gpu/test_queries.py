@@ -36,7 +36,8 @@ def objects(*counts: int) -> Targets:
 
 def test_noise_is_what_the_method_says() -> None:
     labels = torch.zeros(50, 40, dtype=torch.int64)
-    noise = draw_noise(torch.Generator().manual_seed(0), labels, 3, 4)
+    seeds = torch.arange(50)  # neighbours, to which nothing may be common
+    noise = draw_noise(seeds, labels, 3, 4)
     assert noise.corners.shape == (50, 3, 2, 40, 4)
     positive, negative = noise.corners.abs().unbind(2)
     for amount, low in ((positive, 0.0), (negative, BOX_NOISE)):
@@ -46,8 +47,25 @@ def test_noise_is_what_the_method_says() -> None:
     assert abs((noise.corners > 0).float().mean() - 0.5) < 0.01
     # A label that is drawn anew is the old one in a quarter of the cases.
     assert abs((noise.labels != 0).float().mean() - LABEL_NOISE * 3 / 4) < 0.01
-    again = draw_noise(torch.Generator().manual_seed(0), labels, 3, 4)
-    assert torch.equal(noise.corners, again.corners)
+    flat = noise.corners.flatten()
+    assert flat.unique().numel() > 0.99 * flat.numel()
+    for axis in range(5):  # numbers that follow each other along an axis: image, group, kind, object, corner
+        signs = noise.corners.sign().movedim(axis, 0)
+        assert abs((signs[1:] * signs[:-1]).mean()) < 0.02, axis
+
+
+def test_noise_of_an_object_depends_on_its_image_alone() -> None:
+    """Whatever the other images are, and however many objects they have."""
+    labels = torch.randint(0, 4, (3, 5), generator=torch.Generator().manual_seed(0))
+    seeds = torch.tensor([7, -(2**63), 2**63 - 1])
+    whole = draw_noise(seeds, labels, 2, 4)
+    for image in range(3):
+        for count in (5, 2):
+            alone = draw_noise(seeds[image : image + 1], labels[image : image + 1, :count], 2, 4)
+            for got, expected in zip(alone, whole, strict=True):
+                assert torch.equal(got[0], expected[image, :, :, :count])
+    other = draw_noise(seeds + 1, labels, 2, 4)
+    assert (other.corners != whole.corners).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("counts", [(3, 1), (0, 0)], ids=["objects", "no object"])

@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import detect, evaluate_detections, evaluation_loader
 from smca.gpu.model import SMCADETR
 from smca.gpu.training.log import read_metrics
+from smca.gpu.training.stop import StoppedError
 
 SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
 shared: Any = importlib.util.module_from_spec(SPEC)
@@ -90,35 +96,147 @@ def test_a_model_and_a_checkpoint_are_on_disk_before_the_first_evaluation(
     assert trained.keys() == load_file(whole / "model/model.safetensors").keys()
 
 
-@pytest.mark.parametrize("stopped_at", [0, 1, 4])
-def test_a_stopped_run_leaves_a_model_and_goes_on(
-    tmp_path: Path, stopped_at: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def signal_in_step(number: int, monkeypatch: pytest.MonkeyPatch, *signals: signal.Signals) -> None:
+    """Let signals come in the middle of the step that is the run's `number`-th."""
+    taken = 0
+    step = torch.optim.AdamW.step
+
+    def counted(self: Any, *args: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        for each in signals if taken == number else ():
+            signal.raise_signal(each)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+
+
+@pytest.mark.parametrize(
+    ("stopped_at", "by"), [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGHUP), (6, signal.SIGTERM)]
+)
+def test_a_stopped_run_loses_nothing(
+    tmp_path: Path,
+    stopped_at: int,
+    by: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Three steps make an epoch: stopped before the first, within the first and within the second."""
+    """Three steps make an epoch, six the run: stopped within an epoch, and at the end of one, which is not yet evaluated."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train.train(tiny(whole))
-    stop_after(stopped_at, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
+    signal_in_step(stopped_at, monkeypatch, by)
+    before = signal.getsignal(by)
+    with pytest.raises(StoppedError) as error:
         train.train(tiny(stopped))
+    assert signal.getsignal(by) is before
     monkeypatch.undo()
+    assert error.value.status == 128 + by
     said = " ".join(capsys.readouterr().out.split())
-    assert f"stopped at step {stopped_at}" in said
-    assert f"continues from the end of epoch {stopped_at // 3}" in said
-    for source in [stopped / "checkpoint.pt", stopped] + [stopped / "model"] * (stopped_at > 0):
+    assert f"stopped by {by.name} at step {stopped_at}: everything is saved" in said
+    for source in (stopped / "checkpoint.pt", stopped, stopped / "model"):
         SMCADETR.from_pretrained(source)
+    assert torch.load(stopped / "checkpoint.pt", weights_only=True)["step"] == stopped_at
     train.train(tiny(stopped, resume=True))
     for name, tensor in load_file(whole / "model/model.safetensors").items():
         assert torch.equal(tensor, load_file(stopped / "model/model.safetensors")[name]), name
+    lines = [read_metrics(folder / "metrics.jsonl") for folder in (whole, stopped)]
+    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 
 
-def test_a_scheduler_that_stops_a_run_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "train", lambda config: signal.raise_signal(signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_second_signal_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signal_in_step(2, monkeypatch, signal.SIGINT, signal.SIGTERM)
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        train.train(tiny(tmp_path))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stopped by SIGTERM at step 1: saved is step 0; `smca train … --resume` goes on from there" in said
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            train.main(["demo", "--output", str(tmp_path)])
+        signal_in_step(1, monkeypatch, signal.SIGHUP)
+        train.train(tiny(tmp_path, max_steps=1))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_scheduler_ends_the_whole_job(tmp_path: Path) -> None:
+    """SIGTERM to all processes, those that load images too: the step is finished, and the exit status says what ended it."""
+    options = ["demo", "--synthetic.image-size", "64", "--synthetic.val-images", "2", "--batch-size", "2"]
+    options += ["--workers", "2", "--device", "cpu", "--output", str(tmp_path), "--checkpoint-every", "0"]
+    with subprocess.Popen(
+        [sys.executable, train.__file__, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            while (
+                process.poll() is None and not (tmp_path / "checkpoint.previous.pt").exists()
+            ):  # that of the first step
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 143, err[-2000:]
+    assert re.search(r"stopped by SIGTERM at step \d+: everything is saved", " ".join(out.split())), out
+    assert err.strip() == "stopped"
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_the_checkpoint_before_a_damaged_one_is_used_and_named(tmp_path: Path, damage: str) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        train.train(tiny(folder))
+    path = cut / "checkpoint.pt"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.unlink()
+    named = "checkpoint.pt is damaged" if damage == "cut" else "there is no .*checkpoint.pt"
+    with pytest.warns(UserWarning, match=rf"{named}.* Going on from the one before it, .*previous.pt, of step 3"):
+        train.train(tiny(cut, resume=True))
+    expected, got = (load_file(folder / "model/model.safetensors") for folder in (whole, cut))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    for file in cut.glob("checkpoint*.pt"):
+        file.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
+        train.train(tiny(cut, resume=True))
+
+
+def test_a_command_that_is_given_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tmp_path, restartable=True)
+    signal_in_step(2, monkeypatch, signal.SIGTERM)
+    with pytest.raises(StoppedError):
+        train.train(config)
+    monkeypatch.undo()
+    train.train(config)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [3, 6]
+    with pytest.raises(ValueError, match="restartable must be given without resume and overwrite"):
+        tiny(tmp_path, restartable=True, overwrite=True)
+
+
+@pytest.mark.parametrize(("job", "first"), [("this", 2), ("another", 0)])
+def test_what_torchrun_restarts_goes_on_but_not_with_another_jobs_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, first: int
+) -> None:
+    """With --overwrite, which may have failed before it replaced anything."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    with pytest.MonkeyPatch.context() as patch:
+        signal_in_step(2, patch, signal.SIGTERM)
+        with pytest.raises(StoppedError):
+            train.train(tiny(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    seeded: list[int] = []
+    monkeypatch.setattr(train, "seed_step", lambda device, seed, step, rank: seeded.append(step))
+    train.train(tiny(tmp_path, overwrite=True))
+    assert seeded == list(range(first, 6))
 
 
 def test_overwrite_removes_what_it_replaces_before_the_first_step(

@@ -61,29 +61,6 @@ def test_the_loss_falls_on_a_few_images(tmp_path: Path) -> None:
     assert losses[1] < 0.8 * losses[0], f"12 images seen 40 times must have a lower loss than seen once: {losses}"
 
 
-def test_resume_continues_exactly(tmp_path: Path) -> None:
-    whole = train.train(tiny(tmp_path / "whole", epochs=3, max_steps=9))
-
-    class Stop(Exception):
-        pass
-
-    def stop_after_first_checkpoint(path: Path, state: Mapping[str, Any], save: Any = train.save_checkpoint) -> None:
-        save(path, state)
-        raise Stop
-
-    config = tiny(tmp_path / "cut", epochs=3, max_steps=9)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", stop_after_first_checkpoint)
-        with pytest.raises(Stop):
-            train.train(config)
-    resumed = train.train(dataclasses.replace(config, resume=True))
-    expected, got = weights_of(whole), weights_of(resumed)
-    for name in expected:
-        assert torch.equal(expected[name], got[name]), name
-    metrics = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "cut")]
-    assert [m["loss"] for m in metrics[0]] == [m["loss"] for m in metrics[1]]
-
-
 def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path) -> None:
     runs = [weights_of(train.train(tiny(tmp_path / str(i), epochs=1, seed=seed))) for i, seed in enumerate((0, 0, 1))]
     name = "decoder.layers.0.linear1.weight"
@@ -289,7 +266,7 @@ def test_a_checkpoint_never_runs_code(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
             return Path.touch, (tmp_path / "owned",)  # type: ignore[return-value]
 
-    torch.save({"format": 1, "model": Attack()}, tmp_path / "checkpoint.pt")
+    torch.save({"format": 2, "model": Attack()}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="damaged or is not a checkpoint"):
         load_checkpoint(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "owned").exists()

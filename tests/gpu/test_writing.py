@@ -78,7 +78,7 @@ def test_metrics_of_a_run_that_was_killed(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 3, the last, is cut and is left out"):
         assert read_metrics(path) == whole[:2]
     with pytest.warns(UserWarning, match="is cut"):
-        RunLog(tmp_path, 10, first_step=4, first_epoch=2, main_process=True).__exit__(None, None, None)
+        RunLog(tmp_path, 10, first_step=4, main_process=True).__exit__(None, None, None)
     assert path.read_text() == "".join(lines[:2])
     assert not list(tmp_path.glob("*.partial"))
     for bad in ("{", "[1]", '{"epoch": 1}', '{"epoch": "1", "step": 2, "loss": 1, "ap": 0}', "\0\0"):
