@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
-    all_reduce: Callable[[Tensor], Tensor]
-else:
-    from torch.distributed.nn.functional import all_reduce  # whose gradient is summed over all processes, too
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        distributed.all_reduce(grad)
+        return grad
+
+
+def _sum(x: Tensor) -> Tensor:
+    return cast(Tensor, _Sum.apply(x))  # type: ignore[no-untyped-call]
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -23,11 +36,11 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         if not self.training or not distributed.is_initialized():
             return super().forward(x)
         channels = (1, -1, 1, 1)
-        values = x.float()
-        count = all_reduce(values.new_tensor([float(values.numel() // values.shape[1])]))
-        mean = all_reduce(values.sum((0, 2, 3))) / count
+        values = x if x.dtype == torch.float64 else x.float()
+        count = _sum(values.new_tensor([float(values.numel() // values.shape[1])]))
+        mean = _sum(values.sum((0, 2, 3))) / count
         centred = values - mean.view(channels)
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        variance = _sum(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             assert self.running_mean is not None  # these norms keep statistics
             assert self.running_var is not None
@@ -44,7 +57,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 def synchronize_norms(model: nn.Module, device: torch.device) -> None:
     """Let the batch norms of `model`, in place, see the images of all processes, where they learn from images at all."""
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return
     for module in model.modules():
         if (

@@ -304,11 +304,24 @@ def process_group() -> Iterator[tuple[int, int]]:
             f"RANK={rank} and WORLD_SIZE={world} promise {world} processes, which did not all come within "
             f"{ALL_COME.total_seconds() / 60:.0f} minutes ({shown(error)}): start them with torchrun, or unset the two"
         ) from error
+    # What torchrun starts again finds the store of before, with addresses of processes that are no more. (Of several machines, each
+    # counts its own starts; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun take a new store.)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = distributed.PrefixStore(  # type: ignore[attr-defined]
+            f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield rank, world
         distributed.barrier()  # the others wait for what the first writes: a group that ends by halves may hang
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise ValueError(
+            f"process {rank} of {world} cannot go on, since another one has ended or does not answer: look for what that one says "
+            f"({shown(error)})"
+        ) from error
     finally:
         distributed.destroy_process_group()
 
