@@ -20,6 +20,7 @@ from smca.datasets import (
 )
 from smca.datasets.layout import Split, find_annotations, folder_of_images
 from smca.gpu.config import ModelConfig, SyntheticConfig
+from smca.gpu.loading import Loader
 
 
 def open_split(
@@ -73,12 +74,12 @@ def evaluation_loader(
     sizes = getattr(data, "sizes", None)
     if sizes is not None:
         order.sort(key=lambda index: (sizes[index][0] / sizes[index][1], sizes[index]))
-    return DataLoader(
+    return Loader(
         torch.utils.data.Subset(resized, order),
-        batch_size,
+        workers=workers,
+        batch_size=batch_size,
         collate_fn=collate,
         generator=torch.Generator(),  # or it would draw from the generator that training draws from
-        num_workers=workers,
     )
 
 

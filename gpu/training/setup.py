@@ -27,13 +27,13 @@ from smca.datasets.batch import CocoDict
 from smca.datasets.settings import shown
 from smca.gpu.config import LossConfig, RunConfig
 from smca.gpu.evaluation import evaluation_loader, open_split, pick_device
+from smca.gpu.loading import Loader
 from smca.gpu.loss import SetCriterion, further_losses
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.synced_norm import synchronize_norms
 from smca.gpu.training.guard import BAD_BATCH_FILE, FiniteCheck
 from smca.gpu.training.optimizer import make_optimizer
 from smca.gpu.training.order import GlobalBatches
-from smca.gpu.training.stop import leave_signals_to_the_parent
 
 ALL_COME = timedelta(minutes=5)
 """How long processes wait for each other at the start."""
@@ -260,14 +260,13 @@ def _training_loader(
     config: RunConfig, augmented: Augmented, batches: GlobalBatches, device: torch.device
 ) -> DataLoader[Any]:
     target_divisor = TARGET_BUCKET if config.shape_bucket > 1 else 1
-    return DataLoader(
+    return Loader(
         augmented,
+        workers=config.workers,
         batch_sampler=batches,
         collate_fn=partial(collate, size_divisor=config.shape_bucket, target_divisor=target_divisor),
         generator=torch.Generator().manual_seed(config.seed),  # else it draws from the one that the network draws from
-        num_workers=config.workers,
         persistent_workers=config.workers > 0,
-        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
     )
 

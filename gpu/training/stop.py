@@ -14,10 +14,6 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 """Ctrl-C; a scheduler's end of the time; a terminal that is closed."""
 
 
-GRACE = 10.0
-"""Seconds that a process that loads images goes on for after SIGTERM."""
-
-
 class StoppedError(KeyboardInterrupt):
     """A signal ended the run; what was done is on disk."""
 
@@ -73,11 +69,3 @@ class Stop:
         number = torch.tensor(self.number, device=device)
         distributed.all_reduce(number, distributed.ReduceOp.MAX)
         return int(number)
-
-
-def leave_signals_to_the_parent(_worker: int) -> None:
-    """In a process that loads images: a signal that reaches it, too, is for the training process, which ends it in time."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, GRACE))

@@ -1,0 +1,66 @@
+"""Images from other processes: what is wrong with those ends the run with a reason, and signals are left to the one that trains."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+TIMEOUT = 300.0
+"""Seconds without a batch after which the processes that load images are given up."""
+GRACE = 10.0
+"""Seconds that such a process goes on for after SIGTERM."""
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that never waits without end, nor for a process that is dead.
+
+    Iterating raises a ValueError if a batch does not come: the processes that load images have ended, or found no shared memory, or
+    take longer than TIMEOUT.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, workers: int, **options: Any) -> None:
+        """As of a DataLoader, of which `workers` is the num_workers."""
+        more: dict[str, Any] = {"timeout": TIMEOUT, "worker_init_fn": leave_signals_to_the_parent} if workers else {}
+        super().__init__(dataset, num_workers=workers, **more, **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader"):  # one of the data's own
+                    raise
+                raise ValueError(
+                    f"no batch of images came: {str(error).strip()}. {_advice(self.num_workers)}"
+                ) from error
+            yield batch
+
+
+def _advice(workers: int) -> str:
+    try:
+        free = f" (of which {shutil.disk_usage(SHARED_MEMORY).free / 1e6:,.0f} MB are free now)"
+    except OSError:
+        free = ""
+    return (
+        f"{workers} processes pass images on through {SHARED_MEMORY}{free}: a container often has too little, which `docker run "
+        "--shm-size 4g` changes; if files are slow to read, give it fewer; --workers 0 loads in the training process"
+    )
+
+
+def leave_signals_to_the_parent(_worker: int) -> None:
+    """In a process that loads images: a signal that reaches it, too, is for the training process, which ends it in time."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, GRACE))
