@@ -367,7 +367,7 @@ class RunConfig:
     annotations: AnnotationOptions = AnnotationOptions()
     """How to understand annotation files where they leave room."""
     output: Path = Path("runs/train")
-    """Folder that receives checkpoint, metrics, curves, pictures and the final model."""
+    """Folder that receives checkpoint, metrics, curves, pictures and models."""
     model: ModelConfig = ModelConfig()
     """The network."""
     loss: LossConfig = LossConfig()
@@ -386,6 +386,10 @@ class RunConfig:
     """Images per step, over all processes."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    best_by: Literal["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100"] = "ap"
+    """The metric that says which evaluation's model is the best, and goes into model/; the last is in model_last/."""
+    patience: int | None = None
+    """End after so many evaluations in a row without a better one. (Schedules that fall at the end are then cut off.)"""
     eval_batch_size: int = 16
     """Images per forward pass at evaluation."""
     workers: int = 4
@@ -427,6 +431,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_every", "eval_batch_size", "shape_bucket"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.patience is None or self.patience >= 1, "patience", "at least 1", self.patience)
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
         require(self.checkpoint_every >= 0, "checkpoint_every", "0 or more", self.checkpoint_every)
         require(self.workers >= 0, "workers", "0 or more", self.workers)

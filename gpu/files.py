@@ -2,9 +2,9 @@
 
     runs/x/checkpoint.pt              before the first step, after every epoch, every few minutes, and when the run is stopped
     runs/x/checkpoint.previous.pt     the one before it, in case that one is damaged
-    runs/x/model/config.json          before every evaluation, and when the run is stopped
+    runs/x/model/config.json          of the best evaluation so far
     runs/x/model/model.safetensors
-    runs/x/best/…                     likewise, at the highest AP so far
+    runs/x/model_last/…               before every evaluation, and when the run is stopped
 
 Every file is replaced in one step. What is read may be cut, damaged or somebody else's: it is checked before it is used, no code
 in it is run, and a ValueError names the file.
@@ -34,6 +34,8 @@ PREVIOUS_FILE = "checkpoint.previous.pt"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FOLDER = "model"
+"""Of a run: the model of its best evaluation."""
+LAST_FOLDER = "model_last"
 """Of a run: the model as it was last evaluated, or when the run was stopped."""
 FORMAT = 2
 """Layout of the checkpoint; raised when it changes."""
@@ -147,6 +149,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     kinds = _CHECKPOINT_KEYS | {k: kind for k, kind in _OPTIONAL_KEYS.items() if k in state}
     wrong = [k for k, kind in kinds.items() if k not in state or not isinstance(state[k], kind)]
     wrong += [k for k in ("model", "average") if k not in wrong and not _are_weights(state[k])]
+    wrong += [k for k in ("step", "epoch", "batch") if k not in wrong and state[k] < 0]
+    if "logged" not in wrong and not all(isinstance(v, float) for v in state["logged"].values()):
+        wrong.append("logged")
     if wrong:
         raise ValueError(
             f"{path} is damaged or is not a checkpoint of smca train: {', '.join(wrong)} missing or of the wrong type; "
@@ -189,7 +194,7 @@ def open_model(name: str | Path) -> SavedModel:
     """Find a model and read its configuration and the shapes of its weights.
 
     Args:
-        name: folder of a model, folder of a run (its model if it is complete, otherwise its checkpoint), a checkpoint, or a
+        name: folder of a model, folder of a run (its best model, otherwise its last, otherwise its checkpoint), a checkpoint, or a
             repository on the Hugging Face hub.
 
     Raises:
@@ -199,8 +204,9 @@ def open_model(name: str | Path) -> SavedModel:
     if path.is_dir():
         if _is_complete(path):
             return _open_folder(path)
-        if _is_complete(path / MODEL_FOLDER):
-            return _open_folder(path / MODEL_FOLDER)
+        for folder in (MODEL_FOLDER, LAST_FOLDER):
+            if _is_complete(path / folder):
+                return _open_folder(path / folder)
         if (path / CHECKPOINT_FILE).is_file():
             return _open_checkpoint(path / CHECKPOINT_FILE)
         absent = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (path / f).is_file()]
@@ -222,8 +228,9 @@ def _is_complete(folder: Path) -> bool:
 
 def _instead(path: Path) -> str:
     """What to give in place of `path`, of a run, which is not there or not complete; "" if there is nothing beside it."""
-    if _is_complete(path.parent / MODEL_FOLDER):
-        return f"give {path.parent / MODEL_FOLDER}"
+    for folder in (MODEL_FOLDER, LAST_FOLDER):
+        if _is_complete(path.parent / folder):
+            return f"give {path.parent / folder}"
     if (path.parent / CHECKPOINT_FILE).is_file():
         return f"give {path.parent / CHECKPOINT_FILE}, which the run has left (it is not finished)"
     return ""

@@ -8,8 +8,9 @@
     smca train smca_r50_multiscale --dry-run          parameters and multiply-adds; trains nothing
     smca train small --help                           every knob with its default
 
-``python gpu/train.py`` and ``smca train`` are the same. A run leaves in its --output folder: checkpoint.pt, metrics.jsonl,
-tensorboard/, curves.png, predictions.png, model/ and best/ (config.json + model.safetensors, what ``smca predict`` takes).
+``python gpu/train.py`` and ``smca train`` are the same. A run leaves in its --output folder: model/, of the best evaluation, and
+model_last/ (config.json + model.safetensors, what ``smca predict`` takes); metrics.jsonl, tensorboard/, curves.png and
+predictions.png; checkpoint.pt.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from torch import nn
 from smca.datasets import DetectionDataset
 from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import detect, evaluate_detections
-from smca.gpu.files import CHECKPOINT_FILE, MODEL_FOLDER, save_checkpoint
+from smca.gpu.files import CHECKPOINT_FILE, LAST_FOLDER, MODEL_FOLDER, save_checkpoint
+from smca.gpu.model import SMCADETR
 from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
 from smca.gpu.training.order import seed_step
-from smca.gpu.training.resume import BEST_FOLDER, checkpoint_of, claim, clear, resume
+from smca.gpu.training.resume import checkpoint_of, claim, clear, resume
 from smca.gpu.training.setup import (
     Criterion,
     Run,
@@ -73,7 +75,7 @@ def train(
             losses of a dense head and of noised queries are added to it, unless it returns them itself.
 
     Returns:
-        Folder of the final model (``SMCADETR.from_pretrained`` takes it).
+        Folder of the best model (``SMCADETR.from_pretrained`` takes it).
 
     Raises:
         ValueError: configuration, data and loss that do not fit, found before anything is trained.
@@ -97,7 +99,8 @@ def train(
                 log.say(_stopped_message(run, error))
                 raise
             if rank == 0:
-                draw_run(run.trained, run.val_data, log.metrics, config.output)
+                best = SMCADETR.from_pretrained(config.output / MODEL_FOLDER).to(run.device)
+                draw_run(best, run.val_data, log.metrics, config.output)
                 log.say(_closing_message(run.config, log.metrics))
         del run.parallel  # it holds the process group, which ends next
         return config.output / MODEL_FOLDER
@@ -113,7 +116,7 @@ def _train(run: Run, log: RunLog, stop: Stop) -> None:
         evaluated = bool(log.metrics) and log.metrics[-1]["step"] == run.step
         if not as_the_first_says(evaluated, run):
             _evaluate(run, log)  # the run was stopped between its checkpoint and its evaluation
-    while run.step < run.total_steps:
+    while run.step < run.total_steps and not as_the_first_says(_is_patience_over(run, log), run):
         stop.waits = True
         _train_epoch(run, log, stop)
         share_buffers(run)
@@ -130,6 +133,17 @@ def _is_due(run: Run) -> bool:
     return run.step >= run.total_steps or (run.batch == 0 and run.epoch % run.config.eval_every == 0)
 
 
+def _is_patience_over(run: Run, log: RunLog) -> bool:
+    """Whether the last evaluations were no better than one before them. (The first process alone knows.)"""
+    patience, best = run.config.patience, _best(log.metrics, run.config.best_by)
+    if patience is None or best is None:
+        return False
+    later = len([line for line in log.metrics if line["step"] > best["step"]])
+    if later >= patience:
+        log.say(f"ended at step {run.step}: {later} evaluations in a row without a better one (--patience {patience})")
+    return later >= patience
+
+
 def _save(run: Run, log: RunLog) -> None:
     """Put everything on disk that going on from here takes."""
     run.check.raise_if_not_finite()
@@ -144,7 +158,7 @@ def _stop(run: Run, log: RunLog, number: int) -> NoReturn:
     if run.saved_step != run.step:
         _save(run, log)
     if run.rank == 0 and run.step:
-        run.trained.save_pretrained(run.config.output / MODEL_FOLDER)
+        run.trained.save_pretrained(run.config.output / LAST_FOLDER)
     wait_for_all(run)  # torchrun ends the others as soon as one has ended
     raise StoppedError(number)
 
@@ -213,33 +227,31 @@ def _evaluate(run: Run, log: RunLog) -> None:
     the best so far."""
     output = run.config.output
     if run.rank == 0:
-        run.trained.save_pretrained(output / MODEL_FOLDER)
+        run.trained.save_pretrained(output / LAST_FOLDER)
     results = gather(detect(run.trained, run.val_loader), run.world)
     if run.rank != 0:
         return
     evaluated = evaluate_detections(run.val_truth, results)
-    metrics = evaluated.as_dict()
-    best = _best(log.metrics)
-    if metrics["ap"] is not None and (best is None or metrics["ap"] > best["ap"]):
-        run.trained.save_pretrained(output / BEST_FOLDER)
-    log.evaluation(
-        {
-            "epoch": run.epoch + (run.batch > 0),
-            "step": run.step,
-            "loss": run.loss,
-            **metrics,
-            "train_seconds": round(run.train_seconds, 1),
-            "images_per_second": run.images_per_second,
-        }
-    )
+    metrics = {
+        "epoch": run.epoch + (run.batch > 0),
+        "step": run.step,
+        "loss": run.loss,
+        **evaluated.as_dict(),
+        "train_seconds": round(run.train_seconds, 1),
+        "images_per_second": run.images_per_second,
+    }
+    if _best([*log.metrics, metrics], run.config.best_by) is metrics:
+        run.trained.save_pretrained(output / MODEL_FOLDER)
+    log.evaluation(metrics)
     if run.step >= run.total_steps:
         for note in evaluated.notes:
             log.say(f"note: {note}")
 
 
-def _best(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The evaluation of the highest AP, the first of equals; None without any AP."""
-    return max((line for line in metrics if line["ap"] is not None), key=lambda line: line["ap"], default=None)
+def _best(metrics: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The evaluation in which a metric is highest, the first of equals; the last if there is nothing to find in any."""
+    found = [line for line in metrics if line.get(name) is not None]
+    return max(found, key=lambda line: line[name]) if found else metrics[-1] if metrics else None
 
 
 def _require_boxes(run: Run) -> None:
@@ -275,20 +287,19 @@ def _announce(run: Run, log: RunLog) -> None:
 
 
 def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
-    last, best = metrics[-1], _best(metrics)
+    last, best = metrics[-1], _best(metrics, config.best_by)
     ap, ap50 = ("–" if last[k] is None else f"{last[k]:.3f}" for k in ("ap", "ap50"))
     evaluate = f"  smca evaluate {config.output}/model{_held_out(config)}\n" if config.data or config.val_json else ""
-    of_best = (
-        ""
-        if best is None
-        else f"  best/             that of the highest AP, {best['ap']:.3f} after epoch {best['epoch']}\n"
-    )
+    of_best = ""
+    if best is not None and best[config.best_by] is not None:
+        name = config.best_by.upper().replace("_", " of ")
+        of_best = f": the best, {name} {best[config.best_by]:.3f} after step {best['step']:,}"
     return (
         f"\ndone: AP {ap}, AP50 {ap50} on the held-out images after {last['train_seconds']:.0f} s of training.\n"
         f"In {config.output}:\n"
-        f"  model/            config.json + model.safetensors\n"
-        f"{of_best}"
-        f"  predictions.png   detections beside the truth\n"
+        f"  model/            config.json + model.safetensors{of_best}\n"
+        f"  model_last/       likewise: the last\n"
+        f"  predictions.png   detections of model/ beside the truth\n"
         f"  curves.png        loss and AP by epoch (metrics.jsonl, tensorboard/)\n"
         f"  checkpoint.pt     everything that --resume needs\n"
         f"next:\n"

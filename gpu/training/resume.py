@@ -15,6 +15,7 @@ from smca.gpu.config import RunConfig
 from smca.gpu.files import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
+    LAST_FOLDER,
     MODEL_FOLDER,
     PREVIOUS_FILE,
     WEIGHTS_FILE,
@@ -24,8 +25,6 @@ from smca.gpu.training.log import METRICS_FILE
 from smca.gpu.training.setup import Run
 
 _CHECKPOINTS = (CHECKPOINT_FILE, PREVIOUS_FILE)
-BEST_FOLDER = "best"
-"""Of a run: the model of the highest AP so far."""
 _WRITTEN = (
     *_CHECKPOINTS,
     METRICS_FILE,
@@ -34,7 +33,7 @@ _WRITTEN = (
     "pictures/*.png",
     "tensorboard/events.out.tfevents.*",
     "*bad_batch.safetensors",
-    *(f"{folder}/{name}" for folder in (MODEL_FOLDER, BEST_FOLDER) for name in (CONFIG_FILE, WEIGHTS_FILE)),
+    *(f"{folder}/{name}" for folder in (MODEL_FOLDER, LAST_FOLDER) for name in (CONFIG_FILE, WEIGHTS_FILE)),
 )
 """What runs write into their folder; nothing else is removed from it."""
 _FREE = {
@@ -47,6 +46,8 @@ _FREE = {
     "annotations",
     "synthetic",
     "eval_every",
+    "best_by",
+    "patience",
     "eval_batch_size",
     "workers",
     "cache_images",
@@ -70,7 +71,9 @@ def claim(config: RunConfig) -> RunConfig:
         ValueError: the folder holds a run that the configuration neither resumes nor overwrites.
     """
     # A metrics file is empty until there is an evaluation: a run that was ended before its first checkpoint leaves one.
-    present = [name for name in (*_CHECKPOINTS, METRICS_FILE, MODEL_FOLDER) if (config.output / name).exists()]
+    present = [
+        name for name in (*_CHECKPOINTS, METRICS_FILE, MODEL_FOLDER, LAST_FOLDER) if (config.output / name).exists()
+    ]
     held = [name for name in present if name != METRICS_FILE or (config.output / name).stat().st_size]
     if not config.resume and any(name in held for name in _CHECKPOINTS):
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

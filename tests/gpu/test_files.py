@@ -40,10 +40,11 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is finished: model/ and checkpoint.pt."""
+    """A run that is finished: model/, model_last/ and checkpoint.pt."""
     torch.manual_seed(0)
     run, model, average = tmp_path_factory.mktemp("run"), SMCADETR(CONFIG), SMCADETR(CONFIG)
     model.save_pretrained(run / "model")
+    SMCADETR(CONFIG).save_pretrained(run / "model_last")
     save_checkpoint(run / "checkpoint.pt", state_of(model, average))
     return run
 
@@ -56,9 +57,9 @@ def run(saved: Path, tmp_path: Path) -> Path:
 
 def state_of(model: SMCADETR, average: SMCADETR | None = None, **changes: Any) -> dict[str, Any]:
     state: dict[str, Any] = {"config": model.config.to_json(), "model": model.state_dict()}
-    state |= {"average": average.state_dict() if average is not None else None, "rng": torch.get_rng_state()}
-    state |= {"optimizer": {"state": {}, "param_groups": []}, "step": 5, "epoch": 1, "total_steps": 9}
-    return {**state, "train_seconds": 2.5, **changes}
+    state |= {"average": average.state_dict() if average is not None else None, "sum_of_losses": torch.zeros(())}
+    state |= {"optimizer": {"state": {}, "param_groups": []}, "step": 5, "epoch": 1, "batch": 2, "total_steps": 9}
+    return {**state, "logged": {"loss": 1.5}, "train_seconds": 2.5, **changes}
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -261,6 +262,11 @@ def test_a_run_is_taken_for_its_model_or_else_its_checkpoint(run: Path) -> None:
     assert torch.equal(SMCADETR.from_pretrained(run).state_dict()[name], expected)
     assert torch.equal(SMCADETR.from_pretrained(run / "checkpoint.pt").state_dict()[name], average)
     (run / "model" / "config.json").unlink()  # the model was not finished
+    last = load_file(run / "model_last" / "model.safetensors")[name]
+    assert torch.equal(SMCADETR.from_pretrained(run).state_dict()[name], last)
+    assert not torch.equal(last, expected)
+    assert f"lacks config.json: give {run / 'model_last'}" in refused(run / "model", run / "model_last")
+    shutil.rmtree(run / "model_last")
     model = SMCADETR.from_pretrained(str(run))
     assert torch.equal(model.state_dict()[name], average)
     assert not torch.equal(average, expected)
@@ -303,11 +309,16 @@ def test_a_checkpoint_without_an_average_serves_its_model_and_its_resolved_confi
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "was not written by this version of smca train"),
+        ({"format": 1}, "was not written by this version of smca train"),
         ({"model": None}, "model missing or of the wrong type"),
         ({"model": {"a": 3}}, "model missing or of the wrong type"),
         ({"average": {3: torch.zeros(1)}}, "average missing or of the wrong type"),
-        ({"optimizer": [], "rng": 1, "step": "3"}, "optimizer, rng, step missing or of the wrong type"),
+        (
+            {"optimizer": [], "sum_of_losses": 1, "step": "3"},
+            "optimizer, step, sum_of_losses missing or of the wrong type",
+        ),
+        ({"batch": -1}, "batch missing or of the wrong type"),
+        ({"logged": {"loss": "high"}}, "logged missing or of the wrong type"),
         ({"config": {}}, "config missing or of the wrong type"),
         ({"train_seconds": None}, "train_seconds missing or of the wrong type"),
     ],

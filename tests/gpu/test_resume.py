@@ -84,7 +84,12 @@ def contents(folder: Path) -> dict[str, Any]:
     flatten({k: v for k, v in state.items() if k not in ("settings", "job")}, "checkpoint")
     flatten([without_times(line) for line in read_metrics(folder / "metrics.jsonl")], "metrics")
     flatten(board(folder), "board")
-    for file in ("model/model.safetensors", "model/config.json", "best/model.safetensors", "best/config.json"):
+    for file in (
+        "model/model.safetensors",
+        "model/config.json",
+        "model_last/model.safetensors",
+        "model_last/config.json",
+    ):
         flat[file] = (folder / file).read_bytes()
     return flat
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,10 +67,40 @@ def test_the_log_the_saved_model_and_the_best_model_have_one_ap(tmp_path: Path) 
     best = max(lines, key=lambda line: line["ap"])
     assert best["ap"] > 0
     data = SyntheticShapes(config.synthetic.val_images, 1, image_size=64)
-    for folder, line in (("model", lines[-1]), ("best", best)):
+    for folder, line in (("model_last", lines[-1]), ("model", best)):
         model = SMCADETR.from_pretrained(tmp_path / folder)
         results = detect(model, evaluation_loader(data, model.config, batch_size=5, workers=0))
         assert evaluate_detections(data.ground_truth(), results).ap == pytest.approx(line["ap"], abs=1e-6)
+
+
+def test_which_evaluation_is_the_best_is_a_setting_and_patience_ends_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an AP that rises, falls and would rise again, and an AP50 that is highest first; across a resumption."""
+    aps = [(0.1, 0.9), (0.3, 0.2), (0.2, 0.3), (0.2, 0.1), (0.8, 0.1)]
+
+    def evaluated(*_: Any, of_all: Any = train.evaluate_detections) -> Any:
+        epoch = len(read_metrics(folder / "metrics.jsonl"))
+        shutil.copytree(folder / "model_last", folder / "seen" / str(3 * epoch + 3))
+        metrics = of_all(*_)
+        return dataclasses.replace(metrics, ap=aps[epoch][0], ap50=aps[epoch][1])
+
+    monkeypatch.setattr(train, "evaluate_detections", evaluated)
+    for best_by, steps, best in (("ap", [3, 6, 9, 12], 6), ("ap50", [3, 6, 9], 3)):
+        folder = tmp_path / best_by
+        config = tiny(folder, epochs=5, patience=2, best_by=best_by)
+        with pytest.MonkeyPatch.context() as patch:
+            signal_in_step(8, patch, signal.SIGTERM)
+            with pytest.raises(StoppedError):
+                train.train(config)
+        train.train(dataclasses.replace(config, resume=True))
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"ended at step {steps[-1]}: 2 evaluations in a row without a better one (--patience 2)" in said
+        assert f"the best, {best_by.upper()} {aps[best // 3 - 1][best_by == 'ap50']:.3f} after step {best}" in said
+        assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == steps
+        for name, step in (("model", best), ("model_last", steps[-1])):
+            saved = (folder / "seen" / str(step) / "model.safetensors").read_bytes()
+            assert (folder / name / "model.safetensors").read_bytes() == saved
 
 
 def test_a_model_and_a_checkpoint_are_on_disk_before_the_first_evaluation(
@@ -81,8 +112,8 @@ def test_a_model_and_a_checkpoint_are_on_disk_before_the_first_evaluation(
     monkeypatch.setattr(train, "detect", fail)
     with pytest.raises(ValueError, match="cannot be read"):
         train.train(tiny(tmp_path))
-    assert {"model/config.json", "model/model.safetensors", "checkpoint.pt"} <= files(tmp_path)
-    trained = load_file(tmp_path / "model/model.safetensors")
+    assert {"model_last/config.json", "model_last/model.safetensors", "checkpoint.pt"} <= files(tmp_path)
+    trained = load_file(tmp_path / "model_last/model.safetensors")
     monkeypatch.undo()
     train.train(tiny(tmp_path, resume=True))
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -93,7 +124,7 @@ def test_a_model_and_a_checkpoint_are_on_disk_before_the_first_evaluation(
     assert without_time == [
         {k: v for k, v in line.items() if "second" not in k} for line in read_metrics(whole / "metrics.jsonl")
     ]
-    assert trained.keys() == load_file(whole / "model/model.safetensors").keys()
+    assert trained.keys() == load_file(whole / "model_last/model.safetensors").keys()
 
 
 def signal_in_step(number: int, monkeypatch: pytest.MonkeyPatch, *signals: signal.Signals) -> None:
@@ -133,12 +164,12 @@ def test_a_stopped_run_loses_nothing(
     assert error.value.status == 128 + by
     said = " ".join(capsys.readouterr().out.split())
     assert f"stopped by {by.name} at step {stopped_at}: everything is saved" in said
-    for source in (stopped / "checkpoint.pt", stopped, stopped / "model"):
+    for source in (stopped / "checkpoint.pt", stopped, stopped / "model_last"):
         SMCADETR.from_pretrained(source)
     assert torch.load(stopped / "checkpoint.pt", weights_only=True)["step"] == stopped_at
     train.train(tiny(stopped, resume=True))
-    for name, tensor in load_file(whole / "model/model.safetensors").items():
-        assert torch.equal(tensor, load_file(stopped / "model/model.safetensors")[name]), name
+    for name, tensor in load_file(whole / "model_last/model.safetensors").items():
+        assert torch.equal(tensor, load_file(stopped / "model_last/model.safetensors")[name]), name
     lines = [read_metrics(folder / "metrics.jsonl") for folder in (whole, stopped)]
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 
@@ -201,7 +232,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_named(tmp_path: Path, d
     named = "checkpoint.pt is damaged" if damage == "cut" else "there is no .*checkpoint.pt"
     with pytest.warns(UserWarning, match=rf"{named}.* Going on from the one before it, .*previous.pt, of step 3"):
         train.train(tiny(cut, resume=True))
-    expected, got = (load_file(folder / "model/model.safetensors") for folder in (whole, cut))
+    expected, got = (load_file(folder / "model_last/model.safetensors") for folder in (whole, cut))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     for file in cut.glob("checkpoint*.pt"):
         file.write_bytes(b"nothing")
@@ -256,7 +287,7 @@ def test_overwrite_removes_what_it_replaces_before_the_first_step(
     assert len(list((tmp_path / "tensorboard").glob("*"))) == 1
     train.train(dataclasses.replace(other, overwrite=False, resume=True))
     train.train(tiny(tmp_path / "fresh", seed=5))
-    resumed, fresh = (load_file(folder / "model/model.safetensors") for folder in (tmp_path, tmp_path / "fresh"))
+    resumed, fresh = (load_file(folder / "model_last/model.safetensors") for folder in (tmp_path, tmp_path / "fresh"))
     assert all(torch.equal(resumed[name], fresh[name]) for name in fresh), "nothing of the old run came back"
 
 
