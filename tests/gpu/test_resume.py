@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smca.gpu.training.log import read_metrics
 
-KILLS = int(os.environ.get("SMCA_KILLS", "20"))
-"""At random moments, for each number of workers; the nightly profile has more."""
+KILLS = int(os.environ.get("SMCA_KILLS", "10"))
+"""At random moments, for each of two numbers of workers; the nightly profile has a hundred."""
 SCRIPT = Path(__file__).with_name("killed_run.py")
 WRITES = "in a write, before it is on disk"
 RENAMES = "before a file takes its place"
@@ -43,8 +42,9 @@ class Runner:
         return status, seconds
 
 
-@contextmanager
-def runner() -> Iterator[Runner]:
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Runner]:
+    """A process that has imported everything, and forks."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, str(SCRIPT)], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -102,11 +102,10 @@ def require_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
+def whole(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
     """What the uninterrupted run leaves, without workers, and its seconds."""
     folder = tmp_path_factory.mktemp("whole")
-    with runner() as runs:
-        status, seconds = runs.run(folder, 0)
+    status, seconds = runs.run(folder, 0)
     assert status == 0
     found = contents(folder)
     assert len([name for name in found if re.fullmatch(r"metrics/\d+/ap", name)]) == 3
@@ -117,24 +116,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], flo
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_killed_at_random_moments_is_the_run_that_never_was(
-    workers: int, whole: tuple[dict[str, Any], float], tmp_path: Path
+    workers: int, runs: Runner, whole: tuple[dict[str, Any], float], tmp_path: Path
 ) -> None:
     expected, seconds = whole
     rng = random.Random(workers)
-    kills = runs_done = 0
-    with runner() as runs:
-        while kills < KILLS or not runs_done:
-            folder = tmp_path / str(runs_done)
-            while kills < KILLS:
-                status, _ = runs.run(folder, workers, rng.uniform(0.0, 0.6 * seconds))
-                if status == 0:
-                    break
-                assert status == -signal.SIGKILL
-                kills += 1
-            status, _ = runs.run(folder, workers)
-            assert status == 0
-            require_same(contents(folder), expected)
-            runs_done += 1
+    kills = finished = 0
+    while kills < KILLS or not finished:
+        folder = tmp_path / str(finished)
+        while kills < KILLS:
+            status, _ = runs.run(folder, workers, rng.uniform(0.0, 0.6 * seconds))
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL
+            kills += 1
+        status, _ = runs.run(folder, workers)
+        assert status == 0
+        require_same(contents(folder), expected)
+        finished += 1
 
 
 @pytest.mark.parametrize(
@@ -149,11 +147,10 @@ def test_a_run_killed_at_random_moments_is_the_run_that_never_was(
     ],
 )
 def test_a_run_killed_at_the_worst_moments_is_too(
-    moment: str, calls: tuple[int, ...], whole: tuple[dict[str, Any], float], tmp_path: Path
+    moment: str, calls: tuple[int, ...], runs: Runner, whole: tuple[dict[str, Any], float], tmp_path: Path
 ) -> None:
-    with runner() as runs:
-        for call in calls:
-            status, _ = runs.run(tmp_path, 0, [moment, call])
-            assert status == -signal.SIGKILL, f"{moment}, call {call}: it is never reached"
-        assert runs.run(tmp_path, 0)[0] == 0
+    for call in calls:
+        status, _ = runs.run(tmp_path, 0, [moment, call])
+        assert status == -signal.SIGKILL, f"{moment}, call {call}: it is never reached"
+    assert runs.run(tmp_path, 0)[0] == 0
     require_same(contents(tmp_path), whole[0])
