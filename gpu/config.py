@@ -384,6 +384,9 @@ class RunConfig:
     """End (and let the schedule end) after this many steps even if `epochs` would take longer."""
     batch_size: int = 16
     """Images per step, over all processes."""
+    accumulate: int = 1
+    """Parts that a process takes its images of a step in, one after the other, adding up their gradients: less memory for the same
+    step. (Batch norms that learn see a part at a time.)"""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     best_by: Literal["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100"] = "ap"
@@ -429,7 +432,7 @@ class RunConfig:
     """Start anew although `output` already holds a run, whose files are removed before the first step."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_every", "eval_batch_size", "shape_bucket"):
+        for name in ("epochs", "batch_size", "accumulate", "eval_every", "eval_batch_size", "shape_bucket"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.patience is None or self.patience >= 1, "patience", "at least 1", self.patience)
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)

@@ -19,19 +19,22 @@ import itertools
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from smca.datasets import DetectionDataset
+from smca.datasets import Batch, DetectionDataset
 from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import detect, evaluate_detections
 from smca.gpu.files import CHECKPOINT_FILE, LAST_FOLDER, MODEL_FOLDER, save_checkpoint
+from smca.gpu.loss import boxes_per_process
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
@@ -165,39 +168,47 @@ def _stop(run: Run, log: RunLog, number: int) -> NoReturn:
 
 def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
     """Take the steps of an epoch that are left, or those up to the last step of all."""
-    config, criterion, optimizer, check = run.config, run.criterion, run.optimizer, run.check
+    config, optimizer, check = run.config, run.optimizer, run.check
     run.augmented.set_epoch(run.epoch)
     run.batches.start_at(run.epoch, run.batch)
     run.parallel.train()
     first_step, start = run.step, time.perf_counter()
     before = run.train_seconds
-    for host_batch in itertools.islice(run.loader, run.total_steps - run.step):
+    for parts in itertools.islice(_in_parts(run.loader, config.accumulate), run.total_steps - run.step):
         lr_factor = learning_rate_factor(config.optim, run.step, run.epoch, run.total_steps)
         set_learning_rates(optimizer, run.base_lrs, lr_factor)
         seed_step(run.device, config.seed, run.step, run.rank)
 
         # From here to the end of the step nothing waits for the GPU.
-        batch = host_batch.to(run.device, non_blocking=True)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            outputs = run.parallel(
-                batch.images.contiguous(memory_format=torch.channels_last),
-                batch.padding_mask if host_batch.padding_mask.any() else None,
-                batch.targets,
-                batch.seeds,
-            )
-        with check.keep_bad_batch(host_batch):
-            terms = criterion(outputs, batch.targets)
-        check.raise_if_not_finite()
-        optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()  # type: ignore[no-untyped-call]
+        batches = [part.to(run.device, non_blocking=True) for part in parts]
+        num_boxes = boxes_per_process(torch.stack([batch.targets.valid.sum() for batch in batches]).sum())
+        terms: dict[str, Tensor] = {}
+        for number, (host_batch, batch) in enumerate(zip(parts, batches, strict=True)):
+            # Processes add up their gradients with those of the last part.
+            ddp = run.parallel if number + 1 < len(parts) else None
+            with ddp.no_sync() if isinstance(ddp, DistributedDataParallel) else nullcontext():
+                with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    outputs = run.parallel(
+                        batch.images.contiguous(memory_format=torch.channels_last),
+                        batch.padding_mask if host_batch.padding_mask.any() else None,
+                        batch.targets,
+                        batch.seeds,
+                    )
+                with check.keep_bad_batch(host_batch):
+                    added = run.terms_of(outputs, batch.targets, num_boxes)
+                if number == 0:
+                    check.raise_if_not_finite()
+                    optimizer.zero_grad(set_to_none=True)
+                added["loss"].backward()  # type: ignore[no-untyped-call]
+            terms = {name: terms[name] + value.detach() if terms else value.detach() for name, value in added.items()}
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_norm)
-        check.record(terms, norm, host_batch, optimizer)
+        check.record(terms, norm, parts, optimizer)
         optimizer.step()
         if run.average is not None:
             update_average(run.average, run.model, min(config.optim.ema_decay, (1 + run.step) / (10 + run.step)))
 
         run.step, run.batch, run.logged = run.step + 1, run.batch + 1, {}
-        run.sum_of_losses += terms["loss"].detach()
+        run.sum_of_losses += terms["loss"]
         elapsed = time.perf_counter() - start
         run.train_seconds = before + elapsed
         if run.step % LOG_EVERY == 0:
@@ -220,6 +231,13 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
     if run.batch == len(run.batches):
         run.epoch, run.batch = run.epoch + 1, 0
         run.sum_of_losses.zero_()
+
+
+def _in_parts(loader: Iterable[Batch], parts: int) -> Iterator[tuple[Batch, ...]]:
+    """As many batches of the loader as a step has parts."""
+    batches = iter(loader)
+    while len(step := tuple(itertools.islice(batches, parts))) == parts:
+        yield step
 
 
 def _evaluate(run: Run, log: RunLog) -> None:
@@ -276,7 +294,7 @@ def _announce(run: Run, log: RunLog) -> None:
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     log.say(f"training images: {run.train_report}\nheld-out images: {run.val_report}")
     log.say(
-        f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(run.loader)} steps per epoch, "
+        f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(run.batches)} steps per epoch, "
         f"{run.total_steps} in all · {run.device} · {world} process{'es' * (world > 1)} · {torch.get_num_threads()} threads"
     )
     if (most := run.most_objects) > config.model.num_queries:

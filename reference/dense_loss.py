@@ -12,12 +12,13 @@ and an object t of its image with the label k_t and the box b_t, all cxcywh in 0
                      where t = owner(l) and k = k_t, else 0
     (T6) class/cells = ½·w_class / boxes · Σ over unpadded l, k of v·( −z·ln p − (1 − z)·ln(1 − p) )
                      p = σ(x_lk),  v = 1 where z > 0, else ¾·p²
-    (T7) l1/cells, giou/cells = w / cells · Σ over owned l of ‖b_l − b_owner(l)‖₁, and of 1 − GIoU(b_l, b_owner(l))
+    (T7) l1/cells, giou/cells = w / (6·boxes) · Σ over owned l of ‖b_l − b_owner(l)‖₁, and of 1 − GIoU(b_l, b_owner(l))
 
-boxes is (S1) of `losses` and cells = max(1, number of owned cells of the batch), both averaged over processes when
-training. Assignment, goals and v are taken as given: no gradient passes through them. Near (T1) lies within the object,
-but for objects so small that they would else have no cell. Sources: TOOD, arXiv 2108.07755, sections 3.2 and 3.3, for
-(T2), (T3) and (T5); varifocal loss, arXiv 2008.13367, equation (2), for v.
+boxes is (S1) of `losses`, of the whole step. (Not the number of owned cells, which is known only when all images of a
+step have been seen: a step may take them in parts.) Assignment, goals and v are taken as given: no gradient passes
+through them. Near (T1) lies within the object, but for objects so small that they would else have no cell. Sources:
+TOOD, arXiv 2108.07755, sections 3.2 and 3.3, for (T2), (T3) and (T5); varifocal loss, arXiv 2008.13367, equation (2),
+for v.
 """
 
 from collections.abc import Mapping
@@ -139,7 +140,8 @@ def dense_loss(
     class_sum = (v * (z * softplus(-logits) + (1 - z) * softplus(logits))).sum()  # (T6)
     found, wanted = boxes[image, cell], target_boxes[image, target]
     giou = generalized_box_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
-    num_boxes, num_cells = max(1, int(valid.sum())), max(1, len(image))
+    num_boxes = max(1, int(valid.sum()))
+    num_cells = CELLS_PER_OBJECT * num_boxes
     return {
         "class/cells": float(CLASS_WEIGHT * weights["class"] * class_sum / num_boxes),
         "l1/cells": float(weights["l1"] * np.abs(found - wanted).sum() / num_cells),  # (T7)

@@ -14,9 +14,10 @@ from smca.reference.config import ModelConfig as SpecifiedConfig
 
 ROOT = Path(__file__).parent.parent
 RUNS_OTHERWISE = {
-    "ModelConfig": "the production model has more fields: a backbone, dropout, names of classes, sizes of images"
+    "ModelConfig": "the production model has more fields: a backbone, dropout, names of classes, sizes of images",
+    "draw_noise": "production draws from a seed of each image, so that noise does not depend on which images share a batch",
 }
-"""Same name, other fields, and why."""
+"""Same name, other fields or arguments, and why."""
 
 
 def signatures(folder: str) -> dict[str, tuple[str, list[str], list[str]]]:

@@ -38,7 +38,7 @@ ANCHORED: list[Mutant] = [
         ("contested cells to the first object", "reference", "dense_loss", "np.argmax(np.where(chosen, iou, -1.0), axis=1)", "np.argmax(chosen, axis=1)"),
         ("goal of 1", "reference", "dense_loss", "LEAST_GOAL = 0.1", "LEAST_GOAL = 1.0"),
         ("padded cells taught", "reference", "dense_loss", "** 2) * ~padding[..., None]", "** 2)"),
-        ("cells' boxes divided by the objects", "reference", "dense_loss", "max(1, len(image))", "max(1, int(valid.sum()))"),
+        ("cells' boxes divided by the cells", "reference", "dense_loss", "num_cells = CELLS_PER_OBJECT * num_boxes", "num_cells = max(1, len(image))"),
         ("matchability: IoU itself", "reference", "losses", "MATCHABILITY_GAMMA = 1.5", "MATCHABILITY_GAMMA = 1.0"),
         ("matchability: matched weighted as others", "reference", "losses", "np.where(matched, 1.0, sigmoid(logits) ** MATCHABILITY_GAMMA)", "sigmoid(logits) ** MATCHABILITY_GAMMA"),
         ("negative queries matched", "reference", "denoising", "positive, negative = first + target, first + count + target", "negative, positive = first + target, first + count + target"),

@@ -525,7 +525,7 @@ def fixed_loss(at: Outputs, targets: Targets, groups: int) -> Callable[[Outputs]
         if "cell_logits" in o:
             owner, goal = assign_cells(at, targets)
             i, c = np.nonzero(owner >= 0)
-            t, cells = owner[i, c], max(1, len(i))
+            t, cells = owner[i, c], CELLS_PER_OBJECT * number
             z = np.zeros(o["cell_logits"].shape)
             z[i, c, targets.labels[i, t]] = goal[i, c]
             v = np.where(z > 0, 1.0, NEGATIVE_WEIGHT * sigmoid(at["cell_logits"]) ** 2)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor, distributed
 
 
-def at_least_one(count: Tensor) -> Tensor:
-    """A number of this process → its mean over all processes, at least 1, so that a batch has one divisor wherever its images
-    are, and an empty one has one too."""
-    count = count.float()
+def boxes_per_process(count: Tensor) -> Tensor:
+    """The objects of this process in a step → the mean over all processes, of at least one object in all: what each process
+    divides its loss by, so that the mean of their gradients is that of one process that has all images."""
+    count, world = count.float(), 1
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(count)
-        count = count / distributed.get_world_size()
-    return count.clamp(min=1.0)
+        world = distributed.get_world_size()
+    return count.clamp(min=1.0) / world

@@ -15,7 +15,7 @@ from smca.datasets import Targets
 from smca.gpu.config import LossConfig
 from smca.gpu.loss.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
 from smca.gpu.loss.classification import matchability_loss, sigmoid_focal_loss
-from smca.gpu.loss.count import at_least_one
+from smca.gpu.loss.count import boxes_per_process
 from smca.gpu.loss.dense_loss import dense_loss
 from smca.gpu.loss.matcher import BROKEN, match
 
@@ -28,13 +28,17 @@ class SetCriterion(nn.Module):
         self.weights, self.classification = config.weights, config.classification
         self.matcher_backend = matcher_backend
 
-    def forward(self, outputs: dict[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: dict[str, Tensor], targets: Targets, num_boxes: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Terms of the loss, already weighted.
 
         Args:
             outputs: of the model in training: "logits" [M, B, N, K], "boxes" [M, B, N, 4] cxcywh in 0–1; and, if there are any,
                 the "further_…" of noised queries and the "cell_…" of a dense head.
             targets: labels [B, T], boxes [B, T, 4] cxcywh in 0–1, valid [B, T].
+            num_boxes: what sums are divided by: ``boxes_per_process`` of a whole step, of which these images are a part; None = of
+                these images.
 
         Returns:
             "class/0", "l1/0", "giou/0", "class/1" … one scalar per term and layer, likewise "…/noised" and "…/cells", and "loss",
@@ -46,24 +50,30 @@ class SetCriterion(nn.Module):
         broken = torch.where((query == BROKEN).any(2).any(1), torch.nan, 0.0).to(logits.dtype)  # [M]
         by_name = loss_of_matching(logits, boxes, query, targets, self.classification)
         by_name["class"] = by_name["class"] + broken
-        num_boxes = at_least_one(targets.valid.sum()).to(logits.dtype)
-        per_layer = {name: self.weights[name] * value / num_boxes for name, value in by_name.items()}
+        if num_boxes is None:
+            num_boxes = boxes_per_process(targets.valid.sum())
+        divisor = num_boxes.to(logits.dtype)
+        per_layer = {name: self.weights[name] * value / divisor for name, value in by_name.items()}
         terms = {f"{name}/{m}": value[m] for m in range(len(logits)) for name, value in per_layer.items()}
-        terms |= further_losses(outputs, targets, self.weights, self.classification)
+        terms |= further_losses(outputs, targets, self.weights, self.classification, num_boxes)
         terms["loss"] = torch.stack(list(terms.values())).sum()
         return terms
 
 
 def further_losses(
-    outputs: Mapping[str, Tensor], targets: Targets, weights: Mapping[str, float], classification: str
+    outputs: Mapping[str, Tensor],
+    targets: Targets,
+    weights: Mapping[str, float],
+    classification: str,
+    num_boxes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The losses that need no matching, of what there is: noised queries ("class/noised" …), cells ("class/cells" …)."""
     terms: dict[str, Tensor] = {}
     if "further_logits" in outputs:
         num_groups = outputs["further_logits"].shape[2] // (2 * targets.valid.shape[1])
-        terms |= denoising_loss(outputs, targets, weights, num_groups, classification)
+        terms |= denoising_loss(outputs, targets, weights, num_groups, classification, num_boxes=num_boxes)
     if "cell_logits" in outputs:
-        terms |= dense_loss(outputs, targets, weights)
+        terms |= dense_loss(outputs, targets, weights, num_boxes=num_boxes)
     return terms
 
 
@@ -73,6 +83,8 @@ def denoising_loss(
     weights: Mapping[str, float],
     num_groups: int,
     classification: str = "focal",
+    *,
+    num_boxes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The loss of noised queries, whose objects are known (equation (N6) of ``smca.reference.denoising``).
 
@@ -82,6 +94,7 @@ def denoising_loss(
         weights: of the terms "class", "l1" and "giou".
         num_groups: G.
         classification: "focal" or "matchability".
+        num_boxes: as of ``SetCriterion``.
 
     Returns:
         "class/noised", "l1/noised", "giou/noised": scalars, weighted, summed over layers.
@@ -97,8 +110,10 @@ def denoising_loss(
     by_name = loss_of_matching(
         logits, boxes, own.expand(len(logits), -1, -1), targets, classification, counted.to(logits.dtype)
     )
-    num_boxes = at_least_one(targets.valid.sum()).to(logits.dtype) * num_groups
-    return {f"{name}/noised": weights[name] * value.sum() / num_boxes for name, value in by_name.items()}
+    if num_boxes is None:
+        num_boxes = boxes_per_process(targets.valid.sum())
+    divisor = num_boxes.to(logits.dtype) * num_groups
+    return {f"{name}/noised": weights[name] * value.sum() / divisor for name, value in by_name.items()}
 
 
 def loss_of_matching(

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from smca.datasets import Targets
 from smca.gpu.loss.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
-from smca.gpu.loss.count import at_least_one
+from smca.gpu.loss.count import boxes_per_process
 
 CELLS_PER_OBJECT = 6
 NEAR_SIDE = 0.4
@@ -65,13 +65,16 @@ def assign_cells(outputs: Mapping[str, Tensor], targets: Targets) -> Assignment:
     return Assignment(torch.where(owned, owner, -1), torch.where(owned, goal, 0.0))
 
 
-def dense_loss(outputs: Mapping[str, Tensor], targets: Targets, weights: Mapping[str, float]) -> dict[str, Tensor]:
+def dense_loss(
+    outputs: Mapping[str, Tensor], targets: Targets, weights: Mapping[str, float], *, num_boxes: Tensor | None = None
+) -> dict[str, Tensor]:
     """The loss of the cells.
 
     Args:
         outputs: as in ``assign_cells``.
         targets: labels [B, T], boxes [B, T, 4] cxcywh in 0–1, valid [B, T].
         weights: of the terms "class", "l1" and "giou".
+        num_boxes: as of ``SetCriterion``.
 
     Returns:
         "class/cells", "l1/cells", "giou/cells": scalars, weighted.
@@ -87,7 +90,10 @@ def dense_loss(outputs: Mapping[str, Tensor], targets: Targets, weights: Mapping
     true = targets.boxes.to(boxes.dtype).gather(1, owner[..., None].expand(-1, -1, 4))
     true = true.masked_fill(~positive[..., None], 0.0)
     giou = 1 - generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true))
-    num_boxes, num_cells = (at_least_one(each.sum()).to(logits.dtype) for each in (targets.valid, positive))
+    if num_boxes is None:
+        num_boxes = boxes_per_process(targets.valid.sum())
+    num_boxes = num_boxes.to(logits.dtype)
+    num_cells = CELLS_PER_OBJECT * num_boxes
     return {
         "class/cells": CLASS_WEIGHT * weights["class"] * (v * cross_entropy).sum() / num_boxes,
         "l1/cells": weights["l1"] * ((boxes - true).abs().sum(-1) * positive).sum() / num_cells,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class FiniteCheck:
         check.raise_if_not_finite()         # of the step before this one
         terms["loss"].backward()
         norm = clip_grad_norm_(…)
-        check.record(terms, norm, batch, optimizer)
+        check.record(terms, norm, [batch], optimizer)
         optimizer.step()
         …
         check.raise_if_not_finite()         # before anything is saved
@@ -50,15 +50,17 @@ class FiniteCheck:
         self.path = output / file_name
         self.values: dict[str, float] = {}
         """Terms of the loss of the last step that was looked at."""
-        self._waiting: tuple[list[str], Tensor, Any, Batch] | None = None
+        self._waiting: tuple[list[str], Tensor, Any, Sequence[Batch]] | None = None
 
-    def record(self, terms: Mapping[str, Tensor], norm: Tensor, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+    def record(
+        self, terms: Mapping[str, Tensor], norm: Tensor, parts: Sequence[Batch], optimizer: torch.optim.Optimizer
+    ) -> None:
         """Take down a step's numbers, and forbid the optimiser's next step if one of them is not finite.
 
         Args:
             terms: of the loss, scalars on one device.
             norm: of the whole gradient, before it was clipped.
-            batch: on the host.
+            parts: of the batch, on the host.
             optimizer: whose next step is to follow.
 
         Raises:
@@ -67,7 +69,7 @@ class FiniteCheck:
         numbers = torch.stack([*(value.detach() for value in terms.values()), norm.detach()])
         names = list(terms)
         if not self.delayed:
-            self._waiting = names, numbers, None, batch
+            self._waiting = names, numbers, None, parts
             self.raise_if_not_finite()
             return
         optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
@@ -77,7 +79,7 @@ class FiniteCheck:
         arrived = event() if numbers.is_cuda else None
         if arrived is not None:
             arrived.record()
-        self._waiting = names, on_host, arrived, batch
+        self._waiting = names, on_host, arrived, parts
 
     def raise_if_not_finite(self) -> None:
         """Look at the numbers last recorded.
@@ -88,34 +90,33 @@ class FiniteCheck:
         """
         if self._waiting is None:
             return
-        names, numbers, arrived, batch = self._waiting
+        names, numbers, arrived, parts = self._waiting
         self._waiting = None
         if arrived is not None:
             arrived.synchronize()
         *losses, norm = numbers.tolist()
         self.values = dict(zip(names, losses, strict=True))
-        with self.keep_bad_batch(batch):
+        with self.keep_bad_batch(*parts):
             check_terms(self.values)
             if not torch.isfinite(numbers[-1]):
                 raise NonFiniteError(_bad_gradient(self.model, norm))
 
     @contextmanager
-    def keep_bad_batch(self, batch: Batch) -> Iterator[None]:
-        """On a NonFiniteError: keep the batch that led to it, and say where."""
+    def keep_bad_batch(self, *parts: Batch) -> Iterator[None]:
+        """On a NonFiniteError: keep the batch that led to it, in as many parts as it was taken in, and say where."""
         try:
             yield
         except NonFiniteError as error:
-            tensors = {
-                "images": batch.images,
-                "padding_mask": batch.padding_mask,
-                "image_ids": batch.image_ids,
-                "labels": batch.targets.labels,
-                "boxes": batch.targets.boxes,
-                "valid": batch.targets.valid,
-            }
+            tensors: dict[str, Tensor] = {}
+            for number, batch in enumerate(parts):
+                prefix = f"part {number}/" if len(parts) > 1 else ""
+                named = {"images": batch.images, "padding_mask": batch.padding_mask, "image_ids": batch.image_ids}
+                named |= {name: getattr(batch.targets, name) for name in ("labels", "boxes", "valid")}
+                tensors |= {prefix + name: value for name, value in {**named, "seeds": batch.seeds}.items()}
             write_atomically(self.path, lambda file: file.write(save({k: v.contiguous() for k, v in tensors.items()})))
+            ids = [image for batch in parts for image in batch.image_ids.tolist()]
             raise NonFiniteError(
-                f"{error}. Image ids of the batch: {batch.image_ids.tolist()}; the batch is kept in {self.path}, the last good "
+                f"{error}. Image ids of the batch: {ids}; the batch is kept in {self.path}, the last good "
                 f"state in {self.path.with_name(CHECKPOINT_FILE)} (if an epoch was done). Look at these images and boxes; a lower "
                 "--optim.lr (with Muon --optim.muon-lr, too) often helps, then --resume"
             ) from error

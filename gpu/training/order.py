@@ -10,13 +10,15 @@ from torch.utils.data import Sampler
 
 
 class GlobalBatches(Sampler[list[int]]):
-    """This process's part of every batch of an epoch, from any batch on.
+    """This process's part of every batch of an epoch, from any batch on, in one list or in several.
 
     Each epoch has a permutation of its own, of which a batch takes the next `batch_size` indices; process r of W takes every W-th
     of them, from the r-th on. What is left over at the end of an epoch is left out; fewer images than one batch are one batch.
     """
 
-    def __init__(self, length: int, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self, length: int, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0, parts: int = 1
+    ) -> None:
         """Divide up an epoch.
 
         Args:
@@ -25,13 +27,19 @@ class GlobalBatches(Sampler[list[int]]):
             rank: of this process.
             world: number of processes.
             seed: of the permutations.
+            parts: lists of indices that a process's part of a batch is divided into, one after the other.
 
         Raises:
             ValueError: batches that the processes cannot share equally.
         """
-        if batch_size % world:
-            raise ValueError(f"batch_size = {batch_size} images per step cannot be split over {world} processes")
+        if batch_size % (world * parts):
+            of_each = f", which each take them in {parts} parts (accumulate)" if parts > 1 else ""
+            raise ValueError(
+                f"batch_size = {batch_size} images per step cannot be split over {world} processes{of_each}: take a multiple of "
+                f"{world * parts}"
+            )
         self.length, self.batch_size, self.rank, self.world, self.seed = length, batch_size, rank, world, seed
+        self.parts = parts
         self.epoch = self.first = 0
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
@@ -47,9 +55,10 @@ class GlobalBatches(Sampler[list[int]]):
         order = torch.randperm(self.length, generator=generator).tolist()
         for batch in range(self.first, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            while len(indices) % self.world:  # fewer than a batch: every process needs as many as the others
+            while len(indices) % (self.world * self.parts):  # fewer than a batch: each part needs as many as the others
                 indices.append(indices[len(indices) % self.length])
-            yield indices[self.rank :: self.world]
+            for part in range(self.parts):
+                yield indices[self.rank + part * self.world :: self.world * self.parts]
 
 
 def seed_step(device: torch.device, seed: int, step: int, rank: int = 0) -> None:

@@ -81,7 +81,8 @@ class Run:
     """`model`, wrapped so that processes share their gradients."""
     average: SMCADETR | None
     """Moving average of the model, which is then what is evaluated and saved."""
-    criterion: Criterion
+    terms_of: Callable[[dict[str, Tensor], Targets, Tensor], Mapping[str, Tensor]]
+    """(outputs, targets, objects per process) → what a part of a step adds to the terms of the loss."""
     optimizer: torch.optim.Optimizer
     base_lrs: list[float]
     """Of each parameter group, before the schedule."""
@@ -180,12 +181,12 @@ def set_up(
         config = dataclasses.replace(config, data=None)  # which is not what the model is measured on
     config = _with_classes(config, train_data, val_data)
     augmented = Augmented(train_data, config.augmentation, config.seed)
-    batches = GlobalBatches(len(augmented), config.batch_size, rank, world, config.seed)
+    batches = GlobalBatches(len(augmented), config.batch_size, rank, world, config.seed, config.accumulate)
     loader = _training_loader(config, augmented, batches, device)
     val_loader = evaluation_loader(
         val_data, config.model, config.eval_batch_size, config.workers, range(rank, len(val_data), world)
     )
-    all_steps = config.epochs * len(loader)
+    all_steps = config.epochs * len(batches)
     total_steps = min(all_steps, config.max_steps or all_steps)
 
     # Model, loss, optimiser.
@@ -232,7 +233,9 @@ def set_up(
         model=model,
         parallel=parallel,
         average=average,
-        criterion=criterion if isinstance(criterion, SetCriterion) else _completed(criterion, config.loss),
+        terms_of=criterion
+        if type(criterion) is SetCriterion  # one that inherits from it takes two arguments
+        else _completed(criterion, config.loss, config.accumulate),
         optimizer=optimizer,
         base_lrs=base_lrs,
         check=check,
@@ -240,16 +243,20 @@ def set_up(
     )
 
 
-def _completed(criterion: Criterion, loss: LossConfig) -> Criterion:
-    """A user's own `criterion`, whose terms are looked at; with the losses that teach cells and noised queries, which it may not
-    know of, unless it has them."""
+def _completed(
+    criterion: Criterion, loss: LossConfig, parts: int
+) -> Callable[[dict[str, Tensor], Targets, Tensor], Mapping[str, Tensor]]:
+    """A user's own `criterion`, whose terms are looked at, as the mean over the parts of a step; with the losses that teach cells
+    and noised queries, which it may not know of, unless it has them."""
 
-    def terms_of(outputs: dict[str, Tensor], targets: Targets) -> Mapping[str, Tensor]:
+    def terms_of(outputs: dict[str, Tensor], targets: Targets, num_boxes: Tensor) -> Mapping[str, Tensor]:
         terms = dict(criterion(outputs, targets))
         shapes = {name: tuple(value.shape) for name, value in terms.items()}
         if "loss" not in shapes or any(shapes.values()):
             raise ValueError(f'criterion: expected scalar tensors by name, one of them "loss", got the shapes {shapes}')
-        further = further_losses(outputs, targets, loss.weights, loss.classification)
+        if parts > 1:
+            terms = {name: value / parts for name, value in terms.items()}
+        further = further_losses(outputs, targets, loss.weights, loss.classification, num_boxes)
         missing = {name: value for name, value in further.items() if name not in terms}
         return {**terms, **missing, "loss": torch.stack([terms["loss"], *missing.values()]).sum()} if missing else terms
 

@@ -43,7 +43,7 @@ def losses(
     mask[:, :, -64:] = True
     sizes = torch.tensor([work.image_size] * work.batch)
     on_host = Targets(targets.labels.cpu(), targets.boxes.cpu(), targets.valid.cpu())
-    host = Batch((images * 255).byte().cpu(), mask, on_host, torch.arange(work.batch), sizes)
+    host = Batch((images * 255).byte().cpu(), mask, on_host, torch.arange(work.batch), sizes, torch.arange(work.batch))
     pixels, mask = (tensor.pin_memory() if cuda else tensor for tensor in (host.images, mask))
     losses = []
     model.train()
@@ -59,7 +59,7 @@ def losses(
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        check.record(terms, norm, host, optimizer)
+        check.record(terms, norm, [host], optimizer)
         optimizer.step()
         update_average(average, model, 0.9)
         losses.append(terms["loss"].detach())

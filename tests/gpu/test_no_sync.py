@@ -189,7 +189,7 @@ class Small(nn.Module):
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters(), 0.1)
         shown = loss * torch.nan if spoil == "loss" else loss
-        check.record({"class/0": shown, "loss": loss}, norm, batch_of(image_id), self.optimizer)
+        check.record({"class/0": shown, "loss": loss}, norm, [batch_of(image_id)], self.optimizer)
         self.optimizer.step()
 
 
@@ -197,7 +197,14 @@ def batch_of(image_id: int) -> Batch:
     targets = Targets(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.bool))
     sizes = torch.ones(1, 2, dtype=torch.int64)
     images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
-    return Batch(images, torch.zeros(1, 2, 2, dtype=torch.bool), targets, torch.tensor([image_id]), sizes)
+    return Batch(
+        images,
+        torch.zeros(1, 2, 2, dtype=torch.bool),
+        targets,
+        torch.tensor([image_id]),
+        sizes,
+        torch.zeros(1, dtype=torch.int64),
+    )
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,20 @@ def test_fewer_images_than_a_batch_are_one_batch_of_which_every_process_has_as_m
         GlobalBatches(12, 6, 0, 4)
 
 
+def test_parts_of_a_step_are_taken_one_after_the_other() -> None:
+    for length in (17, 3):
+        whole = GlobalBatches(length, 8, seed=3)
+        for world, parts in ((1, 4), (2, 2), (4, 1)):
+            shares = [list(GlobalBatches(length, 8, rank, world, 3, parts)) for rank in range(world)]
+            for step, indices in enumerate(whole):
+                taken = [share[step * parts + part] for share in shares for part in range(parts)]
+                assert len({len(part) for part in taken}) == 1
+                assert set(chain(*taken)) == set(indices)
+    message = "batch_size = 8 images per step cannot be split over 2 processes, which each take them in 3 parts .* multiple of 6"
+    with pytest.raises(ValueError, match=message):
+        GlobalBatches(12, 8, 0, 2, parts=3)
+
+
 def test_a_step_draws_by_where_it_stands() -> None:
     def drawn(*where: int) -> list[float]:
         seed_step(torch.device("cpu"), *where)

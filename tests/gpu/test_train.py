@@ -79,10 +79,10 @@ def test_non_finite_numbers_stop_training(
     calls = 0
     forward = SetCriterion.forward
 
-    def poisoned(self: Any, outputs: dict[str, torch.Tensor], targets: Any) -> dict[str, torch.Tensor]:
+    def poisoned(self: Any, outputs: dict[str, torch.Tensor], *of_step: Any) -> dict[str, torch.Tensor]:
         nonlocal calls
         calls += 1
-        terms = forward(self, outputs, targets)
+        terms = forward(self, outputs, *of_step)
         if calls == 5 and term == "class":
             terms["class/1"] = terms["class/1"] * torch.nan
         if calls == 5 and term == "gradient":
@@ -99,6 +99,24 @@ def test_non_finite_numbers_stop_training(
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["epoch"] == 1
     assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_a_step_in_parts_that_turns_nan_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, forward = 0, SetCriterion.forward
+
+    def poisoned(self: Any, outputs: dict[str, torch.Tensor], *of_step: Any) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        terms = forward(self, outputs, *of_step)
+        return {**terms, "loss": terms["loss"] * (torch.nan if calls == 3 else 1)}
+
+    monkeypatch.setattr(SetCriterion, "forward", poisoned)
+    with pytest.raises(NonFiniteError, match="the sum of the terms is nan") as caught:
+        train.train(tiny(tmp_path, accumulate=2))
+    batch = load_file(tmp_path / "bad_batch.safetensors")
+    ids = [i for part in range(2) for i in batch[f"part {part}/image_ids"].tolist()]
+    assert f"Image ids of the batch: {ids}" in str(caught.value)
+    assert batch["part 1/images"].shape == (2, 3, 64, 64)
 
 
 def test_a_loss_of_ones_own_is_checked(tmp_path: Path) -> None:
@@ -121,6 +139,28 @@ def test_a_loss_of_ones_own_that_turns_nan_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(NonFiniteError, match="the mine term is nan"):
         train.train(tiny(tmp_path), criterion=criterion)
+
+
+def test_a_step_in_parts_is_the_same_step(tmp_path: Path) -> None:
+    """Where norms do not learn: the loss of each term, and the gradient, whatever the number of objects in a part."""
+    seen: list[tuple[dict[str, float], torch.Tensor]] = []
+
+    def recorded(self: Any, terms: Mapping[str, torch.Tensor], norm: torch.Tensor, *more: Any) -> None:
+        gradient = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+        seen.append(({name: float(value) for name, value in terms.items()}, gradient))
+
+    for parts in (1, 2, 4):
+        config = tiny(tmp_path / str(parts), max_steps=1, accumulate=parts, seed=1)
+        frozen = dataclasses.replace(config.model.backbone, frozen_norm=True)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=frozen))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FiniteCheck, "record", recorded)
+            train.train(config)
+    assert len(seen) == 3
+    (terms, gradient), *others = seen
+    for of_parts, its_gradient in others:
+        assert of_parts == pytest.approx(terms, rel=1e-5)
+        assert torch.allclose(its_gradient, gradient, rtol=0, atol=1e-5 * float(gradient.norm()))
 
 
 def test_bf16_trains_with_losses_in_float32(tmp_path: Path) -> None:
