@@ -87,10 +87,19 @@ def test_several_processes_take_the_steps_of_one(many: Path, tmp_path: Path) -> 
         assert losses[folder][0] == pytest.approx(losses[one][0], rel=2e-5)
         # Muon gives small differences of the gradient the size of large ones: rounding grows from step to step.
         assert losses[folder] == pytest.approx(losses[one], rel=2e-2)
-    model = SMCADETR.from_pretrained(many / "model")
+    model = SMCADETR.from_pretrained(many / "model_last")
     data = SyntheticShapes(5, 1, image_size=64)
     results = detect(model, evaluation_loader(data, model.config, batch_size=5, workers=0))
     assert evaluate_detections(data.ground_truth(), results).ap == pytest.approx(lines[many][-1]["ap"], abs=1e-9)
+
+
+def test_several_processes_in_parts_take_the_step_of_one(tmp_path: Path) -> None:
+    """Where norms do not learn."""
+    more = ["--model.backbone.frozen-norm", "--epochs", "1"]
+    torchrun(tmp_path / "parts", *more, "--accumulate", str(4 // int(PROCESSES)))
+    train.train(train.parse([*OPTIONS, *more, "--output", str(tmp_path / "one")]))
+    (parts,), (one,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("parts", "one"))
+    assert parts["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 def test_a_process_that_dies_is_started_again_and_nothing_is_lost(many: Path, tmp_path: Path) -> None:
