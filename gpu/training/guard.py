@@ -116,9 +116,9 @@ class FiniteCheck:
             write_atomically(self.path, lambda file: file.write(save({k: v.contiguous() for k, v in tensors.items()})))
             ids = [image for batch in parts for image in batch.image_ids.tolist()]
             raise NonFiniteError(
-                f"{error}. Image ids of the batch: {ids}; the batch is kept in {self.path}, the last good "
-                f"state in {self.path.with_name(CHECKPOINT_FILE)} (if an epoch was done). Look at these images and boxes; a lower "
-                "--optim.lr (with Muon --optim.muon-lr, too) often helps, then --resume"
+                f"{error}. Image ids of the batch: {ids}; the batch is kept in {self.path}, the last "
+                f"good state in {self.path.with_name(CHECKPOINT_FILE)}. Look at these images and boxes; a lower --optim.lr (with "
+                "Muon --optim.muon-lr, too) often helps, with --resume --resume-changed"
             ) from error
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def resume(run: Run) -> None:
         raise ValueError(f"{path} does not fit this run ({shown(error)}): start anew with --overwrite") from error
     for group, settings in zip(run.optimizer.param_groups, groups, strict=True):
         group.update(settings)  # of the optimiser, too, this run's settings hold
-    run.train_seconds, run.saved_step = state["train_seconds"], run.step
+    run.train_seconds, run.saved_step, run.saved_at = state["train_seconds"], run.step, time.monotonic()
     if run.step != run.epoch * len(run.batches) + run.batch:  # batches or data were changed
         _recount(run, state["settings"]["batch_size"])
     run.loss, run.images_per_second = state.get("loss", float("nan")), state.get("images_per_second", 0.0)
@@ -197,6 +198,8 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in {*_FREE, "model"}}
     if config.optim.schedule == "step":  # a constant rate: training longer changes nothing of what was done
         values = {name: value for name, value in values.items() if name not in ("epochs", "max_steps")}
+    if config.model.backbone.frozen_norm:  # otherwise norms see a part of a step at a time
+        del values["accumulate"]
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
 

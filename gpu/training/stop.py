@@ -60,7 +60,7 @@ class Stop:
         self.number = number
         if hasattr(signal, "SIGCHLD"):
             # A scheduler ends the processes that load images, too; what they have loaded is enough for the step.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def agreed(self, world: int, device: torch.device) -> int:
         """The number of a signal that one of the processes got, 0 if none did. All of them must ask at the same step."""

@@ -12,7 +12,7 @@ import torch
 
 from smca.datasets import Targets
 from smca.gpu.config import LossConfig, ModelConfig
-from smca.gpu.loss import SetCriterion
+from smca.gpu.loss import SetCriterion, boxes_per_process
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.denoising import BOX_NOISE, LABEL_NOISE, draw_noise
 from smca.gpu.presets import PRESETS, tiny_resnet
@@ -145,9 +145,12 @@ def test_cells_are_taught_whatever_the_loss() -> None:
     config = LossConfig(classification="matchability")
     whole = SetCriterion(config)
     expected = whole(outputs, targets)
-    own = _completed(lambda o, t: {"loss": o["logits"].square().mean()}, config)(outputs, targets)
+    boxes = boxes_per_process(targets.valid.sum())
+    own = _completed(lambda o, t: {"loss": o["logits"].square().mean()}, config, 1)(outputs, targets, boxes)
     added = [name for name in expected if name.endswith(("/cells", "/noised"))]
     assert len(added) == 6
     torch.testing.assert_close(own["loss"], outputs["logits"].square().mean() + sum(expected[name] for name in added))
-    wrapped = _completed(lambda o, t: {**whole(o, t)}, config)(outputs, targets)
+    wrapped = _completed(lambda o, t: {**whole(o, t)}, config, 1)(outputs, targets, boxes)
     torch.testing.assert_close(wrapped["loss"], expected["loss"])
+    half = _completed(lambda o, t: {"loss": o["logits"].square().mean()}, config, 2)(outputs, targets, boxes)
+    torch.testing.assert_close(half["loss"], own["loss"] - outputs["logits"].square().mean() / 2)

@@ -26,6 +26,7 @@ from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import detect, evaluate_detections, evaluation_loader
 from smca.gpu.model import SMCADETR
 from smca.gpu.training.log import read_metrics
+from smca.gpu.training.resume import differences, settings_of
 from smca.gpu.training.stop import StoppedError
 
 SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
@@ -142,9 +143,7 @@ def signal_in_step(number: int, monkeypatch: pytest.MonkeyPatch, *signals: signa
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
 
 
-@pytest.mark.parametrize(
-    ("stopped_at", "by"), [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGHUP), (6, signal.SIGTERM)]
-)
+@pytest.mark.parametrize(("stopped_at", "by"), [(3, signal.SIGINT), (4, signal.SIGHUP), (6, signal.SIGTERM)])
 def test_a_stopped_run_loses_nothing(
     tmp_path: Path,
     stopped_at: int,
@@ -304,6 +303,7 @@ def test_a_mistake_leaves_the_old_run_alone(tmp_path: Path) -> None:
     [
         ({"batch_size": 2}, "--batch-size is 2, was 4"),
         ({"seed": 3}, "--seed is 3, was 0"),
+        ({"accumulate": 2}, "--accumulate is 2, was 1"),
         ({"epochs": 4}, "--epochs is 4, was 2"),
         ({"max_steps": 5}, "--max-steps is 5, was None"),
         ({"precision": "bf16"}, "--precision is 'bf16', was 'fp32'"),
@@ -332,6 +332,15 @@ def test_other_settings_are_seen_on_resume(tmp_path: Path, changes: dict[str, An
 def test_settings_that_change_nothing_of_what_is_learned_may_differ(tmp_path: Path) -> None:
     train.train(tiny(tmp_path))
     train.train(tiny(tmp_path, resume=True, eval_every=2, eval_batch_size=3, cache_images=False))
+
+
+def test_parts_of_a_step_are_no_change_where_norms_do_not_learn(tmp_path: Path) -> None:
+    for frozen in (False, True):
+        config = tiny(tmp_path)
+        backbone = dataclasses.replace(config.model.backbone, frozen_norm=frozen)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+        parts = dataclasses.replace(config, accumulate=2)
+        assert differences(settings_of(config), settings_of(parts)) == ["--accumulate is 2, was 1"] * (not frozen)
 
 
 def test_changed_settings_hold_from_then_on(tmp_path: Path) -> None:
