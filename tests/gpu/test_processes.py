@@ -45,13 +45,12 @@ OPTIONS += ["--augmentation.zoom", "0.7", "1.0", "--optim.warmup-steps", "2", "-
 """Norms that learn, noised queries, an epoch that does not come out even, and a stage of the network that nothing reads."""
 
 
-def torchrun(output: Path, *more: str, script: Path = Path(train.__file__), restarts: int = 0) -> str:
-    """Train on several processes of this machine; what goes wrong with them."""
+def torchrun(output: Path, *more: str, script: Path = Path(train.__file__), restarts: int = 0) -> None:
+    """Train on several processes of this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES]
     command += ["--max-restarts", str(restarts), str(script), *OPTIONS, *more, "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[:4000]}\n…\n{done.stderr[-2000:]}"
-    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +118,7 @@ train.seed_step = seed_step
 train.main()
 """
     )
-    said = torchrun(tmp_path / "run", "--overwrite", script=script, restarts=1)
-    assert f"process 0 of {PROCESSES} cannot go on, since another one has ended" in said
+    torchrun(tmp_path / "run", "--overwrite", script=script, restarts=1)
     lines = [read_metrics(folder / "metrics.jsonl") for folder in (many, tmp_path / "run")]
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
     weights = [(folder / "model_last/model.safetensors").read_bytes() for folder in (many, tmp_path / "run")]
