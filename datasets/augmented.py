@@ -16,8 +16,7 @@ class Augmented(torch.utils.data.Dataset[Sample]):
 
     The random numbers of an image, and the seed of those that a network draws for it, come from (seed, epoch, index)
     alone: neither the number of loader workers nor the order of the images matters, and a resumed run sees what the
-    uninterrupted one would have seen. The epoch is kept in
-    shared memory, so that `set_epoch` reaches persistent workers.
+    uninterrupted one would have seen. The epoch is kept in shared memory, so that `set_epoch` reaches persistent workers.
     """
 
     def __init__(self, dataset: DetectionDataset, augmentation: Augmentation, seed: int = 0) -> None:
