@@ -125,6 +125,17 @@ train.main()
     assert weights[0] == weights[1]
 
 
+def test_a_process_that_another_one_leaves_alone_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of its own stay what they are."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    message = r"process 0 of 1 cannot go on, since another one has ended or does not answer: .*Connection reset by"
+    with pytest.raises(ValueError, match=message), setup.process_group():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    with pytest.raises(RuntimeError, match="mine"), setup.process_group():
+        raise RuntimeError("mine")
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
