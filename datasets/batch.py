@@ -8,8 +8,10 @@ Shape letters: B images, T targets (padded), H, W height and width in pixels.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -149,6 +151,8 @@ class Report:
     """Names of classes without a single box."""
     dropped_examples: tuple[str, ...] = ()
     """The first few dropped annotations, in words."""
+    unkept: str = ""
+    """Why the index of a large annotation file could not be kept for later starts."""
 
     def __str__(self) -> str:
         parts = [
@@ -180,7 +184,20 @@ class Report:
         if self.unused_classes:
             shown = ", ".join(self.unused_classes[:_CLASSES_SHOWN])
             parts.append(f"no box of {shown}" + ", …" * (len(self.unused_classes) > _CLASSES_SHOWN))
+        if self.unkept:
+            parts.append(self.unkept)
         return " · ".join(parts)
+
+
+def digest_of(parts: Sequence[Any]) -> str:
+    """Of arrays, texts and plain values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
 
 
 def coco_annotation(
@@ -206,8 +223,8 @@ def coco_annotation(
 class DetectionDataset(Protocol):
     """What a trainer and an evaluation need of a dataset; `CocoDetection`, `SyntheticShapes` and `Augmented` provide it.
 
-    A class of your own that inherits from this one needs `categories`, `__len__` and `__getitem__` (docs/extending.md). The other
-    two are then derived from its samples. Each reads every image once: write your own where that takes long.
+    A class of your own that inherits from this one needs `categories`, `__len__` and `__getitem__` (docs/extending.md). The others
+    are then derived from its samples. Each reads every image once: write your own `ground_truth` where that takes long.
     """
 
     @property
@@ -224,9 +241,24 @@ class DetectionDataset(Protocol):
     @property
     def report(self) -> Report:
         """What the dataset found while it was opened."""
-        truth = self.ground_truth()
+        truth = _read_once(self)
         with_boxes = {annotation["image_id"] for annotation in truth["annotations"]}
         return Report(len(self), len(truth["annotations"]), len(self.categories), len(self) - len(with_boxes))
+
+    @property
+    def digest(self) -> str:
+        """What tells these data from others: of images, classes and boxes."""
+        truth = _read_once(self)
+        rows = [(a["image_id"], a["category_id"], *a["bbox"], a["iscrowd"]) for a in truth["annotations"]]
+        images = [(image["id"], image.get("file_name")) for image in truth["images"]]
+        return digest_of([images, [astuple(c) for c in self.categories], np.array(rows, dtype=np.float64)])
+
+    @property
+    def objects_per_image(self) -> IntArray:
+        """[images] boxes to train on."""
+        truth = _read_once(self)
+        counts = Counter(a["image_id"] for a in truth["annotations"] if not a["iscrowd"])
+        return np.array([counts[image["id"]] for image in truth["images"]], dtype=np.int64)
 
     def ground_truth(self) -> CocoDict:
         """A COCO dictionary (info, images, annotations, categories) that pycocotools takes as it is.
@@ -254,6 +286,15 @@ class DetectionDataset(Protocol):
                 annotations.append(coco_annotation(len(annotations) + 1, sample.image_id, category_id, bbox))
         categories = [{"id": category.id, "name": category.name} for category in self.categories]
         return {"info": {}, "images": list(images.values()), "annotations": annotations, "categories": categories}
+
+
+def _read_once(dataset: DetectionDataset) -> CocoDict:
+    """Its ground truth, for which it may have to read every image."""
+    known = vars(dataset)
+    if "_ground_truth" not in known:
+        known["_ground_truth"] = dataset.ground_truth()
+    truth: CocoDict = known["_ground_truth"]
+    return truth
 
 
 def collate(samples: Sequence[Sample], size_divisor: int = 1, target_divisor: int = 1) -> Batch:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from smca.datasets.batch import UInt8Array
+from smca.datasets.batch import IntArray, UInt8Array
 
 _SHARE = 3
 """A cache takes at most one part in so many of the memory that is free: training and held-out data have one each."""
@@ -26,23 +25,17 @@ _SHARE = 3
 class ImageCache:
     """Keeps uint8 RGB images of known sizes; `nbytes` is what it takes when full: the sum of height·width·3 of those it keeps."""
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], limit: int | None = None) -> None:
-        """sizes: (height, width) in pixels of every image, in the dataset's order.  limit: bytes; None = `memory_limit()`."""
+    def __init__(self, sizes: IntArray, limit: int | None = None) -> None:
+        """sizes: [images, 2] height and width in pixels, in the dataset's order.  limit: bytes; None = `memory_limit()`."""
         limit = memory_limit() if limit is None else limit
-        kept = nbytes = 0
-        for height, width in sizes:
-            nbytes += height * width * 3
-            if nbytes > limit:
-                break
-            kept += 1
-        self._sizes = list(sizes[:kept])
+        kept = int(np.searchsorted(np.cumsum(sizes.prod(axis=1) * 3), limit, side="right"))
+        self._sizes = sizes[:kept]
         self.left_out = len(sizes) - kept
         """Images that it has no room for."""
         self._reserve()
 
     def _reserve(self) -> None:
-        areas = np.array([height * width * 3 for height, width in self._sizes], dtype=np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(areas)])
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes.prod(axis=1) * 3)])
         self.nbytes = int(self._starts[-1])
         # Pages are taken from the system only when first written.
         self._pixels: UInt8Array = np.frombuffer(mmap.mmap(-1, max(1, self.nbytes)), dtype=np.uint8)

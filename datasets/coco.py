@@ -8,6 +8,7 @@ image, an id written as text) is handled, counted and shown in `report`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from smca.datasets.batch import BoolArray, Category, CocoDict, FloatArray, Report, Sample, UInt8Array, coco_annotation
-from smca.datasets.boxes import CheckedBoxes, boxes_in_pixels, check_boxes, require_xywh
+from smca.datasets.batch import Category, CocoDict, IntArray, Report, Sample, UInt8Array, coco_annotation
 from smca.datasets.cache import ImageCache
-from smca.datasets.coco_file import CocoFile, read_coco_file
-from smca.datasets.file_names import find_images
-from smca.datasets.frame import decide_frame, read_headers
-from smca.datasets.images import Frame, Header, read_image
+from smca.datasets.coco_index import Texts, kept_index
+from smca.datasets.images import Frame, read_image
+from smca.datasets.open_coco import open_coco
 from smca.datasets.options import AnnotationOptions
 from smca.datasets.settings import shown
-
-_EXAMPLES = 3
 
 
 class CocoDetection:
@@ -57,27 +54,50 @@ class CocoDetection:
         self.images_dir = Path(images_dir)
         self.annotations_file = Path(annotations_file)
         options = options or AnnotationOptions()
-        file = read_coco_file(self.annotations_file)
-        self.file_names, corrected, links = find_images(self.images_dir, file.file_names, self.annotations_file)
-        headers = read_headers(self.images_dir, self.file_names, self.annotations_file)
-        crowd = _crowd(file, options, self.annotations_file)
-        self.frame, self.sizes, boxes = _boxes(file, headers, options, self.file_names, self.annotations_file)
-        self._picture_sizes = [header.size(self.frame) for header in headers]
-        self._file, self._boxes, self._crowd = file, boxes, crowd
-        self._trained: BoolArray = ~(crowd | boxes.degenerate | boxes.outside)
-        turned = sum(header.is_turned for header in headers)
-        self._cache = ImageCache(self._picture_sizes) if cache else None
-        self._report = self._make_report(corrected, links, turned)
+        self._index = kept_index(
+            self.annotations_file,
+            self.images_dir,
+            options,
+            lambda tell: open_coco(self.images_dir, self.annotations_file, options, tell),
+        )
+        self._cache = ImageCache(self._index.picture_sizes) if cache else None
 
     @property
     def categories(self) -> tuple[Category, ...]:
         """The classes sorted by id; a label is an index into this tuple."""
-        return self._file.categories
+        return self._index.categories
+
+    @property
+    def frame(self) -> Frame:
+        """What boxes refer to in photographs with an EXIF orientation."""
+        return self._index.frame
+
+    @property
+    def file_names(self) -> Texts:
+        """The images' files, relative to the image folder."""
+        return self._index.names
+
+    @property
+    def sizes(self) -> IntArray:
+        """[images, 2] height and width in pixels of every image, as its annotations see it."""
+        return self._index.sizes
 
     @property
     def report(self) -> Report:
         """What was found, corrected, dropped and clipped."""
-        return self._report
+        left_out = self._cache.left_out if self._cache is not None else 0
+        return dataclasses.replace(self._index.report, uncached=left_out)
+
+    @property
+    def digest(self) -> str:
+        """What tells these data from others."""
+        return self._index.digest
+
+    @property
+    def objects_per_image(self) -> IntArray:
+        """[images] boxes that are trained on."""
+        index = self._index
+        return np.bincount(index.positions[index.trained], minlength=len(self))
 
     @property
     def cache_bytes(self) -> int:
@@ -100,22 +120,22 @@ class CocoDetection:
             image = self._read(index)
             if self._cache is not None:
                 image = self._cache.put(index, image)
-        rows = self._file.rows_of(index)
-        kept = rows[self._trained[rows]]
-        boxes_xyxy, (height, width) = self._boxes.clipped_xyxy[kept], self.sizes[index]
+        rows = self._index.rows_of(index)
+        kept = rows[self._index.trained[rows]]
+        boxes_xyxy, (height, width) = self._index.clipped_xyxy[kept], self.sizes[index].tolist()
         if image.shape[:2] != (height, width):  # resized after it was annotated
             boxes_xyxy = boxes_xyxy * np.tile([image.shape[1] / width, image.shape[0] / height], 2)
         return Sample(
             image=image,
             boxes_xyxy=boxes_xyxy,
-            labels=self._file.labels[kept],
-            image_id=self._file.image_ids[index],
-            original_size=self.sizes[index],
+            labels=self._index.labels[kept],
+            image_id=int(self._index.image_ids[index]),
+            original_size=(height, width),
         )
 
     def _read(self, index: int) -> UInt8Array:
         path = self.images_dir / self.file_names[index]
-        entry = f"image {shown(self._file.own_image_ids[index])} of {self.annotations_file}"
+        entry = f"image {shown(self._index.own_image_id(index))} of {self.annotations_file}"
         try:
             image = read_image(path, self.frame)
         except FileNotFoundError:
@@ -124,7 +144,7 @@ class CocoDetection:
             ) from None
         except ValueError as error:
             raise ValueError(f"{error}, or remove its entry ({entry})") from error
-        height, width = self._picture_sizes[index]
+        height, width = self._index.picture_sizes[index].tolist()
         if image.shape[:2] != (height, width):
             raise ValueError(
                 f"{path} ({entry}) is {image.shape[1]}×{image.shape[0]} pixels, but was {width}×{height} when the data were "
@@ -140,28 +160,30 @@ class CocoDetection:
         file's begin lower: pycocotools treats a match with annotation 0 as no match, which would silently cost AP. Images and
         categories whose ids are no whole numbers are numbered (`with_own_ids` leads back).
         """
-        file, boxes = self._file, self._boxes.file_xywh
-        shift = max(0, 1 - int(file.annotation_ids.min())) if len(file.annotation_ids) else 0
+        index, boxes = self._index, self._index.file_xywh
+        shift = max(0, 1 - int(index.annotation_ids.min())) if len(index.annotation_ids) else 0
         with np.errstate(over="ignore", invalid="ignore"):
-            areas = np.where(np.isnan(file.areas), boxes[:, 2] * boxes[:, 3], file.areas)
-        usable = np.flatnonzero(np.isfinite(np.column_stack([boxes, areas])[file.order]).all(axis=1))
+            areas = np.where(np.isnan(index.areas), boxes[:, 2] * boxes[:, 3], index.areas)
+        usable = np.flatnonzero(np.isfinite(np.column_stack([boxes, areas])[index.order]).all(axis=1))
         annotations = [
             coco_annotation(
-                int(file.annotation_ids[row]) + shift,
-                file.image_ids[file.positions[row]],
-                file.categories[file.labels[row]].id,
+                int(index.annotation_ids[row]) + shift,
+                int(index.image_ids[index.positions[row]]),
+                index.categories[index.labels[row]].id,
                 boxes[row].tolist(),
                 area=float(areas[row]),
-                crowd=bool(self._crowd[row]),
+                crowd=bool(index.crowd[row]),
             )
-            for row in file.order[usable].tolist()
+            for row in index.order[usable].tolist()
         ]
         return {
             "info": {},
             "licenses": [],
             "images": [
                 {"id": image_id, "file_name": name, "width": width, "height": height}
-                for image_id, name, (height, width) in zip(file.image_ids, self.file_names, self.sizes, strict=True)
+                for image_id, name, (height, width) in zip(
+                    index.image_ids.tolist(), self.file_names, self.sizes.tolist(), strict=True
+                )
             ],
             "annotations": annotations,
             "categories": [{"id": category.id, "name": category.name} for category in self.categories],
@@ -169,41 +191,13 @@ class CocoDetection:
 
     def with_own_ids(self, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """COCO results (or annotations) with the ids of images and categories as the annotation file writes them."""
-        images = dict(zip(self._file.image_ids, self._file.own_image_ids, strict=True))
-        categories = self._file.own_category_ids
+        index = self._index
+        images = {number: index.own_image_id(place) for place, number in enumerate(index.image_ids.tolist())}
+        categories = index.own_category_ids
         return [
             {**result, "image_id": images[result["image_id"]], "category_id": categories[result["category_id"]]}
             for result in results
         ]
-
-    def _make_report(self, corrected: int, links: int, turned: int) -> Report:
-        file, boxes, trained = self._file, self._boxes, self._trained
-        used = np.bincount(file.labels[trained], minlength=len(file.categories))
-        with_boxes = np.unique(file.positions[trained])
-        dropped = np.flatnonzero(boxes.degenerate | boxes.outside)
-        repairs = [f"{count:,} {what}" for what, count in file.repairs.items()]
-        return Report(
-            images=len(self),
-            boxes=int(trained.sum()),
-            classes=len(file.categories),
-            empty_images=len(self) - len(with_boxes),
-            crowds=int(np.count_nonzero(self._crowd & ~boxes.degenerate & ~boxes.outside)),
-            degenerate=int(boxes.degenerate.sum()),
-            outside=int(boxes.outside.sum()),
-            clipped=int(boxes.clipped.sum()),
-            turned=turned,
-            frame=self.frame,
-            links=links,
-            resized=sum(a != b for a, b in zip(self.sizes, self._picture_sizes, strict=True)),
-            uncached=self._cache.left_out if self._cache is not None else 0,
-            repairs=tuple(repairs + [f"{corrected:,} file names corrected"] * bool(corrected)),
-            unused_classes=tuple(c.name for c, n in zip(file.categories, used, strict=True) if n == 0),
-            dropped_examples=tuple(
-                f"annotation {file.annotation_ids[row]} of {self.file_names[file.positions[row]]}, "
-                f"bbox {[float(f'{v:.6g}') for v in file.boxes[row]]}"
-                for row in dropped[:_EXAMPLES]
-            ),
-        )
 
 
 def require_same_categories(train: tuple[Category, ...], val: tuple[Category, ...]) -> None:
@@ -215,52 +209,3 @@ def require_same_categories(train: tuple[Category, ...], val: tuple[Category, ..
             "the training and the validation annotations must have the same categories (id and name); only in "
             f"training: {only_train}, only in validation: {only_val}; give both files the same 'categories' list"
         )
-
-
-def _boxes(
-    file: CocoFile, headers: Sequence[Header], options: AnnotationOptions, names: Sequence[str], path: Path
-) -> tuple[Frame, list[tuple[int, int]], CheckedBoxes]:
-    """The frame of the boxes, (height, width) of the images in it, and the boxes in it."""
-    # A picture's sides are needed to read fractions, and boxes in pixels to decide which side is which.
-    written = [size or header.size("upright") for size, header in zip(file.sizes, headers, strict=True)]
-    frame = decide_frame(
-        options, headers, file, boxes_in_pixels(file.boxes, _sides(written, file), options), names, path
-    )
-    sizes = _annotated_sizes(file, headers, frame, options)
-    sides = _sides(sizes, file)
-    if options.box_format == "auto":
-        require_xywh(file.boxes, sides, path)
-    return frame, sizes, check_boxes(boxes_in_pixels(file.boxes, sides, options), sides)
-
-
-def _annotated_sizes(
-    file: CocoFile, headers: Sequence[Header], frame: Frame, options: AnnotationOptions
-) -> list[tuple[int, int]]:
-    """(height, width) in pixels that boxes are in: the pictures' own, unless they were resized since."""
-    sizes = [header.size(frame) for header in headers]
-    if options.sizes != "scaled":
-        return sizes
-    own = [{header.stored_size, header.size("upright")} for header in headers]
-    return [
-        size if written is None or written in known else written
-        for size, written, known in zip(sizes, file.sizes, own, strict=True)
-    ]
-
-
-def _sides(sizes: Sequence[tuple[int, int]], file: CocoFile) -> FloatArray:
-    """(height, width) of images → [rows, 2] width and height for each annotation."""
-    return np.array([(width, height) for height, width in sizes], dtype=np.float64)[file.positions]
-
-
-def _crowd(file: CocoFile, options: AnnotationOptions, path: Path) -> BoolArray:
-    """[rows] whether an annotation is a region of many objects."""
-    if options.crowd == "objects":
-        return np.zeros_like(file.crowd)
-    if options.crowd == "auto" and len(file.crowd) and file.crowd.all():
-        raise ValueError(
-            f'{path}: all {len(file.crowd):,} annotations have "iscrowd": 1, which marks regions of many objects that nobody '
-            "annotated one by one, so that there would be nothing to train on or to find. Exports of brushes and masks set it on "
-            "every object: if these are objects, --annotations.crowd objects; if they are regions indeed, --annotations.crowd "
-            "regions"
-        )
-    return file.crowd

@@ -12,13 +12,14 @@ A half turn, a mirrored and a square picture have one size either way; they foll
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from smca.datasets.batch import FloatArray
+from smca.datasets.batch import BoolArray, FloatArray, IntArray
 from smca.datasets.coco_file import CocoFile
 from smca.datasets.images import Frame, Header, read_header
 from smca.datasets.options import AnnotationOptions
@@ -27,10 +28,37 @@ _TOLERANCE_PX = 1.0
 _FLAG = "--annotations.frame upright (as viewers show them) or --annotations.frame stored"
 _SHOWN = 3
 _READERS = 8
+_BLOCK = 4096
 
 
-def read_headers(images_dir: Path, names: Sequence[str], annotations_file: Path) -> list[Header]:
-    """Size and orientation of every image. Raises ValueError that names those which are no pictures."""
+@dataclass(frozen=True, eq=False)
+class Headers:
+    """What the files of pictures say before they are decoded."""
+
+    stored_sizes: IntArray
+    """[images, 2] height and width in pixels."""
+    orientations: IntArray
+    """[images] EXIF's, 1 to 8; 1 = as stored."""
+
+    @property
+    def turned(self) -> BoolArray:
+        """[images] whether viewers show it otherwise than it is stored."""
+        turned: BoolArray = self.orientations != 1
+        return turned
+
+    def sizes(self, frame: Frame) -> IntArray:
+        """[images, 2] height and width in pixels."""
+        swapped = (self.orientations >= 5) & (frame == "upright")
+        return np.where(swapped[:, None], self.stored_sizes[:, ::-1], self.stored_sizes)
+
+
+def read_headers(
+    images_dir: Path, names: Sequence[str], annotations_file: Path, progress: Callable[[float], None] | None = None
+) -> Headers:
+    """Size and orientation of every image. Raises ValueError that names those which are no pictures.
+
+    progress: is told now and then what fraction of them is done.
+    """
 
     def header_or_fault(name: str) -> Header | str:
         try:
@@ -38,20 +66,28 @@ def read_headers(images_dir: Path, names: Sequence[str], annotations_file: Path)
         except (ValueError, OSError) as error:
             return str(error)
 
+    sizes, orientations = np.zeros((len(names), 2), dtype=np.int64), np.ones(len(names), dtype=np.int64)
+    faults: list[str] = []
     with ThreadPoolExecutor(_READERS) as pool:
-        headers = list(pool.map(header_or_fault, names))
-    faults = [header for header in headers if isinstance(header, str)]
+        for start in range(0, len(names), _BLOCK):
+            for index, header in enumerate(pool.map(header_or_fault, names[start : start + _BLOCK]), start):
+                if isinstance(header, str):
+                    faults.append(header)
+                else:
+                    sizes[index], orientations[index] = header.stored_size, header.orientation
+            if progress is not None:
+                progress((start + _BLOCK) / len(names))
     if faults:
         raise ValueError(
             f"{len(faults):,} of {len(names):,} images of {annotations_file} cannot be used: {'; '.join(faults[:_SHOWN])}"
             f"{'; …' if len(faults) > _SHOWN else ''}, or remove their entries from the annotation file"
         )
-    return [header for header in headers if isinstance(header, Header)]
+    return Headers(sizes, orientations)
 
 
 def decide_frame(
     options: AnnotationOptions,
-    headers: Sequence[Header],
+    headers: Headers,
     file: CocoFile,
     boxes_xywh: FloatArray,
     names: Sequence[str],
@@ -60,7 +96,7 @@ def decide_frame(
     """The frame that boxes refer to; also checks the sizes written.
 
     Args:
-        headers: of each image.
+        headers: of the images.
         file: the annotation file, with the sizes written and the rows of each image.
         boxes_xywh: [rows, 4] its boxes in pixels.
         names: of the images, for messages.
@@ -69,28 +105,24 @@ def decide_frame(
         ValueError: a size that is neither the stored nor the upright one's (unless `options.sizes` allows it), or evidence that is
             missing or contradicts itself and no `options.frame` to decide.
     """
-    written = file.sizes
     if options.sizes == "auto":
-        _check_sizes(headers, written, names, annotations_file)
-    turned = [i for i, header in enumerate(headers) if header.is_turned]
+        _check_sizes(headers, file.sizes, names, annotations_file)
     if options.frame != "auto":
         return options.frame
+    turned: list[int] = np.flatnonzero(headers.turned).tolist()
     if not turned:
         return "upright"
+    upright_sizes = headers.sizes("upright")
+    differ = (upright_sizes != headers.stored_sizes).any(axis=1)
+    written_upright = differ & (file.sizes == upright_sizes).all(axis=1)
+    written_stored = differ & (file.sizes == headers.stored_sizes).all(axis=1)
     rows = {i: boxes_xywh[file.rows_of(i)] for i in turned}
-    by_size = [
-        i
-        for i in turned
-        if written[i] == headers[i].size("upright") and headers[i].size("upright") != headers[i].stored_size
-    ]
-    upright = [i for i in turned if _only_fit("upright", headers[i], rows[i])]
-    stored = [i for i in turned if _only_fit("stored", headers[i], rows[i])]
-    say_upright, say_stored = sorted({*by_size, *upright}), sorted(set(stored) - set(by_size))
-    as_stored = [
-        i
-        for i in turned
-        if by_size and written[i] == headers[i].stored_size != headers[i].size("upright") and i not in upright
-    ]
+    by_size = [i for i in turned if written_upright[i]]
+    fit_upright = {i for i in turned if _fit(upright_sizes[i], rows[i])}
+    fit_stored = {i for i in turned if _fit(headers.stored_sizes[i], rows[i])}
+    upright, stored = fit_upright - fit_stored, fit_stored - fit_upright
+    say_upright, say_stored = sorted({*by_size, *upright}), sorted(stored - set(by_size))
+    as_stored = [i for i in turned if by_size and written_stored[i] and i not in upright]
     contradicting = sorted({*say_stored, *as_stored}) if say_upright else []
     if contradicting:
         raise ValueError(
@@ -109,31 +141,19 @@ def decide_frame(
     return "upright"
 
 
-def _only_fit(frame: Frame, header: Header, boxes_xywh: FloatArray) -> bool:
-    """Whether all boxes lie within the picture in this frame, and some reach out of it in the other."""
-    other: Frame = "stored" if frame == "upright" else "upright"
-    return _fit(header.size(frame), boxes_xywh) and not _fit(header.size(other), boxes_xywh)
-
-
-def _fit(size: tuple[int, int], boxes_xywh: FloatArray) -> bool:
+def _fit(size: IntArray, boxes_xywh: FloatArray) -> bool:
+    """Whether all boxes lie within a picture of this height and width."""
     boxes = boxes_xywh[np.isfinite(boxes_xywh).all(axis=1)]
-    ends = boxes[:, :2] + boxes[:, 2:]
-    return bool((ends <= np.array([size[1], size[0]]) + _TOLERANCE_PX).all())
+    return bool((boxes[:, :2] + boxes[:, 2:] <= size[::-1] + _TOLERANCE_PX).all())
 
 
-def _check_sizes(
-    headers: Sequence[Header], written: Sequence[tuple[int, int] | None], names: Sequence[str], annotations_file: Path
-) -> None:
-    wrong = [
-        i
-        for i, (header, size) in enumerate(zip(headers, written, strict=True))
-        if size is not None and size not in (header.stored_size, header.size("upright"))
-    ]
-    if not wrong:
+def _check_sizes(headers: Headers, written: IntArray, names: Sequence[str], annotations_file: Path) -> None:
+    known = (written != 0).any(axis=1)
+    right = [(written == sizes).all(axis=1) for sizes in (headers.stored_sizes, headers.sizes("upright"))]
+    wrong = np.flatnonzero(known & ~right[0] & ~right[1])
+    if not len(wrong):
         return
-    height, width = headers[wrong[0]].stored_size
-    size = written[wrong[0]]
-    assert size is not None
+    (height, width), size = headers.stored_sizes[wrong[0]], written[wrong[0]]
     raise ValueError(
         f"{names[wrong[0]]} is {width}×{height} pixels, but {annotations_file} says {size[1]}×{size[0]}"
         f"{f' (and so for {len(wrong):,} of {len(names):,} images)' if len(wrong) > 1 else ''}; boxes would be misplaced: use the "

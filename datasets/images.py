@@ -54,16 +54,6 @@ class Header:
     orientation: int
     """EXIF's, 1 to 8; 1 = as stored."""
 
-    @property
-    def is_turned(self) -> bool:
-        """Whether viewers show it otherwise than it is stored."""
-        return self.orientation != 1
-
-    def size(self, frame: Frame) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        height, width = self.stored_size
-        return (width, height) if frame == "upright" and self.orientation >= 5 else (height, width)
-
 
 def read_header(path: Path) -> Header:
     """Size and orientation of the picture at `path`; nothing is decoded.

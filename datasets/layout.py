@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Literal
 
 from smca.datasets.file_names import ImageFolder
+from smca.datasets.json_stream import entries_of
 
 Split = Literal["train", "val", "test"]
 
@@ -170,9 +170,10 @@ def _folders(parent: Path, names: list[str] | tuple[str, ...]) -> list[Path]:
 def _folder_with_images(folders: list[Path], file: Path) -> Path:
     """The first folder that holds the first image of the annotation file; the first of all if none does."""
     try:
-        name = str(json.loads(file.read_bytes())["images"][0]["file_name"])
-    except Exception:  # whatever is wrong with the file, it is reported when it is opened
+        _, _, first = next(iter(entries_of(file, ["images"])))
+    except (OSError, ValueError, StopIteration):  # whatever is wrong with the file, it is reported when it is opened
         return folders[0]
+    name = str(first.get("file_name"))
     return next((folder for folder in folders if ImageFolder(folder).find(name)), folders[0])
 
 

@@ -24,6 +24,7 @@ from smca.datasets.batch import (
     Sample,
     UInt8Array,
     coco_annotation,
+    digest_of,
 )
 from smca.datasets.cache import ImageCache
 from smca.datasets.layout import Split
@@ -87,7 +88,7 @@ class SyntheticShapes:
         self.max_side = max_side
         self.min_visible = min_visible
         self.noise = noise
-        self._cache = ImageCache([(image_size, image_size)] * count) if cache else None
+        self._cache = ImageCache(np.full((count, 2), image_size)) if cache else None
         self._known_targets: dict[int, tuple[FloatArray, IntArray]] = {}
 
     @property
@@ -103,9 +104,22 @@ class SyntheticShapes:
     @property
     def report(self) -> Report:
         """Counts over all images; lays out every image (about 0.5 ms each), but renders none."""
-        counts = [len(self._targets(index)[1]) for index in range(self.count)]
+        counts = self.objects_per_image
         left_out = self._cache.left_out if self._cache is not None else 0
-        return Report(self.count, sum(counts), len(CLASSES), counts.count(0), uncached=left_out)
+        return Report(self.count, int(counts.sum()), len(CLASSES), int((counts == 0).sum()), uncached=left_out)
+
+    @property
+    def digest(self) -> str:
+        """What tells these data from others."""
+        boxes, labels = zip(*map(self._targets, range(self.count)), strict=True)
+        return digest_of(
+            [self.seed, self.image_size, self.noise, self.objects_per_image, *map(np.concatenate, (boxes, labels))]
+        )
+
+    @property
+    def objects_per_image(self) -> IntArray:
+        """[images] boxes to train on."""
+        return np.array([len(self._targets(index)[1]) for index in range(self.count)], dtype=np.int64)
 
     def __len__(self) -> int:
         return self.count

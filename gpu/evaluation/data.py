@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -73,7 +74,8 @@ def evaluation_loader(
     order = list(range(len(data)) if indices is None else indices)
     sizes = getattr(data, "sizes", None)
     if sizes is not None:
-        order.sort(key=lambda index: (sizes[index][0] / sizes[index][1], sizes[index]))
+        height, width = sizes[order].T
+        order = np.asarray(order)[np.lexsort((width, height, height / width))].tolist()
     return Loader(
         torch.utils.data.Subset(resized, order),
         workers=workers,

@@ -198,7 +198,7 @@ def test_a_missing_annotation_file(tmp_path: Path) -> None:
         ('{"images": {}, "annotations": [], "categories": []}', "'images' must be a list, got a dict"),
         ('{"images": [3], "annotations": [], "categories": []}', r"images\[0\] must be an object, got 3"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "'images' is empty"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "'categories' is empty"),
+        ('{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [], "categories": []}', "'categories' is empty"),
         ('{"images": ' + "[" * 100_000, "nested too deeply"),
         ('{"images": [{"id": ' + "9" * 5000 + '}], "annotations": [], "categories": []}', "is not valid JSON"),
         ('{"' + "x" * 5000 + '": 1}', "the key 'images' is missing .{1,120}… *"),

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from smca.datasets import AnnotationOptions, CocoDetection
-from smca.datasets.images import Header
+from smca.datasets.frame import Headers
 
 UPRIGHT = (60, 100)
 """(height, width) of every picture as a viewer shows it."""
@@ -127,8 +127,8 @@ def test_a_size_that_is_neither(tmp_path: Path) -> None:
         CocoDetection(*paths)
 
 
-def test_sizes_of_a_header() -> None:
-    assert Header((60, 100), 1).size("upright") == (60, 100)
-    assert Header((60, 100), 6).size("upright") == (100, 60)
-    assert Header((60, 100), 6).size("stored") == (60, 100)
-    assert Header((60, 100), 3).size("upright") == (60, 100)
+def test_sizes_of_headers() -> None:
+    headers = Headers(np.array([(60, 100)] * 3), np.array([1, 6, 3]))
+    assert headers.sizes("upright").tolist() == [[60, 100], [100, 60], [60, 100]]
+    assert headers.sizes("stored").tolist() == [[60, 100]] * 3
+    assert headers.turned.tolist() == [False, True, True]
