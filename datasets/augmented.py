@@ -62,10 +62,14 @@ class Augmented(torch.utils.data.Dataset[Sample]):
         """That of the wrapped dataset: in pixels of the stored images, not of the augmented ones."""
         return self.dataset.ground_truth()
 
+    def read(self, index: int, least_short_side: float) -> Sample:
+        """An augmented image has the size that the augmentation gives it."""
+        return self[index]
+
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        sample = self.augmentation(self.dataset[index], rng)
+        sample = self.augmentation(self.dataset.read(index, self.augmentation.least_short_side), rng)
         return dataclasses.replace(sample, seed=int(rng.integers(2**63)))

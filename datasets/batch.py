@@ -238,6 +238,11 @@ class DetectionDataset(Protocol):
     def __getitem__(self, index: int) -> Sample:
         raise NotImplementedError
 
+    def read(self, index: int, least_short_side: float) -> Sample:
+        """``self[index]``, whose image may be smaller if its shorter side keeps `least_short_side` pixels; for datasets in which
+        that is faster."""
+        return self[index]
+
     @property
     def report(self) -> Report:
         """What the dataset found while it was opened."""

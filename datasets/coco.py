@@ -9,6 +9,7 @@ image, an id written as text) is handled, counted and shown in `report`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from smca.datasets.batch import Category, CocoDict, IntArray, Report, Sample, UInt8Array, coco_annotation
 from smca.datasets.cache import ImageCache
 from smca.datasets.coco_index import Texts, kept_index
-from smca.datasets.images import Frame, read_image
+from smca.datasets.images import Frame, read_image, reduction
 from smca.datasets.open_coco import open_coco
 from smca.datasets.options import AnnotationOptions
 from smca.datasets.settings import shown
@@ -108,23 +109,34 @@ class CocoDetection:
         return len(self.file_names)
 
     def __getitem__(self, index: int) -> Sample:
-        """The image [H, W, 3] uint8 with its boxes in pixels; crowd regions are left out.
+        """The whole image [H, W, 3] uint8 with its boxes in pixels; crowd regions are left out.
 
         Raises IndexError beyond the end; ValueError if the image cannot be decoded or has changed its size since the data were
         opened; FileNotFoundError if it has been removed since.
+        """
+        return self.read(index)
+
+    def read(self, index: int, least_short_side: float = math.inf) -> Sample:
+        """``self[index]``; of a JPEG a half, a quarter or an eighth in size, if that leaves `least_short_side` pixels.
+
+        A cache keeps whole images.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"expected an image index from 0 to {len(self) - 1}, got {index}")
         image = self._cache.get(index) if self._cache is not None else None
         if image is None:
-            image = self._read(index)
+            image = self._read(index, least_short_side if self._cache is None else math.inf)
             if self._cache is not None:
                 image = self._cache.put(index, image)
         rows = self._index.rows_of(index)
         kept = rows[self._index.trained[rows]]
-        boxes_xyxy, (height, width) = self._index.clipped_xyxy[kept], self.sizes[index].tolist()
-        if image.shape[:2] != (height, width):  # resized after it was annotated
-            boxes_xyxy = boxes_xyxy * np.tile([image.shape[1] / width, image.shape[0] / height], 2)
+        size, picture_size = self.sizes[index], self._index.picture_sizes[index]
+        boxes_xyxy = self._index.clipped_xyxy[kept]
+        if (size != picture_size).any():  # resized after it was annotated
+            boxes_xyxy = boxes_xyxy * np.tile(picture_size[::-1] / size[::-1], 2)
+        if image.shape[0] < picture_size[0]:  # decoded smaller, rounded up: its last pixels may be seen in part
+            boxes_xyxy = boxes_xyxy / reduction(picture_size.tolist(), least_short_side)
+        height, width = size.tolist()
         return Sample(
             image=image,
             boxes_xyxy=boxes_xyxy,
@@ -133,11 +145,11 @@ class CocoDetection:
             original_size=(height, width),
         )
 
-    def _read(self, index: int) -> UInt8Array:
+    def _read(self, index: int, least_short_side: float) -> UInt8Array:
         path = self.images_dir / self.file_names[index]
         entry = f"image {shown(self._index.own_image_id(index))} of {self.annotations_file}"
         try:
-            image = read_image(path, self.frame)
+            image = read_image(path, self.frame, least_short_side)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{path} ({entry}) existed when the data were opened, but is gone; restore it"
@@ -145,7 +157,8 @@ class CocoDetection:
         except ValueError as error:
             raise ValueError(f"{error}, or remove its entry ({entry})") from error
         height, width = self._index.picture_sizes[index].tolist()
-        if image.shape[:2] != (height, width):
+        divisors = [1, reduction((height, width), least_short_side)]
+        if image.shape[:2] not in [(-(-height // divisor), -(-width // divisor)) for divisor in divisors]:
             raise ValueError(
                 f"{path} ({entry}) is {image.shape[1]}×{image.shape[0]} pixels, but was {width}×{height} when the data were "
                 "opened; restore it"

@@ -15,8 +15,9 @@ All give [H, W, 3] RGB uint8. What has another range of values is converted so t
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,8 @@ Frame = Literal["upright", "stored"]
 
 FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TGA", "PCX", "SGI", "QOI")
 """Pillow's decoders that are used. Not all it has: EPS would run Ghostscript, whatever the file's name."""
+REDUCTIONS = (1, 2, 4, 8)
+"""What a JPEG's sides can be divided by as it is decoded."""
 MAX_PIXELS = 500_000_000
 """Largest picture that is read: 1.5 GB as RGB."""
 _STRIP_PIXELS = 1 << 24
@@ -64,14 +67,26 @@ def read_header(path: Path) -> Header:
         return _header(picture)
 
 
-def read_image(path: Path, frame: Frame = "upright") -> UInt8Array:
+def read_image(path: Path, frame: Frame = "upright", least_short_side: float = math.inf) -> UInt8Array:
     """The picture at `path` as [H, W, 3] RGB uint8.
+
+    least_short_side: a JPEG whose shorter side has at least twice, four or eight times as many pixels is decoded to a half, a
+        quarter or an eighth of its size (rounded up), which is many times faster than to decode all and shrink it then.
 
     Raises FileNotFoundError if it is missing; ValueError, naming it, if it cannot be decoded, is larger than `MAX_PIXELS`, or has
     values without a defined range.
     """
     with _opened(path) as picture:
+        header = _header(picture)
+        if picture.format in ("JPEG", "MPO") and (divisor := reduction(header.stored_size, least_short_side)) > 1:
+            width, height = picture.size
+            picture.draft(None, (width // divisor, height // divisor))
         return _decode(picture, frame)
+
+
+def reduction(size: Sequence[int], least_short_side: float) -> int:
+    """1, 2, 4 or 8: the most by which a picture's sides can be divided with `least_short_side` pixels left of the shorter one."""
+    return max(divisor for divisor in REDUCTIONS if divisor == 1 or min(size) // divisor >= least_short_side)
 
 
 def to_rgb(picture: Image.Image | NDArray[Any]) -> UInt8Array:

@@ -137,6 +137,10 @@ class SyntheticShapes:
         size = (self.image_size, self.image_size)
         return Sample(image, boxes_xyxy, labels, image_id=index + 1, original_size=size)
 
+    def read(self, index: int, least_short_side: float) -> Sample:
+        """The whole image: it is rendered at one size."""
+        return self[index]
+
     def ground_truth(self) -> CocoDict:
         """The boxes as a COCO dictionary for pycocotools; file names are those of `export_coco`."""
         annotations: list[dict[str, Any]] = []

@@ -13,6 +13,7 @@ Sources: flip, multi-scale resize and crop as in DETR (Carion et al. 2020, appen
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,9 @@ class Augmentation:
     """Each channel is multiplied by a factor of its own between 1 − tint and 1 + tint."""
     gamma: float = 0.0
     """Values in 0–1 are raised to a power between 1/(1 + gamma) and 1 + gamma."""
+    reduced_decoding: bool = True
+    """Decode a JPEG that is at least twice as large as it is needed to a half, a quarter or an eighth of its size: several times as
+    fast. Evaluation and prediction decode all."""
 
     def __post_init__(self) -> None:
         for name in ("horizontal_flip", "vertical_flip", "crop_probability", "min_visibility"):
@@ -107,10 +111,19 @@ class Augmentation:
             self.zoom,
         )
 
+    @property
+    def least_short_side(self) -> float:
+        """Pixels of a whole image's shorter side that its result can show: with fewer, some part of it would be enlarged."""
+        if not self.short_sides or not self.reduced_decoding:
+            return math.inf
+        crop = self.crop_size[0] / max(self.crop_short_sides) if self.crop_probability else 1.0
+        return max(self.short_sides) / min(crop, 1.0) * max(self.zoom[1], 1.0) * math.sqrt(1 + self.stretch)
+
     @classmethod
     def evaluation(cls, short_side: int | None, max_size: int | None = None) -> Augmentation:
         """Resize only; `None` for `short_side` keeps the size."""
-        return cls(short_sides=() if short_side is None else (short_side,), max_size=max_size)
+        sides = () if short_side is None else (short_side,)
+        return cls(short_sides=sides, max_size=max_size, reduced_decoding=False)
 
     @classmethod
     def detr(cls) -> Augmentation:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from smca.datasets import AnnotationOptions, CocoDetection
+from smca.datasets import AnnotationOptions, Augmentation, Augmented, CocoDetection
 from smca.datasets.cache import ImageCache
 from smca.datasets.images import MAX_PIXELS, read_header, read_image, to_rgb
 
@@ -342,3 +342,54 @@ def test_a_missing_folder_of_images(tmp_path: Path) -> None:
     _, annotations = write(tmp_path, content())
     with pytest.raises(FileNotFoundError, match=r"image folder .*elsewhere does not exist; .*expects 3 images"):
         CocoDetection(tmp_path / "elsewhere", annotations)
+
+
+# Decoding at a reduced size
+
+
+def photograph(height: int, width: int) -> Any:
+    """Smooth, so that its JPEG is nearly what it was, and no side alike."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([127 + 120 * np.sin(x / 23), 255 * y / height, 255 * x / width], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("least", "divisor"), [(151, 1), (150, 2), (76, 2), (75, 4), (38, 4), (37, 8), (1, 8)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_as_small_as_is_asked_for(
+    tmp_path: Path, least: int, divisor: int, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = photograph(300, 453)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=98, subsampling=0, exif=exif)
+    whole, found = read_image(tmp_path / "a.jpg"), read_image(tmp_path / "a.jpg", least_short_side=least)
+    assert found.shape == (*(-(-side // divisor) for side in whole.shape[:2]), 3)
+    padding = [(0, divisor * shrunk - side) for shrunk, side in zip(found.shape, whole.shape, strict=False)]
+    padded = np.pad(whole, [*padding[:2], (0, 0)], mode="edge").astype(float)
+    blocks = padded.reshape(found.shape[0], divisor, found.shape[1], divisor, 3)
+    assert np.abs(blocks.mean(axis=(1, 3)) - found).mean() < 1
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", least_short_side=1), pixels)
+
+
+def test_boxes_follow_a_picture_that_is_decoded_smaller(tmp_path: Path) -> None:
+    Image.fromarray(photograph(300, 453)).save(tmp_path / "a.jpg")
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 453, "height": 300}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [90.6, 30, 181.2, 150]}],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    data = CocoDetection(tmp_path, tmp_path / "a.json")
+    assert data[0].image.shape == (300, 453, 3)
+    small = data.read(0, 75)
+    assert (small.image.shape, small.original_size) == ((75, 114, 3), (300, 453))
+    np.testing.assert_allclose(
+        small.boxes_xyxy, [[22.65, 7.5, 67.95, 45]]
+    )  # 114 pixels show 456 of the picture, were it so wide
+    assert CocoDetection(tmp_path, tmp_path / "a.json", cache=True).read(0, 75).image.shape == (300, 453, 3)
+    augmented = Augmented(data, Augmentation(short_sides=(60,)))
+    np.testing.assert_allclose(augmented[0].boxes_xyxy[:, 1::2], [[6, 36]])
+    Image.fromarray(photograph(302, 453)).save(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="was 453×300 when the data were opened"):
+        data.read(0, 75)

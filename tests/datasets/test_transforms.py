@@ -359,3 +359,28 @@ def test_augmented_is_reproducible_and_differs_between_epochs_images_and_seeds()
 def test_impossible_fields_are_named(fields: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"Augmentation: {next(iter(fields))} must be .*, got "):
         Augmentation(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(480, 640), (1600, 1200), (900, 901)])
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        Augmentation.detr(),
+        Augmentation(short_sides=(192,), max_size=256, zoom=(0.7, 1.4), stretch=0.15, shift=0.3),
+        Augmentation(short_sides=(64, 96), zoom=(0.5, 0.9), crop_probability=1.0),
+    ],
+    ids=["detr", "zoom", "crop"],
+)
+def test_no_part_of_an_image_is_needed_at_more_pixels_than_is_said(
+    augmentation: Augmentation, size: tuple[int, int]
+) -> None:
+    most, said = 0.0, augmentation.least_short_side / min(size)
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        view = augmentation._crop(size, rng)
+        height, width = augmentation._output_size(view, rng)
+        view = augmentation._zoom(view, rng)
+        most = max(most, width / view[2], height / view[3])
+    assert most <= said * 1.01  # sides are whole pixels
+    assert Augmentation.evaluation(192).least_short_side == np.inf
+    assert Augmentation().least_short_side == np.inf
