@@ -20,7 +20,7 @@ import numpy as np
 from smca.datasets.batch import Category, CocoDict, IntArray, Report, Sample, UInt8Array, coco_annotation
 from smca.datasets.cache import ImageCache
 from smca.datasets.coco_index import Texts, kept_index
-from smca.datasets.images import Frame, read_image, reduction
+from smca.datasets.images import REDUCTIONS, Frame, read_image
 from smca.datasets.open_coco import open_coco
 from smca.datasets.options import AnnotationOptions
 from smca.datasets.settings import shown
@@ -134,8 +134,7 @@ class CocoDetection:
         boxes_xyxy = self._index.clipped_xyxy[kept]
         if (size != picture_size).any():  # resized after it was annotated
             boxes_xyxy = boxes_xyxy * np.tile(picture_size[::-1] / size[::-1], 2)
-        if image.shape[0] < picture_size[0]:  # decoded smaller, rounded up: its last pixels may be seen in part
-            boxes_xyxy = boxes_xyxy / reduction(picture_size.tolist(), least_short_side)
+        boxes_xyxy = boxes_xyxy / (_divisor(image, picture_size) or 1)
         height, width = size.tolist()
         return Sample(
             image=image,
@@ -156,9 +155,8 @@ class CocoDetection:
             ) from None
         except ValueError as error:
             raise ValueError(f"{error}, or remove its entry ({entry})") from error
-        height, width = self._index.picture_sizes[index].tolist()
-        divisors = [1, reduction((height, width), least_short_side)]
-        if image.shape[:2] not in [(-(-height // divisor), -(-width // divisor)) for divisor in divisors]:
+        height, width = size = self._index.picture_sizes[index]
+        if (_divisor(image, size) or math.inf) > (1 if least_short_side == math.inf else max(REDUCTIONS)):
             raise ValueError(
                 f"{path} ({entry}) is {image.shape[1]}×{image.shape[0]} pixels, but was {width}×{height} when the data were "
                 "opened; restore it"
@@ -211,6 +209,11 @@ class CocoDetection:
             {**result, "image_id": images[result["image_id"]], "category_id": categories[result["category_id"]]}
             for result in results
         ]
+
+
+def _divisor(image: UInt8Array, size: IntArray) -> int | None:
+    """What the sides of a picture of this height and width were divided by, and rounded up, when it was decoded."""
+    return next((divisor for divisor in REDUCTIONS if (-(-size // divisor) == image.shape[:2]).all()), None)
 
 
 def require_same_categories(train: tuple[Category, ...], val: tuple[Category, ...]) -> None:

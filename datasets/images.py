@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -78,15 +78,21 @@ def read_image(path: Path, frame: Frame = "upright", least_short_side: float = m
     """
     with _opened(path) as picture:
         header = _header(picture)
-        if picture.format in ("JPEG", "MPO") and (divisor := reduction(header.stored_size, least_short_side)) > 1:
-            width, height = picture.size
+        if picture.format in ("JPEG", "MPO"):
+            (height, width), divisor = header.stored_size, _reduction(header, least_short_side)
             picture.draft(None, (width // divisor, height // divisor))
         return _decode(picture, frame)
 
 
-def reduction(size: Sequence[int], least_short_side: float) -> int:
-    """1, 2, 4 or 8: the most by which a picture's sides can be divided with `least_short_side` pixels left of the shorter one."""
-    return max(divisor for divisor in REDUCTIONS if divisor == 1 or min(size) // divisor >= least_short_side)
+def _reduction(header: Header, least_short_side: float) -> int:
+    """The most by which a picture's sides can be divided with `least_short_side` pixels left of the shorter one."""
+    # Rounded up, the last row or column shows less than the others; turned, it would be the first, and boxes would be off.
+    whole = header.orientation == 1
+    sides = header.stored_size
+    fitting = [
+        d for d in REDUCTIONS if min(sides) // d >= least_short_side and (whole or not any(s % d for s in sides))
+    ]
+    return max(fitting, default=1)
 
 
 def to_rgb(picture: Image.Image | NDArray[Any]) -> UInt8Array:
