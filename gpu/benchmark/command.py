@@ -7,7 +7,9 @@
     smca benchmark --only step        inference and a whole training step against transformers' detectors
     smca benchmark --only recipe      a whole training step without and with each part beyond the paper
     smca benchmark --only profile     where the time of a training step goes, part by part, and the floor of each
+    smca benchmark --only data        images/s that one core loads, against plain Pillow; and whether data or model is the bottleneck
     smca benchmark --only compiled    a training step through torch.compile; on a GPU only
+    smca benchmark --only index       opening an annotation file of --index-images images against pycocotools; not part of everything
 
 Writes NAME.json and NAME.md into runs/benchmark (or --output), with NAME made from the name of the GPU or CPU. Times are
 medians; ratios are medians of the ratios in each turn: cases take turns (A B C, A B C …), so that a drift of the machine's
@@ -27,6 +29,7 @@ import platform
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -44,10 +47,11 @@ from rich.progress import Progress
 from smca.gpu.benchmark import cases
 from smca.gpu.benchmark.attention import Size, attention_case
 from smca.gpu.benchmark.cases import Case, Work
+from smca.gpu.benchmark.data import PHOTOGRAPHS, bottleneck, loading_case, make_photographs, measure_index
 from smca.gpu.benchmark.measure import LEFT_OUT, Part, Run, measure_apart, measure_together
 from smca.gpu.benchmark.report import Report
 
-GROUPS = ("assignment", "step", "recipe", "profile", "attention", "multi-scale", "compiled")
+GROUPS = ("assignment", "step", "recipe", "data", "profile", "attention", "multi-scale", "compiled")
 """Parts that need compilation come last."""
 _GRACE = 30.0
 """Seconds beyond --minutes in which a process on the GPU may finish its current part."""
@@ -57,7 +61,10 @@ _GRACE = 30.0
 class BenchmarkArgs:
     """Measure speed and memory on this machine."""
 
-    only: Literal["attention", "multi-scale", "assignment", "step", "recipe", "profile", "compiled"] | None = None
+    only: (
+        Literal["attention", "multi-scale", "assignment", "step", "recipe", "data", "profile", "compiled", "index"]
+        | None
+    ) = None
     """Measure only this part."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
@@ -72,6 +79,8 @@ class BenchmarkArgs:
     or 400 608 for a profile."""
     batches: tuple[int, ...] = (2, 16)
     """Images per step on a GPU; each number is measured, or only the largest in some parts. A CPU takes two images."""
+    index_images: int = 100_000
+    """Images in the annotation file of --only index, with 8 boxes each; a million take 8 GB of disk and some minutes."""
     minutes: float = 7.5
     """On a GPU, begin no case after this many minutes; what is left is reported as left out."""
     output: Path = Path("runs/benchmark")
@@ -82,6 +91,8 @@ class BenchmarkArgs:
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
+        if self.index_images < 1:
+            raise ValueError(f"--index-images must be at least 1, got {self.index_images}")
 
 
 def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Iterator[Part]:
@@ -127,6 +138,10 @@ def parts_of(group: str, args: BenchmarkArgs, device: str, *, full: bool) -> Ite
                 for compiled in (False, True)
             }
             yield Part("compiled", f"Compiled {_describe(work)}", steps, images=work.batch)
+    elif group == "data":  # of which a GPU only takes the step
+        work = _largest_work(args, device)
+        step = partial(cases.smca_step_case, "smca_r50", "auto", work)
+        yield Part("data step", f"Data, the step to feed: {_describe(work)}", {"smca_r50": step}, images=work.batch)
     elif group == "recipe":
         yield _recipe_part(_largest_work(args, device) if full else Work((128, 128), batch=8))
     elif not full:
@@ -266,6 +281,39 @@ def measure_profile(args: BenchmarkArgs, repeats: int, deadline: float, device: 
         print(f"Profile of {name}: done")
 
 
+def measure_data(args: BenchmarkArgs, repeats: int, deadline: float, gpu: bool, report: Report) -> None:
+    """How many images a core loads, at the sizes of two presets, and how many a training step of one of them takes."""
+    with tempfile.TemporaryDirectory() as temporary, Progress() as progress:
+        folder, _ = make_photographs(Path(temporary))
+        for preset, short_side in (("smca_r50", 800), ("small", 192)):
+            ways: dict[str, Callable[[], Case]] = {
+                way: partial(loading_case, way, folder, short_side) for way in ("Pillow", "ours", "ours, normalised")
+            }
+            title = (
+                f"Loading: {PHOTOGRAPHS} JPEGs of 640×480, resized to {short_side} pixels as for {preset}, on one core"
+            )
+            part = Part(f"data {short_side}", title, ways, images=PHOTOGRAPHS)
+            report.add(part, measure_apart(part, repeats, 1, progress))
+        if not gpu:
+            work, preset, key = Work((192, 256), batch=8), "small", "data 192"
+            step = partial(cases.recipe_step_case, preset, len(cases.BEYOND), work)
+            part = Part(
+                "data step", f"A training step of {preset} on {args.threads} threads", {preset: step}, images=work.batch
+            )
+            report.add(part, measure_apart(part, repeats, args.threads, progress))
+    if gpu:
+        preset, key = "smca_r50", "data 800"
+        measure_on_gpu("data", args, repeats, deadline, report)
+    rates = [
+        report.record["parts"][part].get(case, {}).get("images_per_second")
+        for part, case in ((key, "ours"), ("data step", preset))
+    ]
+    if None not in rates:
+        report.add_record(
+            "data bottleneck", {"images_per_second": rates}, bottleneck(*rates, preset, os.cpu_count() or 1)
+        )
+
+
 def machine(gpu: bool) -> str:
     """The name of the GPU or the CPU."""
     if gpu:
@@ -316,7 +364,12 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(_header(args, argv, repeats, gpu), args.output / name, gpu=gpu)
     deadline = time.time() + 60 * args.minutes
     for group in [args.only] if args.only else GROUPS:
-        if group == "profile":
+        if group == "data":
+            measure_data(args, repeats, deadline, gpu, report)
+        elif group == "index":
+            with tempfile.TemporaryDirectory(dir=args.output) as folder:
+                report.add_record(group, *measure_index(args.index_images, Path(folder), print))
+        elif group == "profile":
             measure_profile(args, repeats, deadline, "cuda" if gpu else "cpu", report)
         elif gpu:
             measure_on_gpu(group, args, repeats, deadline, report)
