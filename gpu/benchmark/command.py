@@ -7,9 +7,9 @@
     smca benchmark --only step        inference and a whole training step against transformers' detectors
     smca benchmark --only recipe      a whole training step without and with each part beyond the paper
     smca benchmark --only profile     where the time of a training step goes, part by part, and the floor of each
-    smca benchmark --only data        images/s that one core loads, against plain Pillow; and whether data or model is the bottleneck
+    smca benchmark --only data        images/s that one core loads, against Pillow; whether data or model is the bottleneck
     smca benchmark --only compiled    a training step through torch.compile; on a GPU only
-    smca benchmark --only index       opening an annotation file of --index-images images against pycocotools; not part of everything
+    smca benchmark --only index       opening an annotation file of --index-images images, and pycocotools'; only if named
 
 Writes NAME.json and NAME.md into runs/benchmark (or --output), with NAME made from the name of the GPU or CPU. Times are
 medians; ratios are medians of the ratios in each turn: cases take turns (A B C, A B C …), so that a drift of the machine's
@@ -310,7 +310,9 @@ def measure_data(args: BenchmarkArgs, repeats: int, deadline: float, gpu: bool, 
     ]
     if None not in rates:
         report.add_record(
-            "data bottleneck", {"images_per_second": rates}, bottleneck(*rates, preset, os.cpu_count() or 1)
+            "data bottleneck",
+            {"images_per_second": rates},
+            bottleneck((rates[0], rates[1]), preset, os.cpu_count() or 1),
         )
 
 
