@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from smca.datasets import Augmentation, Augmented, CocoDetection, Sample, collate
+from smca.datasets.batch import UInt8Array
 from smca.gpu.benchmark.cases import Case
 from smca.gpu.config import ModelConfig
 from smca.gpu.loading import Loader
@@ -53,13 +54,17 @@ def make_photographs(folder: Path) -> tuple[Path, Path]:
 def loading_case(way: str, folder: Path, short_side: int) -> Case:
     """Reads all photographs of `folder`, resized to `short_side`, as batches.
 
-    way: "Pillow" decodes, resizes and normalises one by one, as DETR's code does with torchvision; "ours" is what training does, up to
-        the uint8 batch that the device normalises; "ours, normalised" normalises it here, too.
+    way: "Pillow" decodes, resizes and normalises one by one, as DETR's code does; "ours" is what training does, up to a batch
+        of uint8 that the device normalises; "ours, normalised" normalises it here, too.
     """
     config = ModelConfig()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.pixel_mean, config.pixel_std))
     data = CocoDetection(folder, folder / "annotations.json")
     augmented = Augmented(data, Augmentation(short_sides=(short_side,), max_size=1333))
+
+    def normalised(pixels: UInt8Array) -> torch.Tensor:
+        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(255)
+        return (image - mean) / std
 
     def pillow() -> torch.Tensor:
         images = []
@@ -68,36 +73,31 @@ def loading_case(way: str, folder: Path, short_side: int) -> Case:
                 picture = opened.convert("RGB")
             sides = (round(picture.width * short_side / min(picture.size)), short_side)
             picture = picture.resize(sides, Image.Resampling.BILINEAR)
-            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
-            images.append((image - mean) / std)
+            images.append(normalised(np.array(picture)))
         return torch.stack(images)
 
     def ours() -> torch.Tensor:
-        images = collate([augmented[index] for index in range(len(augmented))]).images
-        return images if way == "ours" else (images.float().div(255) - mean) / std
+        samples = [augmented[index] for index in range(len(augmented))]
+        return collate(samples).images if way == "ours" else torch.stack([normalised(s.image) for s in samples])
 
     def step() -> dict[str, torch.Tensor]:
         images = (pillow if way == "Pillow" else ours)()
-        return {"mean": images.float().mean()}
+        return {"corner": images[..., 0, 0]}
 
     return {"": step}
 
 
-def bottleneck(images_per_second: float, step_images_per_second: float, preset: str, cores: int) -> str:
-    """What of the two holds training up, in words."""
-    needed = step_images_per_second / images_per_second
+def bottleneck(images_per_second: tuple[float, float], preset: str, cores: int) -> str:
+    """What of the two holds training up, in words. images_per_second: that a core loads, and that a step takes."""
+    loaded, taken = images_per_second
+    needed = taken / loaded
     if needed <= 1:
-        loaded = (
-            "the model is the bottleneck: --workers 1 is enough, and on a CPU 0, which leaves the cores to the model"
-        )
+        verdict = "the model is the bottleneck: --workers 1 is enough, and on a CPU 0, which leaves it the cores"
     elif needed <= cores:
-        loaded = f"the model is the bottleneck with --workers {int(np.ceil(needed))} or more (of {cores} cores)"
+        verdict = f"the model is the bottleneck with --workers {int(np.ceil(needed))} or more (of {cores} cores)"
     else:
-        loaded = f"the data are: it would take {needed:.1f} cores, and there are {cores}. Smaller images on disk, or --cache-images, help"
-    return (
-        f"One core loads {images_per_second:.0f} images/s; a training step of {preset} takes {step_images_per_second:.1f} images/s: "
-        f"{loaded}."
-    )
+        verdict = f"the data are: they need {needed:.1f} cores of {cores}. Smaller files help, or --cache-images True"
+    return f"One core loads {loaded:.0f} images/s; training {preset} takes {taken:.1f} images/s: {verdict}."
 
 
 def measure_index(images: int, folder: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any], str]:
@@ -137,9 +137,9 @@ def measure_index(images: int, folder: Path, tell: Callable[[str], None]) -> tup
     workers = record["workers"]
     lines += [
         "",
-        f"A process that loads images: {workers['private_mib']:.0f} MiB private after {_TOUCHED:,} images, {workers['bare_mib']:.0f} MiB "
-        f"if it has none to load, {workers['private_mib'] - workers['bare_mib']:.0f} MiB more. Memory is what goes beyond that of the "
-        "imports. A first start reads the header of every image; pycocotools looks at none.",
+        f"Private memory of a process that loads images: {workers['private_mib']:.0f} MiB after {_TOUCHED:,} of them, "
+        f"{workers['bare_mib']:.0f} MiB without data. In the table, memory is what goes beyond that of the imports. A first start "
+        "reads the header of every image; pycocotools looks at none.",
     ]
     return record, "\n".join(lines)
 

@@ -32,10 +32,9 @@ NOTES = {
     "profile": "Floors: operations of products and convolutions over the rate of a matrix product, or bytes of inputs, outputs "
     "and parameters over that of a copy, whichever takes longer. What a part stores inside itself is not in its floor. "
     "NAME-….trace.json.gz is a step for chrome://tracing, NAME-….ops.txt its operators by time.",
-    "data": "Pillow decodes, resizes, makes a float tensor and normalises it, one image after the other, as DETR's code does through "
-    "torchvision. ours is what training does in a process that loads images: the batch is uint8, and the device normalises it; "
-    "“normalised” does that here as well, so that both sides do the same. A JPEG that is at least twice as large as needed is decoded "
-    "at half its size.",
+    "data": "Pillow decodes, resizes, makes a float tensor and normalises it, one image after the other, as DETR's code does. ours "
+    "is what training does in a process that loads images: the batch is uint8, and the device normalises it; “normalised” does "
+    "that here as well: both sides do the same then. A JPEG that is at least twice as large as needed is decoded at half its size.",
     "compiled": "torch.compile of model and criterion, as `smca train --compile` does it.",
     "recipe": "A whole step: forward, loss, backward, gradient clipping, optimiser. docs/convergence.md says what each part gains.",
     "step": "All sides do the same work: the same ResNet from random weights, of which all but the stem and the first stage is "
