@@ -26,7 +26,7 @@ from smca.datasets.json_values import Entry, Identity
 from smca.datasets.settings import shown
 
 _LARGEST_ID = 2**63 - 1
-_NUMBERS = (int, float)
+_NUMBERS = frozenset({int, float})
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,14 +168,17 @@ class _Rows:
 
     def add(self, number: int, entry: Entry) -> None:
         """Take an entry."""
-        annotation_id, image_id, category_id, box, area, crowd = _plain(entry) or self._careful(number, entry)
-        if type(annotation_id) is int and -_LARGEST_ID <= annotation_id <= _LARGEST_ID:
-            self._whole_ids.append(annotation_id)
-        else:
+        plain = _plain(entry)
+        annotation_id, image_id, category_id, box, area, crowd = plain or self._careful(number, entry)
+        try:
+            self._whole_ids.append(annotation_id)  # type: ignore[arg-type]
+        except (TypeError, OverflowError):  # it is none
             self._whole_ids.append(0)
             self._other_ids[number] = annotation_id
-        for key, (known, places) in ((image_id, self.images), (category_id, self.categories)):
-            places.append(known.setdefault(key, len(known)))
+        known, places = self.images
+        places.append(known.setdefault(image_id, len(known)))
+        known, places = self.categories
+        places.append(known.setdefault(category_id, len(known)))
         self.boxes.extend(box)
         self.areas.append(area)
         self.crowd.append(crowd)
@@ -259,24 +262,26 @@ _Row = tuple[Identity | None, Identity, Identity, Sequence[float], float, bool]
 
 def _plain(entry: Entry) -> _Row | None:
     """The row of an entry in which everything is of the type that COCO's format has; None for any other."""
-    box, area, crowd = entry.get("bbox"), entry.get("area"), entry.get("iscrowd", 0)
-    if (
-        type(box) is list
-        and len(box) == 4
-        and all(type(value) in _NUMBERS for value in box)
-        and type(annotation_id := entry.get("id")) is int
-        and type(image_id := entry.get("image_id")) is int
-        and type(category_id := entry.get("category_id")) is int
-        and type(crowd) is int
-        and 0 <= crowd <= 1
-        and (area is None or type(area) in _NUMBERS)
-    ):
-        try:
-            box = [float(value) for value in box]
-            area = math.nan if area is None or not 0 < area < math.inf else float(area)
-        except OverflowError:  # a whole number beyond a float's range
-            return None
-        return annotation_id, image_id, category_id, box, area, bool(crowd)
+    try:
+        x, y, w, h = entry["bbox"]
+        annotation_id, image_id, category_id = entry["id"], entry["image_id"], entry["category_id"]
+        area, crowd = entry.get("area"), entry.get("iscrowd", 0)
+        if (
+            type(x) in _NUMBERS
+            and type(y) in _NUMBERS
+            and type(w) in _NUMBERS
+            and type(h) in _NUMBERS
+            and type(annotation_id) is int
+            and type(image_id) is int
+            and type(category_id) is int
+            and type(crowd) is int
+            and 0 <= crowd <= 1
+            and (area is None or type(area) in _NUMBERS)
+        ):
+            area = float(area) if area is not None and 0 < area < math.inf else math.nan
+            return annotation_id, image_id, category_id, (float(x), float(y), float(w), float(h)), area, crowd == 1
+    except (KeyError, TypeError, ValueError, OverflowError):
+        pass
     return None
 
 

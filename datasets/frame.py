@@ -12,8 +12,12 @@ A half turn, a mirrored and a square picture have one size either way; they foll
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +32,8 @@ _TOLERANCE_PX = 1.0
 _FLAG = "--annotations.frame upright (as viewers show them) or --annotations.frame stored"
 _SHOWN = 3
 _READERS = 8
-_BLOCK = 4096
+_BLOCK = 256
+_MANY = 20_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,30 +64,42 @@ def read_headers(
 
     progress: is told now and then what fraction of them is done.
     """
-
-    def header_or_fault(name: str) -> Header | str:
-        try:
-            return read_header(images_dir / name)
-        except (ValueError, OSError) as error:
-            return str(error)
-
-    sizes, orientations = np.zeros((len(names), 2), dtype=np.int64), np.ones(len(names), dtype=np.int64)
+    values = np.ones((len(names), 3), dtype=np.int64)
     faults: list[str] = []
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(names), _BLOCK):
-            for index, header in enumerate(pool.map(header_or_fault, names[start : start + _BLOCK]), start):
-                if isinstance(header, str):
-                    faults.append(header)
-                else:
-                    sizes[index], orientations[index] = header.stored_size, header.orientation
+    blocks = [names[start : start + _BLOCK] for start in range(0, len(names), _BLOCK)]
+    with _readers(len(names)) as pool:
+        for number, (found, faulty) in enumerate(pool.map(_read_block, itertools.repeat(images_dir), blocks)):
+            values[number * _BLOCK : number * _BLOCK + len(found)] = found
+            faults += faulty
             if progress is not None:
-                progress((start + _BLOCK) / len(names))
+                progress((number + 1) / len(blocks))
     if faults:
         raise ValueError(
             f"{len(faults):,} of {len(names):,} images of {annotations_file} cannot be used: {'; '.join(faults[:_SHOWN])}"
             f"{'; …' if len(faults) > _SHOWN else ''}, or remove their entries from the annotation file"
         )
-    return Headers(sizes, orientations)
+    return Headers(values[:, :2], values[:, 2])
+
+
+def _readers(count: int) -> Executor:
+    """Threads, which wait for files side by side; for many images processes, since decoders spend most of the time in Python."""
+    processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if count >= _MANY and processes > 1:
+        return ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+    return ThreadPoolExecutor(_READERS)
+
+
+def _read_block(images_dir: Path, names: Sequence[str]) -> tuple[list[tuple[int, int, int]], list[str]]:
+    """Height, width and orientation of each image, 1 where it cannot be read; and what is wrong with those."""
+    found, faults = [], []
+    for name in names:
+        try:
+            header = read_header(images_dir / name)
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+            header = Header((1, 1), 1)
+        found.append((*header.stored_size, header.orientation))
+    return found, faults
 
 
 def decide_frame(

@@ -128,13 +128,15 @@ class _Window:
                 raise _DigitsError(str(error)) from error
             else:
                 cut = end == len(self._text) or _CUT_NUMBER.match(self._text, end)
+                length = end - self.at  # for reading on moves the window
                 if not cut or not self._read_on():
-                    self.at = end
+                    self.at += length
                     return value
                 continue
             cut = problem.startswith("Unterminated string") or len(self._text) - position <= _UNDECIDED
+            before = position - self.at
             if not cut or not self._read_on():
-                self.at = position
+                self.at += before
                 self.fail(problem)
 
     def items(self) -> Iterator[Any]:
