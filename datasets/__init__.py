@@ -4,6 +4,7 @@ from smca.datasets.augmented import Augmented
 from smca.datasets.batch import Batch, Category, DetectionDataset, Report, Sample, Targets, collate
 from smca.datasets.coco import CocoDetection, require_same_categories
 from smca.datasets.images import read_image
+from smca.datasets.joined import Joined
 from smca.datasets.layout import find_split
 from smca.datasets.options import AnnotationOptions
 from smca.datasets.synthetic import SyntheticShapes
@@ -17,6 +18,7 @@ __all__ = [
     "Category",
     "CocoDetection",
     "DetectionDataset",
+    "Joined",
     "Report",
     "Sample",
     "SyntheticShapes",

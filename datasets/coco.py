@@ -216,12 +216,14 @@ def _divisor(image: UInt8Array, size: IntArray) -> int | None:
     return next((divisor for divisor in REDUCTIONS if (-(-size // divisor) == image.shape[:2]).all()), None)
 
 
-def require_same_categories(train: tuple[Category, ...], val: tuple[Category, ...]) -> None:
-    """Raise ValueError unless both splits have the same categories (ids and names): labels would differ in meaning."""
-    if train != val:
-        only_train = sorted(f"{c.id}:{c.name}" for c in set(train) - set(val))
-        only_val = sorted(f"{c.id}:{c.name}" for c in set(val) - set(train))
+def require_same_categories(
+    one: tuple[Category, ...], other: tuple[Category, ...], names: tuple[str, str] = ("training", "validation")
+) -> None:
+    """Raise ValueError unless both data sets have the same categories (ids and names): labels would differ in meaning."""
+    if one != other:
+        only_one = sorted(f"{c.id}:{c.name}" for c in set(one) - set(other))
+        only_other = sorted(f"{c.id}:{c.name}" for c in set(other) - set(one))
         raise ValueError(
-            "the training and the validation annotations must have the same categories (id and name); only in "
-            f"training: {only_train}, only in validation: {only_val}; give both files the same 'categories' list"
+            f"the {names[0]} and the {names[1]} annotations must have the same categories (id and name); only in "
+            f"{names[0]}: {only_one}, only in {names[1]}: {only_other}; give both files the same 'categories' list"
         )

@@ -356,6 +356,8 @@ class RunConfig:
 
     data: str | None = None
     """Folder with data in COCO format (docs/data.md lists the layouts), or "synthetic" for the built-in data."""
+    more_data: tuple[str, ...] = ()
+    """Further folders with the same classes, whose training images are trained on, too; held-out images are those of `data`."""
     train_json: Path | None = None
     """Annotation file of the training images, wherever it lies; the one that is found in `data` otherwise."""
     train_images: Path | None = None

@@ -40,6 +40,7 @@ _WRITTEN = (
 _FREE = {
     "output",
     "data",  # the data are compared, not where they lie
+    "more_data",
     "train_json",
     "train_images",
     "val_json",

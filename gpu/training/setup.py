@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from smca.datasets import Augmented, DetectionDataset, Report, Targets, collate, require_same_categories
+from smca.datasets import Augmented, DetectionDataset, Joined, Report, Targets, collate, require_same_categories
 from smca.datasets.batch import CocoDict
 from smca.datasets.settings import shown
 from smca.gpu.config import LossConfig, RunConfig
@@ -158,13 +158,13 @@ def set_up(
     torch.set_flush_denormal(True)
 
     # Data; the model's classes follow from it.
-    named = partial(
-        open_split, config.data, synthetic=config.synthetic, options=config.annotations, cache=config.cache_images
-    )
+    named = partial(open_split, synthetic=config.synthetic, options=config.annotations, cache=config.cache_images)
     if train_data is None:
-        train_data = named("train", json_file=config.train_json, images_dir=config.train_images)
+        train_data = named(config.data, "train", json_file=config.train_json, images_dir=config.train_images)
+        if config.more_data:
+            train_data = Joined([train_data, *(named(folder, "train") for folder in config.more_data)])
     if val_data is None:
-        val_data = named("val", json_file=config.val_json, images_dir=config.val_images)
+        val_data = named(config.data, "val", json_file=config.val_json, images_dir=config.val_images)
     else:
         config = dataclasses.replace(config, data=None)  # which is not what the model is measured on
     config = _with_classes(config, train_data, val_data)
