@@ -63,7 +63,7 @@ def loading_case(way: str, folder: Path, short_side: int) -> Case:
     augmented = Augmented(data, Augmentation(short_sides=(short_side,), max_size=1333))
 
     def normalised(pixels: UInt8Array) -> torch.Tensor:
-        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(255)
+        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous().float().div(255)
         return (image - mean) / std
 
     def pillow() -> torch.Tensor:
@@ -73,7 +73,7 @@ def loading_case(way: str, folder: Path, short_side: int) -> Case:
                 picture = opened.convert("RGB")
             sides = (round(picture.width * short_side / min(picture.size)), short_side)
             picture = picture.resize(sides, Image.Resampling.BILINEAR)
-            images.append(normalised(np.array(picture)))
+            images.append(normalised(np.asarray(picture)))
         return torch.stack(images)
 
     def ours() -> torch.Tensor:

@@ -1,0 +1,64 @@
+"""What the benchmark says of the data: both sides load the same pictures, and an index is opened as often as is said."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smca.datasets import coco_index
+from smca.gpu.benchmark import command, data
+from smca.gpu.benchmark.data import bottleneck, loading_case, make_photographs, measure_index
+
+
+@pytest.mark.parametrize("short_side", [240, 192])
+def test_both_ways_load_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_side: int) -> None:
+    monkeypatch.setattr(data, "PHOTOGRAPHS", 2)
+    folder, _ = make_photographs(tmp_path)
+    found = {
+        way: loading_case(way, folder, short_side)[""]()["corner"] for way in ("Pillow", "ours", "ours, normalised")
+    }
+    assert {tuple(value.shape) for value in found.values()} == {(2, 3)}
+    assert found["ours"].dtype == torch.uint8
+    # Decoded at half its size, a corner's pixel is nearly the same.
+    torch.testing.assert_close(found["ours, normalised"], found["Pillow"], atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "taken", "verdict"),
+    [
+        (100.0, 3.0, "the model is the bottleneck: --workers 1 is enough"),
+        (30.0, 149.0, r"the model is the bottleneck with --workers 5 or more \(of 8 cores\)"),
+        (10.0, 149.0, "the data are: they need 14.9 cores of 8. Smaller files help, or --cache-images True"),
+    ],
+)
+def test_it_says_what_holds_training_up(loaded: float, taken: float, verdict: str) -> None:
+    assert re.search(verdict, bottleneck((loaded, taken), "smca_r50", 8))
+
+
+def test_the_index_is_made_once_and_found_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def here(measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+        return measure(*arguments)
+
+    monkeypatch.setattr(data, "_apart", here)
+    monkeypatch.setattr(data, "_PER_FOLDER", 100)
+    monkeypatch.setattr(data, "_TOUCHED", 50)
+    monkeypatch.setattr(coco_index, "KEPT_FROM", 0)
+    monkeypatch.delenv("SMCA_CACHE", raising=False)
+    told: list[str] = []
+    record, table = measure_index(250, tmp_path, told.append)
+    assert (record["images"], record["boxes"]) == (250, 2000)
+    assert record["bytes"] == (tmp_path / "large.json").stat().st_size
+    assert told[1:] == ["pycocotools, every start", "first start", "later start", "workers"]
+    assert capsys.readouterr().err.count("and its images, once") == 1
+    assert record["later start"]["seconds"] < record["first start"]["seconds"]
+    assert "SMCA_CACHE" not in os.environ
+    for name in told[1:-1]:
+        assert f"| {name} | " in table
+    with pytest.raises(ValueError, match="--index-images must be at least 1, got 0"):
+        command.BenchmarkArgs(index_images=0)
