@@ -24,6 +24,7 @@ from smca.datasets.frame import decide_frame, read_headers
 from smca.datasets.images import Frame, Header, read_image
 from smca.datasets.options import AnnotationOptions
 from smca.datasets.settings import shown
+from smca.datasets.table import AnnotationTable
 
 _EXAMPLES = 3
 
@@ -166,6 +167,20 @@ class CocoDetection:
             "annotations": annotations,
             "categories": [{"id": category.id, "name": category.name} for category in self.categories],
         }
+
+    def annotation_table(self) -> AnnotationTable:
+        """All annotations as arrays; boxes are the file's own, as in `ground_truth`."""
+        file = self._file
+        return AnnotationTable(
+            images=file.positions,
+            labels=file.labels,
+            boxes_xywh=self._boxes.file_xywh,
+            crowd=self._crowd,
+            ids=file.annotation_ids,
+            sizes=np.array(self.sizes, dtype=np.int64).reshape(-1, 2),
+            image_ids=np.array(file.image_ids, dtype=np.int64),
+            file_names=self.file_names,
+        )
 
     def with_own_ids(self, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """COCO results (or annotations) with the ids of images and categories as the annotation file writes them."""

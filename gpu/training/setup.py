@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import os
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from smca.datasets import Augmented, DetectionDataset, Report, Targets, collate, require_same_categories
 from smca.datasets.batch import CocoDict
 from smca.datasets.settings import shown
+from smca.datasets.table import AnnotationTable, table_of
 from smca.gpu.config import LossConfig, RunConfig
 from smca.gpu.evaluation import evaluation_loader, open_split, pick_device
 from smca.gpu.loading import Loader
@@ -141,11 +141,15 @@ class Run:
             "held-out": _fingerprint(self.val_truth, self.val_report),
         }
 
-    @property
-    def most_objects(self) -> int:
-        """Objects in the fullest training image, crowds not counted."""
-        counts = Counter(a["image_id"] for a in self.train_truth["annotations"] if not a["iscrowd"])
-        return max(counts.values(), default=0)
+    @cached_property
+    def train_table(self) -> AnnotationTable:
+        """The annotations of the training images as arrays."""
+        return table_of(self.train_data, lambda: self.train_truth)
+
+    @cached_property
+    def val_table(self) -> AnnotationTable:
+        """Those of the held-out images."""
+        return table_of(self.val_data, lambda: self.val_truth)
 
 
 def set_up(
