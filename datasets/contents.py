@@ -21,7 +21,7 @@ from smca.datasets.table import AnnotationTable
 
 _CELLS = 8
 """Of a thumbnail, per side."""
-_ALIKE = 2.0
+_ALIKE = 3.0
 """Copies differ by less than this in their thumbnails, of 255, as a root mean square: compression and resizing change the mean of
 a cell by less, another picture of the same scene by more."""
 _PLAIN = 3.0
@@ -156,13 +156,13 @@ def _copies_between(
     total = len(tables[splits[1]].sizes)
     both = tables[splits[0]], tables[splits[1]]
     for kind, pairs, how in (
-        ("shared-images", same, "in {} as well, byte for byte"),
-        ("shared-pictures", alike, "in {} as well, compressed or resized otherwise, or so much alike that they may be"),
+        ("shared-images", same, "also in {}, byte for byte"),
+        ("shared-pictures", alike, "probably also in {}: compressed or resized otherwise, or the same view again"),
     ):
         if count := len({image for _, image in pairs}):
             text = (
-                f"{count:,} of the {total:,} images of {splits[1]} {'is' if count == 1 else 'are'} {how.format(splits[0])}: what "
-                "is measured on them is what was learned by heart"
+                f"{count:,} of the {total:,} images of {splits[1]} {'is' if count == 1 else 'are'} {how.format(splits[0])}; its AP "
+                "rewards learning by heart"
             )
             yield Finding(kind, "warning", between, text, _pair_entries(pairs, both))
 

@@ -98,8 +98,9 @@ def find_between(
     found += _of_classes(
         "rare-class", "note", "train", (train > 0) & (train < _RARE), categories, f"fewer than {_RARE} boxes"
     )
-    empty = sum(counts.values()) == 0
-    return found + _of_classes("unused-class", "note", ", ".join(counts), empty, categories, "no box in any split")
+    used = np.sum(list(counts.values()), axis=0) > 0
+    found += _of_classes("unused-class", "note", ", ".join(counts), ~used, categories, "no box in any split")
+    return found
 
 
 def same_boxes(table: AnnotationTable) -> tuple[IntArray, IntArray, FloatArray]:
@@ -142,7 +143,7 @@ def _bad_boxes(split: str, table: AnnotationTable) -> Iterator[Finding]:
         ("clipped-boxes", checked.clipped, "reaching out of the image: cut at its border for training"),
         ("long-boxes", long, f"more than {_LONGEST_BOX:.0f} times as long as wide"),
     ):
-        if count := np.count_nonzero(which):
+        if count := int(np.count_nonzero(which)):
             level: Level = "warning" if count > _MUCH * len(table.labels) else "note"
             text = f"{count:,} box{'es' * (count > 1)} {what}"
             yield Finding(kind, level, split, text, _row_entries(table, np.flatnonzero(which)))

@@ -224,20 +224,22 @@ def _print_findings(found: Sequence[Finding], *, quick: bool) -> None:
 def _told(entry: Entry) -> str:
     """An entry on one line."""
     place = f"{entry.get('file') or 'image'} (id {entry['image_id']})" if "image_id" in entry else ""
+    if "classes" in entry:
+        entry = {**entry, "classes": " and ".join(dict.fromkeys(entry["classes"]))}
     words = {
-        "annotation_id": "annotation {}",
-        "other_annotation_id": "and {}",
-        "classes": "{}",
-        "iou": "IoU {}",
-        "bbox": "bbox {}",
-        "objects": "{} objects",
-        "side_px": "{} pixels",
-        "other_file": "as {}",
-        "other_image_id": "(id {})",
+        "annotation_id": ", annotation {}",
+        "other_annotation_id": " and {}",
+        "classes": ", {}",
+        "iou": ", IoU {}",
+        "bbox": ", bbox {}",
+        "objects": ", {} objects",
+        "side_px": ", {} pixels across",
+        "other_file": ", as {}",
+        "other_image_id": " (id {})",
         "class": "{}",
-        "why": "{}",
+        "why": ": {}",
     }
-    return ", ".join([place] * bool(place) + [said.format(entry[key]) for key, said in words.items() if key in entry])
+    return place + "".join(said.format(entry[key]) for key, said in words.items() if key in entry)
 
 
 def _write_findings(found: Sequence[Finding], file: BinaryIO) -> None:

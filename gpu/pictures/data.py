@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 from PIL import Image
 
 from smca.datasets import Category, Sample
-from smca.datasets.batch import FloatArray, IntArray
+from smca.datasets.batch import FloatArray
 from smca.datasets.settings import shortened
 from smca.datasets.table import AnnotationTable
 from smca.gpu.config import ModelConfig
@@ -25,7 +28,11 @@ _WIDTH, _DPI = 2400, 120
 _CLASSES = 20
 """The most frequent, of more."""
 _COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
+_SIZES = 100
+"""Of images: the most frequent ones are drawn."""
 _COLUMNS = 4
+_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+"""Numbers as people write them."""
 
 
 def draw_data(
@@ -65,7 +72,7 @@ def _histograms(
     _draw_classes(axes[0, 0], tables, categories)
     _draw_counts(axes[0, 1], tables, model.num_queries)
     _draw_sides(axes[0, 2], tables, model)
-    _draw_image_sizes(axes[1, 0], tables)
+    _draw_image_sizes(axes[1, 0], tables, model)
     _draw_shapes(axes[1, 1], tables)
     _draw_places(axes[1, 2], tables)
     counts = [f"{split}: {len(t.sizes):,} images, {len(t.objects):,} objects" for split, t in tables.items()]
@@ -81,18 +88,22 @@ def _draw_classes(axes: Axes, tables: Mapping[str, AnnotationTable], categories:
     order = np.argsort(-counts["train"], kind="stable")[:_CLASSES]
     height = 0.8 / len(counts)
     for number, (split, of_class) in enumerate(counts.items()):
-        axes.barh(np.arange(len(order)) + number * height, of_class[order], height, color=_COLORS[split], label=split)
+        places = np.arange(len(order)) + number * height
+        bars = axes.barh(places, of_class[order], height, color=_COLORS[split], label=split)
+        axes.bar_label(bars, [f"{count:,}" for count in of_class[order].tolist()], padding=3)
     names = [shortened(name_with_font(categories[label].name, f"class {label}"), 20) for label in order.tolist()]
     axes.set_yticks(
         np.arange(len(order)) + 0.4 - height / 2, names, fontfamily=figure_families(names), parse_math=False
     )
     axes.invert_yaxis()
     largest, least = max(c.max() for c in counts.values()), min(c[order].min() for c in counts.values())
-    if largest > 20 * max(1, least):
+    logarithmic = bool(largest > 20 * max(1, least))
+    if logarithmic:
         axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(_PLAIN)
+    axes.set_xlim(0, largest * (3 if logarithmic else 1.15))
     more = f", the {_CLASSES} most frequent of {len(categories)}" if len(categories) > _CLASSES else ""
-    _describe(axes, f"Objects of each class{more}", "objects")
+    _describe(axes, f"Objects of each class{more}", f"objects{' (logarithmic)' * logarithmic}")
     axes.legend()
 
 
@@ -105,7 +116,7 @@ def _draw_counts(axes: Axes, tables: Mapping[str, AnnotationTable], queries: int
     if queries <= 4 * most:
         axes.axvline(queries, color="black", linestyle="--", label=f"{queries} queries")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _describe(axes, f"Objects in an image: {most} at most, for {queries} queries", "objects", "share of the images")
+    _describe(axes, f"Objects in an image: {most} at most", "objects", "share of the images")
     axes.legend()
 
 
@@ -121,24 +132,34 @@ def _draw_sides(axes: Axes, tables: Mapping[str, AnnotationTable], model: ModelC
         axes.axvline(level, color="tab:red", linestyle="--")
     under = float(np.mean(sides["train"] < stride)) if len(sides["train"]) else 0.0
     _log(axes)
-    cells = axes.secondary_xaxis("top", functions=(lambda px: px / stride, lambda cell: cell * stride))
-    cells.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    cells.set_xlabel(f"the same in cells of {stride}×{stride} pixels")
-    title = f"Size of the objects after the resize: {under:.1%} are under a cell (red)"
+    cells = axes.secondary_xaxis(
+        "top", functions=(lambda px: np.asarray(px) / stride, lambda cell: np.asarray(cell) * stride)
+    )
+    cells.set_xticks(2.0 ** np.arange(-3, 12))
+    cells.xaxis.set_major_formatter(_PLAIN)
+    cells.set_xlabel(f"the same in cells of {stride}×{stride} pixels", fontsize=12)
+    title = f"Size after the resize: {under:.1%} under a cell (red)"
     _describe(axes, title, "√(width · height) in pixels", "share of the objects")
 
 
-def _draw_image_sizes(axes: Axes, tables: Mapping[str, AnnotationTable]) -> None:
-    kinds = 0
+def _draw_image_sizes(axes: Axes, tables: Mapping[str, AnnotationTable], model: ModelConfig) -> None:
     for split, table in tables.items():
         sizes, counts = np.unique(table.sizes, axis=0, return_counts=True)
-        kinds += len(sizes)
-        area = 30 + 500 * counts / counts.max()
-        axes.scatter(sizes[:, 1], sizes[:, 0], s=area, alpha=0.4, color=_COLORS[split], label=split, linewidths=0)
-    axes.set_xlim(0, 1.15 * max(int(table.sizes[:, 1].max()) for table in tables.values()))
-    axes.set_ylim(0, 1.15 * max(int(table.sizes[:, 0].max()) for table in tables.values()))
-    axes.set_aspect("equal", adjustable="datalim")
-    _describe(axes, "Size of the stored images (larger dots: more images)", "width in pixels", "height in pixels")
+        frequent = np.argsort(-counts, kind="stable")[:_SIZES]
+        for height, width in sizes[frequent].tolist():
+            axes.add_patch(
+                Rectangle((0, 0), width, height, fill=False, edgecolor=_COLORS[split], alpha=0.5, linewidth=2)
+            )
+    every = np.concatenate([table.sizes for table in tables.values()])
+    typical = np.median(every, axis=0)
+    scale = min(model.image_short_side / typical.min(), model.image_max_size / typical.max())
+    height, width = (typical * scale).tolist()
+    axes.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor="black", linestyle="--", linewidth=2))
+    high, wide = np.maximum(every.max(axis=0), (height, width)) * 1.05
+    axes.set_xlim(0, wide)
+    axes.set_ylim(high, 0)
+    axes.set_aspect("equal")
+    _describe(axes, "Size of the images; dashed: as the network sees them", "width in pixels", "height in pixels")
 
 
 def _draw_shapes(axes: Axes, tables: Mapping[str, AnnotationTable]) -> None:
@@ -148,7 +169,7 @@ def _draw_shapes(axes: Axes, tables: Mapping[str, AnnotationTable]) -> None:
         _step(axes, np.clip(sides[:, 0] / sides[:, 1], edges[0], edges[-1]), edges, split)
     _log(axes)
     axes.axvline(1, color="grey", linewidth=0.8)
-    _describe(axes, "Shape of the boxes: left high, right wide", "width / height", "share of the objects")
+    _describe(axes, "Shape of the boxes: left tall, right wide", "width / height", "share of the objects")
 
 
 def _draw_places(axes: Axes, tables: Mapping[str, AnnotationTable]) -> None:
@@ -166,19 +187,18 @@ def _sides(table: AnnotationTable) -> FloatArray:
     return boxes[:, 2:] - boxes[:, :2]
 
 
-def _step(axes: Axes, values: FloatArray | IntArray, edges: FloatArray, split: str) -> None:
+def _step(axes: Axes, values: NDArray[Any], edges: NDArray[Any], split: str) -> None:
     """A histogram of shares, so that splits of different size can be compared."""
     shares = np.histogram(values, edges)[0] / max(1, len(values))
     axes.stairs(shares, edges, color=_COLORS[split], label=split, linewidth=2)
     axes.stairs(shares, edges, color=_COLORS[split], alpha=0.15, fill=True)
-    axes.set_ylim(bottom=0)
+    axes.margins(y=0.08)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
 
 def _log(axes: Axes) -> None:
-    """A logarithmic axis with numbers as people write them."""
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(_PLAIN)
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -186,4 +206,5 @@ def _describe(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
     axes.set_title(title, fontsize=14, fontweight="bold")
     axes.set_xlabel(x_label, fontsize=12)
     axes.set_ylabel(y_label, fontsize=12)
+    axes.tick_params(labelsize=11)
     axes.grid(alpha=0.3)
