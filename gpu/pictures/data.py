@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
@@ -67,7 +67,7 @@ def _histograms(
     tables: Mapping[str, AnnotationTable], categories: Sequence[Category], model: ModelConfig, below: str
 ) -> Image.Image:
     """All of them, with a line below as a heading of what follows."""
-    figure = Figure(figsize=(_WIDTH / _DPI, 12), layout="constrained")
+    figure = Figure(figsize=(_WIDTH / _DPI, 12), dpi=_DPI, layout="constrained")
     axes = figure.subplots(2, 3)
     _draw_classes(axes[0, 0], tables, categories)
     _draw_counts(axes[0, 1], tables, model.num_queries)
@@ -78,9 +78,9 @@ def _histograms(
     counts = [f"{split}: {len(t.sizes):,} images, {len(t.objects):,} objects" for split, t in tables.items()]
     figure.suptitle(" · ".join(counts), fontsize=18)
     figure.supxlabel(below, fontsize=18)
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=_DPI, format="png")
-    return Image.open(stream).convert("RGB")
+    canvas: Any = FigureCanvasAgg(figure)  # untyped
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _draw_classes(axes: Axes, tables: Mapping[str, AnnotationTable], categories: Sequence[Category]) -> None:
