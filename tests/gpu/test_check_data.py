@@ -242,8 +242,7 @@ def test_training_warns_of_the_same_and_once(
     train.train(dataclasses.replace(config, model=dataclasses.replace(config.model, num_queries=4)))
     said = capsys.readouterr().out
     assert said.count("warning: training images: an image has 6 objects, but the model has 4 queries") == 1
-    assert said.count("AP is zero: ") == said.count("AP 0.000") == 1
-    assert "AP is zero: 3 steps are few" in said
+    assert said.count("AP is zero: ") == said.count("AP is zero: 3 steps are few") == 1
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD blood cells are not at ../shared/data/bccd")
