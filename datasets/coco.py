@@ -174,7 +174,7 @@ class CocoDetection:
         return AnnotationTable(
             images=file.positions,
             labels=file.labels,
-            boxes_xywh=self._boxes.file_xywh,
+            checked=self._boxes,
             crowd=self._crowd,
             ids=file.annotation_ids,
             sizes=np.array(self.sizes, dtype=np.int64).reshape(-1, 2),

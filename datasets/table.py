@@ -20,8 +20,8 @@ class AnnotationTable:
     """[rows] index of the image."""
     labels: IntArray
     """[rows] index into the data set's categories."""
-    boxes_xywh: FloatArray
-    """[rows, 4] x, y, width, height in pixels as written: perhaps beyond the image, without area, or not finite."""
+    checked: CheckedBoxes
+    """[rows] the boxes, and what is wrong with them."""
     crowd: BoolArray
     """[rows] whether it is a region of many objects."""
     ids: IntArray
@@ -33,10 +33,10 @@ class AnnotationTable:
     file_names: Sequence[str]
     """[images] empty where the data set has no files."""
 
-    @cached_property
-    def checked(self) -> CheckedBoxes:
-        """What is wrong with the boxes."""
-        return check_boxes(self.boxes_xywh, self.sizes[self.images, ::-1].astype(np.float64))
+    @property
+    def boxes_xywh(self) -> FloatArray:
+        """[rows, 4] x, y, width, height in pixels as written: perhaps beyond the image, without area, or not finite."""
+        return self.checked.file_xywh
 
     @cached_property
     def objects(self) -> IntArray:
@@ -83,13 +83,14 @@ def _table_of_truth(truth: CocoDict) -> AnnotationTable:
         reach = np.ones(sizes.shape)
         np.maximum.at(reach, images, ends)
         sizes = np.where(sizes > 0, sizes, np.ceil(reach).astype(np.int64))
+    sizes = sizes.reshape(-1, 2)
     return AnnotationTable(
         images=images,
         labels=labels,
-        boxes_xywh=boxes_xywh,
+        checked=check_boxes(boxes_xywh, sizes[images, ::-1].astype(np.float64)),
         crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=np.bool_),
         ids=np.array([a.get("id", row) for row, a in enumerate(annotations)], dtype=np.int64),
-        sizes=sizes.reshape(-1, 2),
+        sizes=sizes,
         image_ids=np.array(list(position), dtype=np.int64),
         file_names=[str(image.get("file_name") or "") for image in truth["images"]],
     )

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from smca.datasets import Category, CocoDetection, DetectionDataset, Sample, SyntheticShapes
+from smca.datasets.boxes import check_boxes
 from smca.datasets.contents import Pictures, find_in_pictures, look_at_pictures
 from smca.datasets.findings import Finding, find_between, find_in_split, same_boxes
 from smca.datasets.table import AnnotationTable, table_of
@@ -30,7 +31,7 @@ def table(
     return AnnotationTable(
         images=positions,
         labels=np.zeros(rows, np.int64) if labels is None else np.array(labels, np.int64),
-        boxes_xywh=boxes_xywh,
+        checked=check_boxes(boxes_xywh, sizes_2[positions, ::-1].astype(np.float64)),
         crowd=np.zeros(rows, np.bool_) if crowd is None else np.array(crowd),
         ids=np.arange(rows) + 10,
         sizes=sizes_2,

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from smca.datasets import Augmentation, Category, SyntheticShapes
+from smca.datasets.boxes import check_boxes
 from smca.datasets.table import AnnotationTable, table_of
 from smca.gpu import check_data, train
 from smca.gpu.config import ModelConfig
@@ -33,10 +34,11 @@ AUGMENTATION = Augmentation(short_sides=(100,), max_size=200)
 def squares(sides: list[float], labels: list[int] | None = None, per_image: int = 10) -> AnnotationTable:
     """Square objects in images of 200×400 pixels."""
     count, images = len(sides), -(-len(sides) // per_image)
+    boxes_xywh = np.array([[n % per_image * 13.0, n % 7 * 20.0, side, side] for n, side in enumerate(sides)])
     return AnnotationTable(
         images=np.arange(count) // per_image,
         labels=np.array(labels or [0] * count),
-        boxes_xywh=np.array([[n % per_image * 13.0, n % 7 * 20.0, side, side] for n, side in enumerate(sides)]),
+        checked=check_boxes(boxes_xywh, np.full((count, 2), [400.0, 200.0])),
         crowd=np.zeros(count, np.bool_),
         ids=np.arange(count) + 1,
         sizes=np.array([[200, 400]] * images),

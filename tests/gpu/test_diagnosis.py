@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from smca.datasets import SyntheticShapes
+from smca.datasets.boxes import check_boxes
 from smca.datasets.table import AnnotationTable, table_of
 from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import evaluate_detections, why_ap_is_zero
@@ -94,14 +95,12 @@ def tiny_objects(situation: Situation) -> None:
 
 
 def untrained_classes(situation: Situation) -> None:
-    keep = np.flatnonzero(situation.train.labels == 0)
-    names = ("images", "labels", "boxes_xywh", "crowd", "ids")
-    situation.train = dataclasses.replace(situation.train, **{n: getattr(situation.train, n)[keep] for n in names})
+    situation.train = dataclasses.replace(situation.train, crowd=situation.train.labels != 0)
 
 
 def trained_on_small_ones(situation: Situation) -> None:
-    boxes_xywh = situation.train.boxes_xywh * [1, 1, 0.1, 0.1]
-    situation.train = dataclasses.replace(situation.train, boxes_xywh=boxes_xywh)
+    small = check_boxes(situation.train.boxes_xywh * [1, 1, 0.1, 0.1], np.full((len(situation.train.labels), 2), 128.0))
+    situation.train = dataclasses.replace(situation.train, checked=small)
 
 
 def one_class_named(situation: Situation) -> None:
