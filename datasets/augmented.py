@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from smca.datasets.batch import Category, CocoDict, DetectionDataset, IntArray, Report, Sample
+from smca.datasets.batch import Category, CocoDict, DetectionDataset, Report, Sample
 from smca.datasets.transforms import Augmentation
 
 
@@ -52,11 +52,6 @@ class Augmented(torch.utils.data.Dataset[Sample]):
     def digest(self) -> str:
         """That of the wrapped dataset."""
         return self.dataset.digest
-
-    @property
-    def objects_per_image(self) -> IntArray:
-        """That of the wrapped dataset."""
-        return self.dataset.objects_per_image
 
     def ground_truth(self) -> CocoDict:
         """That of the wrapped dataset: in pixels of the stored images, not of the augmented ones."""

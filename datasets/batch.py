@@ -9,7 +9,6 @@ Shape letters: B images, T targets (padded), H, W height and width in pixels.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
@@ -246,24 +245,17 @@ class DetectionDataset(Protocol):
     @property
     def report(self) -> Report:
         """What the dataset found while it was opened."""
-        truth = _read_once(self)
+        truth = truth_of(self)
         with_boxes = {annotation["image_id"] for annotation in truth["annotations"]}
         return Report(len(self), len(truth["annotations"]), len(self.categories), len(self) - len(with_boxes))
 
     @property
     def digest(self) -> str:
         """What tells these data from others: of images, classes and boxes."""
-        truth = _read_once(self)
+        truth = truth_of(self)
         rows = [(a["image_id"], a["category_id"], *a["bbox"], a["iscrowd"]) for a in truth["annotations"]]
         images = [(image["id"], image.get("file_name")) for image in truth["images"]]
         return digest_of([images, [astuple(c) for c in self.categories], np.array(rows, dtype=np.float64)])
-
-    @property
-    def objects_per_image(self) -> IntArray:
-        """[images] boxes to train on."""
-        truth = _read_once(self)
-        counts = Counter(a["image_id"] for a in truth["annotations"] if not a["iscrowd"])
-        return np.array([counts[image["id"]] for image in truth["images"]], dtype=np.int64)
 
     def ground_truth(self) -> CocoDict:
         """A COCO dictionary (info, images, annotations, categories) that pycocotools takes as it is.
@@ -293,8 +285,8 @@ class DetectionDataset(Protocol):
         return {"info": {}, "images": list(images.values()), "annotations": annotations, "categories": categories}
 
 
-def _read_once(dataset: DetectionDataset) -> CocoDict:
-    """Its ground truth, for which it may have to read every image."""
+def truth_of(dataset: DetectionDataset) -> CocoDict:
+    """Its ground truth, for which it may have to read every image: once."""
     known = vars(dataset)
     if "_ground_truth" not in known:
         known["_ground_truth"] = dataset.ground_truth()

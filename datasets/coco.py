@@ -24,6 +24,7 @@ from smca.datasets.images import REDUCTIONS, Frame, read_image
 from smca.datasets.open_coco import open_coco
 from smca.datasets.options import AnnotationOptions
 from smca.datasets.settings import shown
+from smca.datasets.table import AnnotationTable
 
 
 class CocoDetection:
@@ -93,12 +94,6 @@ class CocoDetection:
     def digest(self) -> str:
         """What tells these data from others."""
         return self._index.digest
-
-    @property
-    def objects_per_image(self) -> IntArray:
-        """[images] boxes that are trained on."""
-        index = self._index
-        return np.bincount(index.positions[index.trained], minlength=len(self))
 
     @property
     def cache_bytes(self) -> int:
@@ -199,6 +194,20 @@ class CocoDetection:
             "annotations": annotations,
             "categories": [{"id": category.id, "name": category.name} for category in self.categories],
         }
+
+    def annotation_table(self) -> AnnotationTable:
+        """All annotations as arrays; boxes are the file's own, as in `ground_truth`."""
+        index = self._index
+        return AnnotationTable(
+            images=index.positions,
+            labels=index.labels,
+            checked=index.checked,
+            crowd=index.crowd,
+            ids=index.annotation_ids,
+            sizes=index.sizes,
+            image_ids=index.image_ids,
+            file_names=index.names,
+        )
 
     def with_own_ids(self, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """COCO results (or annotations) with the ids of images and categories as the annotation file writes them."""

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from smca.datasets.batch import BoolArray, Category, FloatArray, IntArray, Report, UInt8Array, digest_of
+from smca.datasets.boxes import CheckedBoxes
 from smca.datasets.images import Frame
 from smca.datasets.options import AnnotationOptions
 
@@ -44,7 +45,7 @@ _SETTLED = 2.0
 _PLAIN = "index.json"
 
 
-class Texts:
+class Texts(Sequence[str]):
     """Many texts in one array of bytes."""
 
     def __init__(self, content: UInt8Array, ends: IntArray) -> None:
@@ -61,13 +62,15 @@ class Texts:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self.ends):
-            raise IndexError(index)
-        return bytes(self.content[self.ends[index - 1] if index else 0 : self.ends[index]]).decode()
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return bytes(self.content[self.ends[place - 1] if place else 0 : self.ends[place]]).decode()
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,12 @@ class CocoIndex:
     """[rows] index into `categories`."""
     crowd: BoolArray
     """[rows] whether it is a region of many objects."""
+    degenerate: BoolArray
+    """[rows] without area, or not finite."""
+    outside: BoolArray
+    """[rows] wholly outside the image."""
+    clipped: BoolArray
+    """[rows] reaching out of the image."""
     trained: BoolArray
     """[rows] whether it is trained on."""
     annotation_ids: IntArray
@@ -115,6 +124,11 @@ class CocoIndex:
     """[images + 1] where each image's rows begin in `order`."""
     kept_in: Path | None = None
     """The folder that the arrays are mapped from."""
+
+    @property
+    def checked(self) -> CheckedBoxes:
+        """The boxes, and what is wrong with them."""
+        return CheckedBoxes(self.file_xywh, self.clipped_xyxy, self.degenerate, self.outside, self.clipped)
 
     def rows_of(self, image: int) -> IntArray:
         """The rows of an image."""

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from smca.datasets.batch import Category, CocoDict, DetectionDataset, IntArray, Report, Sample, digest_of
+from smca.datasets.batch import Category, CocoDict, DetectionDataset, Report, Sample, digest_of
+from smca.datasets.boxes import CheckedBoxes
 from smca.datasets.coco import require_same_categories
+from smca.datasets.table import AnnotationTable, table_of
 
 
 class Joined(DetectionDataset):
@@ -51,11 +53,6 @@ class Joined(DetectionDataset):
         """What tells these data from others."""
         return digest_of([part.digest for part in self.parts])
 
-    @property
-    def objects_per_image(self) -> IntArray:
-        """[images] boxes to train on."""
-        return np.concatenate([part.objects_per_image for part in self.parts])
-
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -70,6 +67,27 @@ class Joined(DetectionDataset):
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         sample = self.parts[number].read(index - int(self._starts[number]), least_short_side)
         return dataclasses.replace(sample, image_id=index + 1)
+
+    def annotation_table(self) -> AnnotationTable:
+        """The parts' annotations as arrays; ids are counted anew, as in `ground_truth`."""
+        tables = [table_of(part) for part in self.parts]
+        checked = [table.checked for table in tables]
+        count = sum(len(table.labels) for table in tables)
+        return AnnotationTable(
+            images=np.concatenate([table.images + start for table, start in zip(tables, self._starts, strict=False)]),
+            labels=np.concatenate([table.labels for table in tables]),
+            checked=CheckedBoxes(
+                *(
+                    np.concatenate([getattr(each, field.name) for each in checked])
+                    for field in dataclasses.fields(CheckedBoxes)
+                )
+            ),
+            crowd=np.concatenate([table.crowd for table in tables]),
+            ids=np.arange(1, count + 1),
+            sizes=np.concatenate([table.sizes for table in tables]),
+            image_ids=np.arange(1, len(self) + 1),
+            file_names=[name for table in tables for name in table.file_names],
+        )
 
     def ground_truth(self) -> CocoDict:
         """The parts' annotations as one COCO dictionary."""

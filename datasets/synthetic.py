@@ -104,22 +104,16 @@ class SyntheticShapes:
     @property
     def report(self) -> Report:
         """Counts over all images; lays out every image (about 0.5 ms each), but renders none."""
-        counts = self.objects_per_image
+        counts = [len(self._targets(index)[1]) for index in range(self.count)]
         left_out = self._cache.left_out if self._cache is not None else 0
-        return Report(self.count, int(counts.sum()), len(CLASSES), int((counts == 0).sum()), uncached=left_out)
+        return Report(self.count, sum(counts), len(CLASSES), counts.count(0), uncached=left_out)
 
     @property
     def digest(self) -> str:
         """What tells these data from others."""
         boxes, labels = zip(*map(self._targets, range(self.count)), strict=True)
-        return digest_of(
-            [self.seed, self.image_size, self.noise, self.objects_per_image, *map(np.concatenate, (boxes, labels))]
-        )
-
-    @property
-    def objects_per_image(self) -> IntArray:
-        """[images] boxes to train on."""
-        return np.array([len(self._targets(index)[1]) for index in range(self.count)], dtype=np.int64)
+        counts = [len(each) for each in labels]
+        return digest_of([self.seed, self.image_size, self.noise, counts, *map(np.concatenate, (boxes, labels))])
 
     def __len__(self) -> int:
         return self.count

@@ -1,4 +1,4 @@
-"""The ``smca`` command: train, evaluate, predict, benchmark, conformance."""
+"""The ``smca`` command: train, check-data, evaluate, predict, benchmark, conformance."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TextIO
 
 COMMANDS = {
     "train": "train a detector on COCO-format or built-in data",
+    "check-data": "what is in data, what is wrong with them, and whether a preset's settings suffice",
     "evaluate": "the COCO metrics of a trained model",
     "predict": "detect objects in images: annotated pictures and COCO results JSON",
     "benchmark": "measure speed and memory on this machine",
@@ -100,7 +101,7 @@ def _dispatch(argv: list[str]) -> None:
     """Run the command that the first argument names."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: smca COMMAND [options]\n")
-        print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
+        print("\n".join(f"  {name:11} {text}" for name, text in COMMANDS.items()))
         print("\nsmca COMMAND --help lists its options.")
         return
     if argv[0] not in COMMANDS:

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smca.datasets import Batch, DetectionDataset
 from smca.gpu.config import RunConfig
-from smca.gpu.evaluation import detect, evaluate_detections
+from smca.gpu.evaluation import detect, evaluate_detections, warnings_of, why_ap_is_zero
 from smca.gpu.files import CHECKPOINT_FILE, LAST_FOLDER, MODEL_FOLDER, save_checkpoint
 from smca.gpu.loss import boxes_per_process
 from smca.gpu.model import SMCADETR
@@ -261,6 +261,8 @@ def _evaluate(run: Run, log: RunLog) -> None:
     if _best([*log.metrics, metrics], run.config.best_by) is metrics:
         run.trained.save_pretrained(output / MODEL_FOLDER)
     log.evaluation(metrics)
+    for cause in why_ap_is_zero(run.config, log.metrics, run.val_truth, results, run.train_table, run.val_table):
+        log.say(f"AP is zero: {cause}")
     if run.step >= run.total_steps:
         for note in evaluated.notes:
             log.say(f"note: {note}")
@@ -297,11 +299,8 @@ def _announce(run: Run, log: RunLog) -> None:
         f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(run.batches)} steps per epoch, "
         f"{run.total_steps} in all · {run.device} · {world} process{'es' * (world > 1)} · {torch.get_num_threads()} threads"
     )
-    if (most := run.most_objects) > config.model.num_queries:
-        log.say(
-            f"warning: an image has {most} objects, but the model has {config.model.num_queries} queries, one for each "
-            f"object it can find: set --model.num-queries to {most * 3 // 2} or so"
-        )
+    for warning in warnings_of(config, run.train_table, run.val_table, run.train_data.categories):
+        log.say(f"warning: {warning}")
 
 
 def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:

@@ -33,9 +33,9 @@ def draw_detections(
     image: NDArray[np.uint8] | Image.Image,
     boxes_xyxy: ArrayLike,
     labels: ArrayLike,
-    scores: ArrayLike,
+    scores: ArrayLike | None,
     class_names: Sequence[str],
-    threshold: float,
+    threshold: float = 0.0,
     *,
     truth_xyxy: ArrayLike | None = None,
 ) -> Image.Image:
@@ -45,7 +45,7 @@ def draw_detections(
         image: uint8 [H, W, 3] RGB, or a PIL image. It is not changed.
         boxes_xyxy: [T, 4] corners (x0, y0, x1, y1) in pixels of `image`; parts beyond its border are cut off.
         labels: [T] index of each box's class in `class_names`.
-        scores: [T] in [0, 1].
+        scores: [T] in [0, 1]; None = boxes without scores, such as annotations: all are drawn, with their names alone.
         class_names: name of each class.
         threshold: least score that is drawn; 0 draws everything.
         truth_xyxy: [S, 4] ground truth boxes, drawn thin, dashed and white.
@@ -59,7 +59,8 @@ def draw_detections(
     canvas = _as_picture(image)
     boxes = _as_boxes(boxes_xyxy, "boxes_xyxy")
     truth = np.zeros((0, 4)) if truth_xyxy is None else _as_boxes(truth_xyxy, "truth_xyxy")
-    label_of, score_of = np.asarray(labels).reshape(-1), np.asarray(scores, dtype=np.float64).reshape(-1)
+    label_of = np.asarray(labels).reshape(-1)
+    score_of = np.ones(len(boxes)) if scores is None else np.asarray(scores, dtype=np.float64).reshape(-1)
     if not len(boxes) == len(label_of) == len(score_of):
         raise ValueError(
             f"expected one label and one score per box, got {len(boxes)} boxes, {len(label_of)} labels and {len(score_of)} scores"
@@ -85,7 +86,8 @@ def draw_detections(
     taken: list[_Rectangle] = []
     for i in reversed(kept):  # the most confident first: it gets the best place for its text
         label = int(label_of[i])
-        parts = label_parts(class_names[label], label, float(score_of[i]), text_height, canvas.width - 5)
+        score = None if scores is None else float(score_of[i])
+        parts = label_parts(class_names[label], label, score, text_height, canvas.width - 5)
         place = _label_place(parts, _clipped(boxes[i] * factor, canvas.size), canvas.size, taken)
         taken.append(place)
         color = class_color(label)

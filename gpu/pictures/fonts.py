@@ -38,8 +38,8 @@ class Part(NamedTuple):
     font: ImageFont.FreeTypeFont
 
 
-def label_parts(name: str, label: int, score: float, pixels: int, width: float) -> list[Part]:
-    """What is written at a box, from left to right: the class's name and the score.
+def label_parts(name: str, label: int, score: float | None, pixels: int, width: float) -> list[Part]:
+    """What is written at a box, from left to right: the class's name and the score, if it has one.
 
     Where no font has the characters of the name, the class's number stands for it, and a warning says once for each script
     what is missing.
@@ -47,12 +47,15 @@ def label_parts(name: str, label: int, score: float, pixels: int, width: float) 
     Args:
         name: the class's name, of any length and script.
         label: the class's number.
-        score: in [0, 1].
+        score: in [0, 1]; None = not written.
         pixels: size of the font.
         width: pixels that there are; a name that is longer is cut and ends in "…". The score is never cut.
     """
     clusters = _clusters(name_with_font(name, f"class {label}"))
-    end = _clusters(f" {score:.2f}" if clusters else f"{score:.2f}")
+    if score is None:
+        clusters, end = clusters or _clusters(f"class {label}"), []
+    else:
+        end = _clusters(f" {score:.2f}" if clusters else f"{score:.2f}")
     length = min(len(clusters), NAME_LENGTH)
     while True:
         kept = clusters if length == len(clusters) else [*clusters[: length - 1], "…"]

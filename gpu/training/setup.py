@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from smca.datasets import Augmented, DetectionDataset, Joined, Report, Targets, collate, require_same_categories
 from smca.datasets.batch import CocoDict
 from smca.datasets.settings import shown
+from smca.datasets.table import AnnotationTable, table_of
 from smca.gpu.config import LossConfig, RunConfig
 from smca.gpu.evaluation import evaluation_loader, open_split, pick_device
 from smca.gpu.loading import Loader
@@ -130,10 +131,15 @@ class Run:
             "held-out": _fingerprint(self.val_data, self.val_report),
         }
 
-    @property
-    def most_objects(self) -> int:
-        """Objects in the fullest training image, crowds not counted."""
-        return int(self.train_data.objects_per_image.max(initial=0))
+    @cached_property
+    def train_table(self) -> AnnotationTable:
+        """The annotations of the training images as arrays."""
+        return table_of(self.train_data)
+
+    @cached_property
+    def val_table(self) -> AnnotationTable:
+        """Those of the held-out images."""
+        return table_of(self.val_data)
 
 
 def set_up(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from smca.datasets import AnnotationOptions, CocoDetection, coco, coco_index
 from smca.datasets.coco_index import Texts
+from smca.datasets.table import table_of
 
 SPEC: Any = importlib.util.spec_from_file_location("coco_folder", Path(__file__).with_name("coco_folder.py"))
 shared: Any = importlib.util.module_from_spec(SPEC)
@@ -50,7 +51,7 @@ def everything(data: CocoDetection) -> Any:
     samples = [
         (s.image.tolist(), s.boxes_xyxy.tolist(), s.labels.tolist(), s.image_id, s.original_size) for s in list(data)
     ]
-    names, sizes, counts = list(data.file_names), data.sizes.tolist(), data.objects_per_image.tolist()
+    names, sizes, counts = list(data.file_names), data.sizes.tolist(), table_of(data).objects_per_image.tolist()
     own = data.with_own_ids(data.ground_truth()["annotations"])
     return samples, data.ground_truth(), data.report, data.categories, data.digest, names, sizes, counts, own
 
@@ -96,6 +97,8 @@ def test_texts_and_ids_that_are_no_numbers(made: list[str], tmp_path: Path) -> N
     texts = ["", "ä", "", "bc"]
     assert list(Texts.of(texts)) == texts
     assert [Texts.of(texts)[i] for i in range(4)] == texts
+    assert Texts.of(texts)[1:3] == texts[1:3]
+    assert Texts.of(texts)[-1] == "bc"
     with pytest.raises(IndexError):
         Texts.of(texts)[4]
     assert list(Texts.of([])) == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smca.datasets import CocoDetection, Joined, SyntheticShapes
-from smca.datasets.batch import DetectionDataset
+from smca.datasets.table import table_of
 
 SPEC: Any = importlib.util.spec_from_file_location("coco_folder", Path(__file__).with_name("coco_folder.py"))
 shared: Any = importlib.util.module_from_spec(SPEC)
@@ -34,8 +34,15 @@ def test_images_and_annotations_of_all_parts_under_new_ids(tmp_path: Path) -> No
     for sample in samples:
         boxes = [a["bbox"][:2] for a in truth["annotations"] if a["image_id"] == sample.image_id and not a["iscrowd"]]
         assert boxes == sample.boxes_xyxy[:, :2].tolist()
-    assert joined.objects_per_image.tolist() == [1, 2, 0, 1, 2]
-    assert DetectionDataset.objects_per_image.fget(joined).tolist() == [1, 2, 0, 1, 2]  # type: ignore[attr-defined]
+    table = table_of(joined)
+    assert table.objects_per_image.tolist() == [1, 2, 0, 1, 2]
+    boxes = [
+        box
+        for image in truth["images"]
+        for box in [a["bbox"] for a in truth["annotations"] if a["image_id"] == image["id"]]
+    ]
+    assert sorted(table.boxes_xywh.tolist()) == sorted(boxes)
+    assert (table.crowd.sum(), len(table.ids), len(table.sizes), table.file_names[3]) == (2, 8, 5, "b.png")
     report = joined.report
     assert (report.images, report.boxes, report.classes, report.empty_images, report.crowds) == (5, 6, 3, 1, 2)
     assert report.frame == "upright"
