@@ -4,6 +4,7 @@
     smca train small --data DIR                       your COCO-format data, from scratch, on a laptop
     smca train smca_r50 --data coco --device cuda     the published setting on one GPU
     torchrun --nproc-per-node 8 gpu/train.py smca_r50 --data coco
+    smca train small --data DIR --fast-dev-run        everything once, within a minute, beside the real run
     smca train small --data DIR --resume              go on where it stopped
     smca train smca_r50_multiscale --dry-run          parameters and multiply-adds; trains nothing
     smca train small --help                           every knob with its default
@@ -41,7 +42,7 @@ from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
 from smca.gpu.training.batch_size import find_batch_size, found_message
-from smca.gpu.training.fast_run import report, shorten, shortened, try_worst_batch
+from smca.gpu.training.fast_run import prepare, report, shortened
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
 from smca.gpu.training.order import seed_step
@@ -106,8 +107,7 @@ def train(
             set_batch_size(run, find_batch_size(run, _train_epoch))
             notes.append(found_message(run))
         if config.fast_dev_run:
-            shorten(run)
-            notes.append(try_worst_batch(run, _train_epoch))
+            notes.append(prepare(run, _train_epoch))
         if config.resume:
             resume(run)
         elif rank == 0:
@@ -158,10 +158,8 @@ def _train(run: Run, log: RunLog, stop: Stop) -> None:
         if _is_due(run):
             _evaluate(run, log)
             if run.step < run.total_steps and as_the_first_says(_is_time_over(run), run):
-                log.say(
-                    f"ended at step {run.step} of {run.total_steps}: {run.config.max_minutes} minutes are over (--max-minutes); "
-                    "`smca train … --resume` goes on from there"
-                )
+                over = f"ended at step {run.step} of {run.total_steps}: {run.config.max_minutes} minutes are over (--max-minutes)"
+                log.say(over if run.config.fast_dev_run else f"{over}; `smca train … --resume` goes on from there")
                 return
 
 

@@ -5,7 +5,7 @@
     evaluation   of EVALUATED held-out images
     files        checkpoint, models, pictures, metrics and trackers, in a folder of their own
 
-Where there is no GPU, steps have few images, and the whole run's time is reckoned from those.
+Where there is no GPU, steps that would take long have one image, and the whole run's time is reckoned from those.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ STEPS = 3
 MINUTES = 0.4
 """After which no further step is taken."""
 EVALUATED = 8
-ON_A_CPU = 2
-"""Images of a step, and of an evaluation, where there is no GPU: sixteen of 800×1333 pixels take minutes there."""
+EVALUATED_ON_A_CPU = 2
+QUICK = 10.0
+"""Seconds that STEPS steps of the run's own size may take on a CPU. Else steps have as few images as they can."""
 LOADED = 4
 """Images whose loading is timed."""
 
@@ -76,38 +77,48 @@ def shortened(config: RunConfig) -> RunConfig:
     )
 
 
-def shorten(run: Run) -> None:
-    """Let evaluations have few images, and steps, too, where there is no GPU."""
-    config, cuda = run.config, run.device.type == "cuda"
-    run.val_data = FirstImages(run.val_data, EVALUATED if cuda else ON_A_CPU)
+def prepare(run: Run, train_epoch: TrainEpoch) -> str:
+    """Let evaluations have few images, and steps, too, where they take long; try the largest step. In words, what came of that."""
+    config, cuda, images = run.config, run.device.type == "cuda", run.batches.batch_size
+    run.val_data = FirstImages(run.val_data, EVALUATED if cuda else EVALUATED_ON_A_CPU)
     indices = range(run.rank, len(run.val_data), run.world)
     run.val_loader = evaluation_loader(run.val_data, config.model, config.eval_batch_size, config.workers, indices)
+    least = run.world * config.accumulate
     if not cuda:
-        set_batch_size(run, min(run.batches.batch_size, max(ON_A_CPU, run.world * config.accumulate)))
-
-
-def try_worst_batch(run: Run, train_epoch: TrainEpoch) -> str:
-    """Take a step as large as any can be, and undo it; in words, what memory it took, or that there is too little.
-
-    It also warms up what the first step of a process makes ready. Only a single process can take it.
-    """
+        set_batch_size(run, least)
     if run.world > 1:
         return "memory: not tried on several processes; --fast-dev-run on one of them says what a step takes"
-    images = run.batches.batch_size // run.config.accumulate
+    start = time.perf_counter()
+    fit, said = _try_worst_step(run, train_epoch)
+    seconds = (time.perf_counter() - start) / run.batches.batch_size
+    if not fit:
+        set_batch_size(run, least)  # all else is tried
+    elif not cuda and STEPS * images * seconds < QUICK:
+        set_batch_size(run, images)
+    return said
+
+
+def _try_worst_step(run: Run, train_epoch: TrainEpoch) -> tuple[bool, str]:
+    """Take a step as large as any can be, and undo it. It also warms up what the first step of a process makes ready.
+
+    Returns:
+        Whether there is memory for it; and in words, how much it takes.
+    """
     height, width = worst_shape(run)
-    what = f"{run.batches.batch_size} images of {height}×{width} px, the largest there can be, with {run.most_objects} objects each"
+    objects = f"with {run.most_objects} objects each"
+    what = f"{_images(run.batches.batch_size)} of {height}×{width} px, the largest there can be, {objects}"
     cuda = run.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
-    if not fits(run, images, train_epoch):
-        return (
+    if not fits(run, run.batches.batch_size // run.config.accumulate, train_epoch):
+        return False, (
             f"PROBLEM: the GPU has no memory for a step of {what}: lower --batch-size (auto finds what fits) or raise "
             "--accumulate; --precision bf16 takes less"
         )
     if not cuda:
-        return f"largest batch: a step of {what} works"
+        return True, f"largest batch: a step of {what} works"
     taken, total = torch.cuda.max_memory_reserved(run.device), torch.cuda.mem_get_info(run.device)[1]
-    return f"memory: a step of {what} takes {taken / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB"
+    return True, f"memory: a step of {what} takes {taken / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB"
 
 
 def report(run: Run, whole: RunConfig, notes: Sequence[str]) -> str:
@@ -128,12 +139,12 @@ def report(run: Run, whole: RunConfig, notes: Sequence[str]) -> str:
         of_image = computing + loading
     training, evaluating = steps * batch_size * of_image, evaluations * held_out * _seconds_to_detect(run)
     lines = [
-        f"\nfast dev run: {run.step} steps of {images} images, an evaluation of {len(run.val_data)} of {held_out:,} held-out "
-        f"images, checkpoint, models, pictures: all in {output}; {whole.output} is untouched",
-        f"the whole run at this speed: {steps:,} steps of {batch_size} images in {_duration(training)}, and {evaluations:,} "
+        f"\nfast dev run: {run.step} of {STEPS} steps, of {_images(images)}, an evaluation of {len(run.val_data)} of "
+        f"{held_out:,} held-out images, checkpoint, models, pictures: all in {output}; {whole.output} is untouched",
+        f"the whole run at this speed: {steps:,} steps of {_images(batch_size)} in {_duration(training)}, and {evaluations:,} "
         f"evaluations in {_duration(evaluating)} or more (metrics not counted)",
         f"an image: {1000 * computing:.0f} ms of computing, {1000 * loading:.0f} ms of loading"
-        + (f" on {whole.workers} processes" if whole.workers else ""),
+        + (f" (--workers {whole.workers})" if whole.workers else ""),
         *notes,
     ]
     if loading > computing / 2:
@@ -169,6 +180,10 @@ def _seconds_to_detect(run: Run) -> float:
     start = time.perf_counter()
     detect(run.trained, [batch])
     return (time.perf_counter() - start) / count
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
 
 
 def _duration(seconds: float) -> str:

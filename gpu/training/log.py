@@ -99,7 +99,7 @@ class RunLog:
         """
         if not self.main_process:
             return
-        shown = {"loss": values["loss"], "speed": images_per_second, "waiting": waiting}
+        shown: dict[str, Any] = {"loss": values["loss"], "speed": images_per_second, "waiting": waiting}
         self._progress.update(self._task, description=description, completed=step, **shown)
         self._draw_step(step, values)
 
