@@ -147,7 +147,7 @@ def report(run: Run, whole: RunConfig, notes: Sequence[str]) -> str:
         + (f" (--workers {whole.workers})" if whole.workers else ""),
         *notes,
     ]
-    if loading > computing / 2:
+    if loading > (computing if whole.workers else computing / 2):
         lines.append(
             "PROBLEM: training would wait for images: raise --workers, as far as there are CPU cores, or keep them with "
             "--cache-images"
