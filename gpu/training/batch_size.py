@@ -167,11 +167,14 @@ def _limited_memory(device: torch.device) -> Iterator[None]:
         yield
         return
     free, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(SHARE * (free + torch.cuda.memory_reserved(device)) / total, device)
+    # By its number: a device that is called "cuda" and no more is refused here.
+    torch.cuda.set_per_process_memory_fraction(
+        SHARE * (free + torch.cuda.memory_reserved(device)) / total, device.index
+    )
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
 def _has_memory_of_its_own(device: torch.device) -> bool:

@@ -112,8 +112,8 @@ def _try_worst_step(run: Run, train_epoch: TrainEpoch) -> tuple[bool, str]:
         torch.cuda.reset_peak_memory_stats(run.device)
     if not fits(run, run.batches.batch_size // run.config.accumulate, train_epoch):
         return False, (
-            f"PROBLEM: the GPU has no memory for a step of {what}: lower --batch-size (auto finds what fits) or raise "
-            "--accumulate; --precision bf16 takes less"
+            f"PROBLEM: a step of {what} takes more than nine tenths of the GPU's free memory: lower --batch-size (auto finds "
+            "what fits) or raise --accumulate; --precision bf16 takes less"
         )
     if not cuda:
         return True, f"largest batch: a step of {what} works"

@@ -154,6 +154,19 @@ def test_no_result_is_larger_than_the_largest(augmentation: Augmentation, expect
         assert got[1] <= width
 
 
+def test_a_trial_may_take_nine_tenths_of_what_is_free_or_the_runs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own limit, which a stand-in notes here."""
+    limits: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
+    for name, index in (("cuda", None), ("cuda:1", 1)):
+        limits.clear()
+        with pytest.raises(torch.cuda.OutOfMemoryError), batch_size._limited_memory(torch.device(name)):
+            raise torch.cuda.OutOfMemoryError
+        assert limits == [(pytest.approx(0.63), index), (1.0, index)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_a_tenth_of_the_memory_is_left(tmp_path: Path) -> None:
     config = tiny(tmp_path, batch_size="auto", device="cuda")
@@ -162,6 +175,6 @@ def test_on_a_gpu_a_tenth_of_the_memory_is_left(tmp_path: Path) -> None:
     images = batch_size.find_batch_size(run, train._train_epoch)
     assert images == 12
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_size, "SHARE", 1e-3)
+        patch.setattr(batch_size, "SHARE", 1e-4)
         with pytest.raises(ValueError, match="not even one image"):
             batch_size.find_batch_size(run, train._train_epoch)
