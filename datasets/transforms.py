@@ -14,6 +14,7 @@ Sources: flip, multi-scale resize and crop as in DETR (Carion et al. 2020, appen
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,6 +162,20 @@ class Augmentation:
             boxes_xyxy[:, [1, 3]] = size[0] - boxes_xyxy[:, [3, 1]]
         return Sample(self._recolour(image, rng), boxes_xyxy, labels, sample.image_id, sample.original_size)
 
+    def largest_size(self, source_sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+        """(height, width) in pixels that the results from images of these (height, width) may need together: the largest height
+        and the largest width, which may come from different images. A crop counts as if it could be as long as it is ever."""
+        heights_widths = []
+        for height, width in set(source_sizes):
+            views: list[tuple[float, float]] = [(width, height)]
+            for short_side in set(self.crop_short_sides) if self.crop_probability else ():
+                scale = short_side / min(height, width)
+                short, long = (min(side / scale, max(height, width)) for side in self.crop_size)
+                views += [(long, short), (short, long)]
+            heights_widths += [self._size_at(*view, max(self.short_sides, default=None)) for view in views]
+        heights, widths = zip(*heights_widths, strict=True)
+        return max(heights), max(widths)
+
     def _crop(self, source_size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:
         """The part of the image to look at: x, y, width, height in source pixels."""
         height, width = source_size
@@ -180,12 +195,14 @@ class Augmentation:
     def _output_size(self, view: tuple[float, float, float, float], rng: np.random.Generator) -> tuple[int, int]:
         """(height, width) in pixels of the result, rounded as in DETR: the longer side down, a limited shorter side to the
         nearest."""
-        width, height = view[2], view[3]
+        return self._size_at(view[2], view[3], int(rng.choice(self.short_sides)) if self.short_sides else None)
+
+    def _size_at(self, width: float, height: float, short_side: int | None) -> tuple[int, int]:
+        """(height, width) of a view of width × height source pixels, for one of `short_sides`, if there are any."""
         shorter, longer = min(width, height), max(width, height)
-        if not self.short_sides:
+        if short_side is None:
             scale = 1.0 if self.max_size is None else min(1.0, self.max_size / longer)
             return max(1, round(height * scale)), max(1, round(width * scale))
-        short_side = int(rng.choice(self.short_sides))
         if self.max_size is not None and short_side * longer / shorter > self.max_size:
             short_side = max(1, round(self.max_size * shorter / longer))
         long_side = max(short_side, int(short_side * longer / shorter))

@@ -20,6 +20,7 @@ EncoderKind = Literal["attention", "conv"]
 PriorScale = Literal["fixed", "single", "independent"]
 PriorHeads = Literal["shared", "independent"]
 PriorUnit = Literal["pixels", "box"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 QueryInit = Literal["random", "grid", "anchors", "selected"]
 
 _MOST = {
@@ -384,8 +385,13 @@ class RunConfig:
     """Passes over the training images."""
     max_steps: int | None = None
     """End (and let the schedule end) after this many steps even if `epochs` would take longer."""
-    batch_size: int = 16
-    """Images per step, over all processes."""
+    max_minutes: float | None = None
+    """Stop after the first step that ends so many minutes after the start: evaluate, save, exit with status 0; --resume goes on.
+    For a scheduler's time limit: reading data and evaluations count, so leave the last evaluation its time. The schedule stays
+    that of the whole run."""
+    batch_size: int | Literal["auto"] = 16
+    """Images per step, over all processes; "auto" finds the most that a GPU has memory for, of 1, 2, 3, 4, 6, 8, 12 …, with a tenth
+    of it left. (Learning rates are not changed with it.)"""
     accumulate: int = 1
     """Parts that a process takes its images of a step in, one after the other, adding up their gradients: less memory for the same
     step. (Batch norms that learn see a part at a time.)"""
@@ -420,9 +426,16 @@ class RunConfig:
     """Seeds weights, data order and augmentation."""
     dry_run: bool = False
     """Only print what would be trained: parameters, multiply-adds, levels. Reads no data, writes nothing."""
+    fast_dev_run: bool = False
+    """Do everything once, in well under a minute, in a folder of its own (`output`, with ".fast-dev-run" after its name): a few
+    steps, an evaluation of a few images, checkpoint, models, pictures. Then say what the whole run would take, and what stands in
+    its way."""
     checkpoint_every: float = 10.0
     """Minutes between checkpoints within an epoch, beside that at its end: what a run that is killed loses at most. One that is
     stopped by Ctrl-C, SIGTERM or SIGHUP loses nothing."""
+    trackers: tuple[TrackerName, ...] | None = None
+    """Who is told losses and metrics as they come, beside metrics.jsonl: TensorBoard (in `output`), W&B, MLflow, trackio, each if
+    it is installed. None: TensorBoard, if it is."""
     resume: bool = False
     """Go on from the checkpoint in `output`, under the settings that the run was started with; others are refused."""
     resume_changed: bool = False
@@ -434,11 +447,15 @@ class RunConfig:
     """Start anew although `output` already holds a run, whose files are removed before the first step."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "eval_every", "eval_batch_size", "shape_bucket"):
+        if self.batch_size != "auto":
+            require(self.batch_size >= 1, "batch_size", 'at least 1, or "auto"', self.batch_size)
+        for name in ("epochs", "accumulate", "eval_every", "eval_batch_size", "shape_bucket"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.patience is None or self.patience >= 1, "patience", "at least 1", self.patience)
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
+        require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", "positive", self.max_minutes)
         require(self.checkpoint_every >= 0, "checkpoint_every", "0 or more", self.checkpoint_every)
+        require(len(set(self.trackers or ())) == len(self.trackers or ()), "trackers", "different names", self.trackers)
         require(self.workers >= 0, "workers", "0 or more", self.workers)
         require(
             self.attention == "auto" or self.model.cross_attention == "smca",

@@ -58,6 +58,8 @@ _OPTIONAL_KEYS: dict[str, type | tuple[type, ...]] = {
     "model_config": str,
     "settings": dict,
     "data": dict,
+    "evaluate_now": bool,
+    "data_seconds": (int, float),
     "loss": (int, float),
     "images_per_second": (int, float),
 }

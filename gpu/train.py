@@ -4,6 +4,7 @@
     smca train small --data DIR                       your COCO-format data, from scratch, on a laptop
     smca train smca_r50 --data coco --device cuda     the published setting on one GPU
     torchrun --nproc-per-node 8 gpu/train.py smca_r50 --data coco
+    smca train small --data DIR --fast-dev-run        everything once, within a minute, beside the real run
     smca train small --data DIR --resume              go on where it stopped
     smca train smca_r50_multiscale --dry-run          parameters and multiply-adds; trains nothing
     smca train small --help                           every knob with its default
@@ -16,10 +17,11 @@ predictions.png; checkpoint.pt.
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -39,10 +41,12 @@ from smca.gpu.model import SMCADETR
 from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
+from smca.gpu.training.batch_size import find_batch_size, found_message
+from smca.gpu.training.fast_run import prepare, report, shortened
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
 from smca.gpu.training.order import seed_step
-from smca.gpu.training.resume import checkpoint_of, claim, clear, resume
+from smca.gpu.training.resume import checkpoint_of, claim, clear, plain, resume
 from smca.gpu.training.setup import (
     Criterion,
     Run,
@@ -50,14 +54,18 @@ from smca.gpu.training.setup import (
     gather,
     mean_over_processes,
     process_group,
+    set_batch_size,
     set_up,
     share_buffers,
     wait_for_all,
 )
 from smca.gpu.training.stop import Stop, StoppedError
+from smca.gpu.training.trackers import Tracker, make_trackers
 
 LOG_EVERY = 10
-"""Steps between updates of the progress bar and TensorBoard."""
+"""Steps between updates of the progress bar and of trackers."""
+MUCH_WAITING = 1 / 3
+"""Of an epoch's time: if steps wait longer for images, training says so."""
 
 
 def train(
@@ -66,6 +74,7 @@ def train(
     train_data: DetectionDataset | None = None,
     val_data: DetectionDataset | None = None,
     criterion: Criterion | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> Path:
     """Train as `config` says (docs/extending.md has an example of each argument).
 
@@ -76,6 +85,7 @@ def train(
         criterion: the loss, in place of ``SetCriterion(config.loss)``: (outputs, targets) → its terms, scalars by name, of which
             "loss" is minimised. outputs: "logits" [M, B, N, K], "boxes" [M, B, N, 4] cxcywh in 0–1, for M decoder layers. The
             losses of a dense head and of noised queries are added to it, unless it returns them itself.
+        trackers: of your own, beside those that ``config.trackers`` names.
 
     Returns:
         Folder of the best model (``SMCADETR.from_pretrained`` takes it).
@@ -84,18 +94,35 @@ def train(
         ValueError: configuration, data and loss that do not fit, found before anything is trained.
         NonFiniteError: loss or gradient is not finite; names term and layer. The last checkpoint stays as it was.
     """
-    config = claim(config)
+    started, whole = time.monotonic(), config
+    config = claim(shortened(config) if config.fast_dev_run else config)
+    trackers = [*make_trackers(config.trackers, config.output), *trackers]
     with Stop() as stop, process_group() as (rank, world):
         run = set_up(config, rank, world, train_data, val_data, criterion)
+        run.ends_at = started + 60 * (config.max_minutes or math.inf)
         if rank == 0:
             _require_boxes(run)
+        notes = []
+        if config.batch_size == "auto":
+            set_batch_size(run, find_batch_size(run, _train_epoch))
+            notes.append(found_message(run))
+        if config.fast_dev_run:
+            notes.append(prepare(run, _train_epoch))
         if config.resume:
             resume(run)
         elif rank == 0:
             clear(config.output)
         with RunLog(
-            config.output, run.total_steps, first_step=run.step, main_process=rank == 0, logged=run.logged
+            config.output,
+            run.total_steps,
+            first_step=run.step,
+            main_process=rank == 0,
+            logged=run.logged,
+            trackers=trackers,
+            settings=plain(asdict(run.config)),
         ) as log:
+            for note in () if config.fast_dev_run else notes:
+                log.say(note)
             try:
                 _train(run, log, stop)
             except StoppedError as error:
@@ -104,7 +131,7 @@ def train(
             if rank == 0:
                 best = SMCADETR.from_pretrained(config.output / MODEL_FOLDER).to(run.device)
                 draw_run(best, run.val_data, log.metrics, config.output)
-                log.say(_closing_message(run.config, log.metrics))
+                log.say(report(run, whole, notes) if config.fast_dev_run else _closing_message(run.config, log.metrics))
         del run.parallel  # it holds the process group, which ends next
         return config.output / MODEL_FOLDER
 
@@ -123,25 +150,40 @@ def _train(run: Run, log: RunLog, stop: Stop) -> None:
         stop.waits = True
         _train_epoch(run, log, stop)
         share_buffers(run)
+        run.evaluate_now = as_the_first_says(_is_time_over(run), run)
         _save(run, log)
         stop.waits = False
         if number := stop.agreed(run.world, run.device):
             _stop(run, log, number)
         if _is_due(run):
             _evaluate(run, log)
+            if run.step < run.total_steps and as_the_first_says(_is_time_over(run), run):
+                over = f"ended at step {run.step} of {run.total_steps}: {run.config.max_minutes} minutes are over (--max-minutes)"
+                log.say(over if run.config.fast_dev_run else f"{over}; `smca train … --resume` goes on from there")
+                return
 
 
 def _is_due(run: Run) -> bool:
     """Whether the weights are to be evaluated as they are."""
+    return run.evaluate_now or _is_planned(run)
+
+
+def _is_planned(run: Run) -> bool:
+    """Whether they are in any run with these settings, however long its starts take."""
     return run.step >= run.total_steps or (run.batch == 0 and run.epoch % run.config.eval_every == 0)
+
+
+def _is_time_over(run: Run) -> bool:
+    return time.monotonic() >= run.ends_at
 
 
 def _is_patience_over(run: Run, log: RunLog) -> bool:
     """Whether the last evaluations were no better than one before them. (The first process alone knows.)"""
-    patience, best = run.config.patience, _best(log.metrics, run.config.best_by)
+    planned = [line for line in log.metrics if not line.get("extra")]
+    patience, best = run.config.patience, _best(planned, run.config.best_by)
     if patience is None or best is None:
         return False
-    later = len([line for line in log.metrics if line["step"] > best["step"]])
+    later = len([line for line in planned if line["step"] > best["step"]])
     if later >= patience:
         log.say(f"ended at step {run.step}: {later} evaluations in a row without a better one (--patience {patience})")
     return later >= patience
@@ -167,14 +209,16 @@ def _stop(run: Run, log: RunLog, number: int) -> NoReturn:
 
 
 def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
-    """Take the steps of an epoch that are left, or those up to the last step of all."""
+    """Take the steps of an epoch that are left, up to the last step of all or the end of the time."""
     config, optimizer, check = run.config, run.optimizer, run.check
+    run.evaluate_now = False
     run.augmented.set_epoch(run.epoch)
     run.batches.start_at(run.epoch, run.batch)
     run.parallel.train()
     first_step, start = run.step, time.perf_counter()
-    before = run.train_seconds
-    for parts in itertools.islice(_in_parts(run.loader, config.accumulate), run.total_steps - run.step):
+    before, waits = run.train_seconds, list[float]()
+    for parts in itertools.islice(_in_parts(run.loader, config.accumulate, waits), run.total_steps - run.step):
+        run.data_seconds += waits[-1]
         lr_factor = learning_rate_factor(config.optim, run.step, run.epoch, run.total_steps)
         set_learning_rates(optimizer, run.base_lrs, lr_factor)
         seed_step(run.device, config.seed, run.step, run.rank)
@@ -215,29 +259,38 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
             means = mean_over_processes({**check.values, "": run.sum_of_losses.item()}, run)
             run.sum_of_losses.fill_(means.pop(""))
             run.logged = {**means, "lr": optimizer.param_groups[0]["lr"]}
-            speed = (run.step - first_step) * config.batch_size / elapsed
-            log.step(f"epoch {run.epoch + 1}", run.step, run.logged, speed)
+            speed = (run.step - first_step) * run.batches.batch_size / elapsed
+            log.step(f"epoch {run.epoch + 1}", run.step, run.logged, speed, sum(waits) / elapsed)
         # Several processes agree now and then, one need not; the end of an epoch is saved anyway.
         if (run.world == 1 or run.step % LOG_EVERY == 0) and run.batch < len(run.batches):
             if number := stop.agreed(run.world, run.device):
                 _stop(run, log, number)
+            if as_the_first_says(_is_time_over(run), run):
+                break
             if as_the_first_says(time.monotonic() - run.saved_at >= 60 * config.checkpoint_every, run):
                 _save(run, log)
     check.raise_if_not_finite()
     steps, seconds = run.step - first_step, time.perf_counter() - start
     run.train_seconds = before + seconds
-    run.images_per_second = steps * config.batch_size / seconds
-    run.loss = mean_over_processes({"loss": run.sum_of_losses.item() / max(run.batch, 1)}, run)["loss"]
+    run.images_per_second = steps * run.batches.batch_size / seconds
+    # The first wait is for the processes that load images to start.
+    local = {"loss": run.sum_of_losses.item() / max(run.batch, 1), "waiting": sum(waits[1:]) / seconds}
+    means = mean_over_processes(local, run)
+    run.loss = means["loss"]
+    if means["waiting"] > MUCH_WAITING and steps >= LOG_EVERY:
+        log.warn_of_waiting(means["waiting"], config.workers, config.cache_images)
     if run.batch == len(run.batches):
         run.epoch, run.batch = run.epoch + 1, 0
         run.sum_of_losses.zero_()
 
 
-def _in_parts(loader: Iterable[Batch], parts: int) -> Iterator[tuple[Batch, ...]]:
-    """As many batches of the loader as a step has parts."""
-    batches = iter(loader)
+def _in_parts(loader: Iterable[Batch], parts: int, waits: list[float]) -> Iterator[tuple[Batch, ...]]:
+    """As many batches of the loader as a step has parts. The seconds until they have come are added to `waits`."""
+    batches, start = iter(loader), time.perf_counter()
     while len(step := tuple(itertools.islice(batches, parts))) == parts:
+        waits.append(time.perf_counter() - start)
         yield step
+        start = time.perf_counter()
 
 
 def _evaluate(run: Run, log: RunLog) -> None:
@@ -256,8 +309,11 @@ def _evaluate(run: Run, log: RunLog) -> None:
         "loss": run.loss,
         **evaluated.as_dict(),
         "train_seconds": round(run.train_seconds, 1),
+        "data_seconds": round(run.data_seconds, 1),
         "images_per_second": run.images_per_second,
     }
+    if not _is_planned(run):
+        metrics["extra"] = True
     if _best([*log.metrics, metrics], run.config.best_by) is metrics:
         run.trained.save_pretrained(output / MODEL_FOLDER)
     log.evaluation(metrics)
@@ -307,7 +363,7 @@ def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     last, best = metrics[-1], _best(metrics, config.best_by)
     ap, ap50 = ("–" if last[k] is None else f"{last[k]:.3f}" for k in ("ap", "ap50"))
     evaluate = f"  smca evaluate {config.output}/model{_held_out(config)}\n" if config.data or config.val_json else ""
-    of_best = ""
+    of_best, board = "", ", tensorboard/" if (config.output / "tensorboard").is_dir() else ""
     if best is not None and best[config.best_by] is not None:
         name = config.best_by.upper().replace("_", " of ")
         of_best = f": the best, {name} {best[config.best_by]:.3f} after step {best['step']:,}"
@@ -317,7 +373,7 @@ def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
         f"  model/            config.json + model.safetensors{of_best}\n"
         f"  model_last/       likewise: the last\n"
         f"  predictions.png   detections of model/ beside the truth\n"
-        f"  curves.png        loss and AP by epoch (metrics.jsonl, tensorboard/)\n"
+        f"  curves.png        loss and AP by epoch (metrics.jsonl{board})\n"
         f"  checkpoint.pt     everything that --resume needs\n"
         f"next:\n"
         f"{evaluate}"

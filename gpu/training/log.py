@@ -1,20 +1,20 @@
-"""What a training run tells: a progress bar (or plain lines), metrics.jsonl, TensorBoard."""
+"""What a training run tells: a progress bar (or plain lines), metrics.jsonl, trackers such as TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from smca.gpu.config_json import cut
 from smca.gpu.files import write_atomically
+from smca.gpu.training.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -30,6 +30,8 @@ class RunLog:
         first_step: int,
         main_process: bool,
         logged: Mapping[str, float] | None = None,
+        trackers: Sequence[Tracker] = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the logs of `output`.
 
@@ -40,9 +42,11 @@ class RunLog:
                 cut off, is dropped.
             main_process: False on processes that must stay silent.
             logged: what ``step`` was given at `first_step`; None if it was not called then.
+            trackers: are told everything, too.
+            settings: of the run, as plain values, for the trackers.
         """
         self.metrics: list[dict[str, Any]] = []
-        self.main_process = main_process
+        self.main_process, self._warned = main_process, False
         if not main_process:
             return
         self._path = output / METRICS_FILE
@@ -50,17 +54,20 @@ class RunLog:
             self.metrics = [m for m in read_metrics(self._path) if m["step"] <= first_step]
         lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
         write_atomically(self._path, lambda file: file.write(lines.encode()))
-        # TensorBoard drops a point of the very step that a run goes on from, and of every later one.
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
+        self._console = Console()
+        self._trackers = list(trackers)
+        self._tell("start", first_step, settings or {})
         self._draw_step(first_step, logged or {})
         if self.metrics and self.metrics[-1]["step"] == first_step:
             self._draw_evaluation(self.metrics[-1])
-        self._console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
-            TextColumn("loss {task.fields[loss]:.2f} · AP {task.fields[ap]} · {task.fields[speed]:.1f} images/s ·"),
+            TextColumn(
+                "loss {task.fields[loss]:.2f} · AP {task.fields[ap]} · {task.fields[speed]:.1f} images/s · "
+                "{task.fields[waiting]:.0%} waiting for images ·"
+            ),
             TimeRemainingColumn(),
             TextColumn("left"),
             console=self._console,
@@ -68,7 +75,7 @@ class RunLog:
         )
         ap = f"{self.metrics[-1]['ap']:.3f}" if self.metrics and self.metrics[-1]["ap"] is not None else "–"
         self._task = self._progress.add_task(
-            "", total=total_steps, completed=first_step, loss=float("nan"), ap=ap, speed=0.0
+            "", total=total_steps, completed=first_step, loss=float("nan"), ap=ap, speed=0.0, waiting=0.0
         )
 
     def __enter__(self) -> RunLog:
@@ -81,33 +88,48 @@ class RunLog:
     ) -> None:
         if self.main_process:
             self._progress.stop()
-            self._board.close()
+            self._tell("finish", kind is not None)
 
-    def step(self, description: str, step: int, values: Mapping[str, float], images_per_second: float) -> None:
-        """After a logged step: move the bar, write `values`, the terms of the loss and the rate, to TensorBoard."""
+    def step(
+        self, description: str, step: int, values: Mapping[str, float], images_per_second: float, waiting: float
+    ) -> None:
+        """After a logged step: move the bar, tell trackers `values`, the terms of the loss and the rate.
+
+        waiting: the share of the epoch's time so far in which steps waited for images.
+        """
         if not self.main_process:
             return
-        self._progress.update(
-            self._task, description=description, completed=step, loss=values["loss"], speed=images_per_second
-        )
+        shown: dict[str, Any] = {"loss": values["loss"], "speed": images_per_second, "waiting": waiting}
+        self._progress.update(self._task, description=description, completed=step, **shown)
         self._draw_step(step, values)
 
     def _draw_step(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+        if values:
+            self._tell("log", {f"train/{name}": value for name, value in values.items()}, step)
 
     def _draw_evaluation(self, metrics: Mapping[str, Any]) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"eval/{name}", value, metrics["step"])
+        numbers = {f"eval/{name}": value for name, value in metrics.items() if isinstance(value, float)}
+        self._tell("log", numbers, metrics["step"])
+
+    def _tell(self, what: str, *values: Any) -> None:
+        """Call a method of every tracker; one that fails is left alone from then on."""
+        for tracker in tuple(self._trackers):
+            try:
+                getattr(tracker, what)(*values)
+            except Exception as error:  # whatever the tool of others raises
+                self._trackers.remove(tracker)
+                name = type(tracker).__name__.strip("_")
+                self.say(
+                    f"warning: {name} is told nothing more, since it failed ({type(error).__name__}: {cut(error)})"
+                )
 
     def flush(self) -> None:
         """Put everything on disk: before a checkpoint, after which it is not told again."""
         if self.main_process:
-            self._board.flush()
+            self._tell("flush")
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
-        """After an evaluation: one line on the terminal, one in metrics.jsonl, one point in TensorBoard."""
+        """After an evaluation: one line on the terminal, one in metrics.jsonl, one point for each tracker."""
         if not self.main_process:
             return
         self.metrics.append(metrics)
@@ -115,11 +137,24 @@ class RunLog:
             file.write(json.dumps(metrics) + "\n")
         shown = {k: "–" if metrics[k] is None else f"{metrics[k]:.3f}" for k in ("ap", "ap50")}
         self._progress.update(self._task, ap=shown["ap"])
+        waiting = metrics["data_seconds"] / metrics["train_seconds"] if metrics["train_seconds"] else 0.0
         self.say(
             f"epoch {metrics['epoch']:4d}  step {metrics['step']:6d}  loss {metrics['loss']:7.3f}  AP {shown['ap']}  "
-            f"AP50 {shown['ap50']}  {metrics['images_per_second']:6.1f} images/s  {metrics['train_seconds']:6.0f} s of training"
+            f"AP50 {shown['ap50']}  {metrics['images_per_second']:6.1f} images/s  {metrics['train_seconds']:6.0f} s of training, "
+            f"{waiting:.0%} of it waiting for images"
         )
         self._draw_evaluation(metrics)
+
+    def warn_of_waiting(self, share: float, workers: int, cache: bool) -> None:
+        """Once: for this share of an epoch steps waited for images."""
+        if not self._warned:
+            remedy = "" if cache else "; --cache-images keeps decoded images in memory"
+            self.say(
+                f"warning: for {share:.0%} of the epoch training waited for images, which come from "
+                + (f"{workers} processes" if workers else "the training process itself")
+                + f": --workers {max(2 * workers, 4)} loads more of them at a time, as far as there are CPU cores{remedy}"
+            )
+        self._warned = True
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""

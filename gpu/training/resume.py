@@ -24,6 +24,7 @@ from smca.gpu.files import (
 )
 from smca.gpu.training.log import METRICS_FILE
 from smca.gpu.training.setup import Run
+from smca.gpu.training.trackers import TRACKERS_FILE
 
 _CHECKPOINTS = (CHECKPOINT_FILE, PREVIOUS_FILE)
 _WRITTEN = (
@@ -33,6 +34,7 @@ _WRITTEN = (
     "predictions.png",
     "pictures/*.png",
     "tensorboard/events.out.tfevents.*",
+    TRACKERS_FILE,
     "*bad_batch.safetensors",
     *(f"{folder}/{name}" for folder in (MODEL_FOLDER, LAST_FOLDER) for name in (CONFIG_FILE, WEIGHTS_FILE)),
 )
@@ -50,6 +52,7 @@ _FREE = {
     "eval_every",
     "best_by",
     "patience",
+    "max_minutes",
     "eval_batch_size",
     "workers",
     "cache_images",
@@ -57,7 +60,9 @@ _FREE = {
     "attention",
     "compile",
     "dry_run",
+    "fast_dev_run",
     "checkpoint_every",
+    "trackers",
     "resume",
     "restartable",
     "resume_changed",
@@ -67,7 +72,8 @@ _FREE = {
 
 
 def claim(config: RunConfig) -> RunConfig:
-    """The configuration, settled on whether it resumes: as it says, or because it is started again.
+    """The configuration, settled on whether it resumes: as it says, or because it is started again. Then a batch size that was
+    found when it was started is taken from its checkpoint.
 
     Raises:
         ValueError: the folder holds a run that the configuration neither resumes nor overwrites.
@@ -83,7 +89,10 @@ def claim(config: RunConfig) -> RunConfig:
         if config.restartable or (
             restarted and (not config.overwrite or _is_this_jobs(config.output / CHECKPOINT_FILE))
         ):
-            return dataclasses.replace(config, resume=True, restartable=False, overwrite=False)
+            config = dataclasses.replace(config, resume=True, restartable=False, overwrite=False)
+    if config.resume and config.batch_size == "auto":
+        found = load_latest_checkpoint(config.output / CHECKPOINT_FILE).get("settings", {}).get("batch_size", "auto")
+        config = dataclasses.replace(config, batch_size=found)
     if held and not (config.resume or config.overwrite):
         raise ValueError(
             f"{config.output} already holds a run ({', '.join(held)}): --resume goes on with it, --overwrite starts anew, "
@@ -127,8 +136,10 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
         "batch": run.batch,
         "sum_of_losses": run.sum_of_losses.cpu(),
         "logged": run.logged,
+        "evaluate_now": run.evaluate_now,
         "total_steps": run.total_steps,
         "train_seconds": run.train_seconds,
+        "data_seconds": run.data_seconds,
         "loss": run.loss,
         "images_per_second": run.images_per_second,
     }
@@ -173,7 +184,7 @@ def resume(run: Run) -> None:
             run.average.load_state_dict(state["average"])
         run.step, run.epoch, run.batch = state["step"], state["epoch"], state["batch"]
         run.sum_of_losses.copy_(state["sum_of_losses"])
-        run.logged = dict(state["logged"])
+        run.logged, run.evaluate_now = dict(state["logged"]), state.get("evaluate_now", False)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} does not fit this run ({shown(error)}): start anew with --overwrite") from error
     for group, settings in zip(run.optimizer.param_groups, groups, strict=True):
@@ -181,12 +192,13 @@ def resume(run: Run) -> None:
     run.train_seconds, run.saved_step, run.saved_at = state["train_seconds"], run.step, time.monotonic()
     if run.step != run.epoch * len(run.batches) + run.batch:  # batches or data were changed
         _recount(run, state["settings"]["batch_size"])
+    run.data_seconds = state.get("data_seconds", 0.0)
     run.loss, run.images_per_second = state.get("loss", float("nan")), state.get("images_per_second", 0.0)
 
 
 def _recount(run: Run, batch_size: int) -> None:
     """Go on in the epoch after as many images as were seen of it in batches of `batch_size`, up to the same number of epochs."""
-    run.batch = run.batch * batch_size // run.config.batch_size
+    run.batch = run.batch * batch_size // run.batches.batch_size
     if run.batch >= len(run.batches):
         run.epoch, run.batch = run.epoch + 1, 0
     run.sum_of_losses.zero_()
@@ -201,8 +213,13 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         values = {name: value for name, value in values.items() if name not in ("epochs", "max_steps")}
     if config.model.backbone.frozen_norm:  # otherwise norms see a part of a step at a time
         del values["accumulate"]
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
-    return plain
+    return plain(values)
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has them."""
+    found: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return found
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -92,12 +93,18 @@ class Run:
     """Of those steps, of this process."""
     logged: dict[str, float] = field(default_factory=dict)
     """What the log was told of the last step, if it was told of it."""
+    ends_at: float = math.inf
+    """When the time that this start has is over, by the monotonic clock."""
+    evaluate_now: bool = False
+    """Whether the weights are to be evaluated as they are, since the time was over."""
     saved_step: int | None = None
     """That of the checkpoint on disk, as far as this process wrote it."""
     saved_at: float = 0.0
     """When, by the monotonic clock."""
     train_seconds: float = 0.0
     """Seconds spent on training so far, evaluations not counted."""
+    data_seconds: float = 0.0
+    """Of those, seconds in which this process waited for images."""
     loss: float = float("nan")
     """Mean of the last epoch, or of what was done of it, over all processes."""
     images_per_second: float = 0.0
@@ -175,13 +182,10 @@ def set_up(
         config = dataclasses.replace(config, data=None)  # which is not what the model is measured on
     config = _with_classes(config, train_data, val_data)
     augmented = Augmented(train_data, config.augmentation, config.seed)
-    batches = GlobalBatches(len(augmented), config.batch_size, rank, world, config.seed, config.accumulate)
-    loader = _training_loader(config, augmented, batches, device)
+    batches, loader, total_steps = _batches_of(config, augmented, rank, world, device)
     val_loader = evaluation_loader(
         val_data, config.model, config.eval_batch_size, config.workers, range(rank, len(val_data), world)
     )
-    all_steps = config.epochs * len(batches)
-    total_steps = min(all_steps, config.max_steps or all_steps)
 
     # Model, loss, optimiser.
     model = SMCADETR(config.model, attention_backend=config.attention).to(device)
@@ -255,6 +259,23 @@ def _completed(
         return {**terms, **missing, "loss": torch.stack([terms["loss"], *missing.values()]).sum()} if missing else terms
 
     return terms_of
+
+
+def set_batch_size(run: Run, images: int) -> None:
+    """Let each step have so many images, over all processes; before the first one."""
+    run.config = dataclasses.replace(run.config, batch_size=images)
+    parts = _batches_of(run.config, run.augmented, run.rank, run.world, run.device)
+    run.batches, run.loader, run.total_steps = parts
+
+
+def _batches_of(
+    config: RunConfig, augmented: Augmented, rank: int, world: int, device: torch.device
+) -> tuple[GlobalBatches, DataLoader[Any], int]:
+    """Which images make which step, a loader of them, and the number of steps. A batch size yet to be found is the least."""
+    batch_size = world * config.accumulate if config.batch_size == "auto" else config.batch_size
+    batches = GlobalBatches(len(augmented), batch_size, rank, world, config.seed, config.accumulate)
+    all_steps = config.epochs * len(batches)
+    return batches, _training_loader(config, augmented, batches, device), min(all_steps, config.max_steps or all_steps)
 
 
 def _training_loader(

@@ -101,6 +101,13 @@ def test_another_dataset_class(
     assert "smca evaluate" not in printed, "the command does not know this data"
 
 
+def test_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(script(tmp_path, "A tracker"), "tracked", monkeypatch)
+    (line,) = [line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines() if "eval/ap," in line]
+    (metrics,) = read_metrics(Path("tracked") / "metrics.jsonl")
+    assert (int(line[0]), float(line[2])) == (2, metrics["ap"])
+
+
 def test_another_schedule(tmp_path: Path) -> None:
     for package in ("gpu", "datasets"):
         shutil.copytree(ROOT / package, tmp_path / "smca" / package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -125,6 +125,25 @@ train.main()
     assert weights[0] == weights[1]
 
 
+@pytest.mark.skipif(PROCESSES == "2", reason="one more start of torchrun: nightly, with SMCA_PROCESSES=4")
+def test_processes_agree_that_the_time_is_over(tmp_path: Path) -> None:
+    """Whatever the clock of each says: the first one's holds."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        """
+from smca.gpu import train
+
+train.LOG_EVERY = 1
+train.draw_run = lambda *_: None
+train._is_time_over = lambda run: run.rank == 1 or run.step >= 3
+train.main()
+"""
+    )
+    torchrun(tmp_path / "run", "--max-minutes", "60", script=script)
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [(line["step"], line.get("extra", False)) for line in lines] == [(2, False), (3, True)]
+
+
 def test_a_process_that_another_one_leaves_alone_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors of its own stay what they are."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
