@@ -51,7 +51,8 @@ class BackboneConfig:
     frozen_norm: bool = True
     """Turn every batch norm into a fixed affine map (as DETR does: batches are too small to re-estimate statistics)."""
     frozen_stages: int = 0
-    """How many leading parts of a ResNet stay untrained: 1 = the stem, 2 = the stem and the first stage (as DETR does)."""
+    """How many leading parts stay untrained, with the statistics of their norms: 1 = the stem (patches and embeddings), 2 = stem
+    and first stage (as DETR does), and so on; in a plain vision transformer (dinov2, vitdet …) each layer is a stage."""
 
     def __post_init__(self) -> None:
         require(self.frozen_stages >= 0, "backbone.frozen_stages", "0 or more", self.frozen_stages)
@@ -291,10 +292,16 @@ class OptimConfig:
     """AdamW's learning rate."""
     backbone_lr: float = 1e-5
     """AdamW's learning rate of the backbone; 0 leaves it untrained."""
+    backbone_lr_decay: float = 1.0
+    """Factor from each part of the backbone (stem, then stages, as in model.backbone.frozen_stages) to the one before it: the last
+    one learns at the backbone's rate, earlier ones at ever lower rates; 1 = all alike."""
     muon_lr: float = 0.02
     """Muon's learning rate, for optimizer="muon"; in the backbone muon_lr · backbone_lr / lr."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
+    decayed: Literal["all", "matrices"] = "all"
+    """What AdamW's weight decay is for: "all" that it trains, as published; or "matrices", the weights of linear layers and
+    convolutions alone, not norms, biases, and embeddings (of queries, anchors, levels, classes, positions)."""
     clip_norm: float = 0.1
     """Largest norm of the whole gradient; larger ones are scaled down to it."""
     warmup_steps: int = 0
@@ -317,6 +324,7 @@ class OptimConfig:
             self.muon_lr,
         )
         require(self.backbone_lr >= 0, "optim.backbone_lr", "0 or more", self.backbone_lr)
+        require(0 < self.backbone_lr_decay <= 1, "optim.backbone_lr_decay", "in (0, 1]", self.backbone_lr_decay)
         require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         require(self.clip_norm > 0, "optim.clip_norm", "positive", self.clip_norm)
         require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
