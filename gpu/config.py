@@ -409,8 +409,9 @@ class RunConfig:
     """Keep decoded images in memory (3 bytes per pixel), as many as fit into a third of what is free: worth it on a CPU."""
     device: str = "auto"
     """"cuda", "cpu", "mps" …; "auto" takes a GPU if there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; centres, widths, boxes and losses are always computed in float32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network; centres, widths, boxes and losses are always computed in float32. "fp16" is for GPUs without bf16:
+    the loss is scaled, and steps whose gradients overflow are left out and counted."""
     attention: Literal["auto", "eager", "lifted", "triton"] = "auto"
     """How SMCA attention is computed in training: written out, as plain attention with four more channels, or in fused kernels.
     "auto" takes the fastest that is known to be as exact as "eager": the kernels on NVIDIA GPUs from Ampere on, mostly "lifted"

@@ -57,6 +57,8 @@ _CHECKPOINT_KEYS: dict[str, type | tuple[type, ...]] = {
 _OPTIONAL_KEYS: dict[str, type | tuple[type, ...]] = {
     "model_config": str,
     "settings": dict,
+    "scaler": dict,
+    "skipped": tuple,
     "data": dict,
     "loss": (int, float),
     "images_per_second": (int, float),

@@ -168,11 +168,11 @@ def _stop(run: Run, log: RunLog, number: int) -> NoReturn:
 
 def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
     """Take the steps of an epoch that are left, or those up to the last step of all."""
-    config, optimizer, check = run.config, run.optimizer, run.check
+    config, optimizer, scaler, check = run.config, run.optimizer, run.scaler, run.check
     run.augmented.set_epoch(run.epoch)
     run.batches.start_at(run.epoch, run.batch)
     run.parallel.train()
-    first_step, start = run.step, time.perf_counter()
+    first_step, start, skipped = run.step, time.perf_counter(), check.skipped
     before = run.train_seconds
     for parts in itertools.islice(_in_parts(run.loader, config.accumulate), run.total_steps - run.step):
         lr_factor = learning_rate_factor(config.optim, run.step, run.epoch, run.total_steps)
@@ -187,7 +187,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
             # Processes add up their gradients with those of the last part.
             ddp = run.parallel if number + 1 < len(parts) else None
             with ddp.no_sync() if isinstance(ddp, DistributedDataParallel) else nullcontext():
-                with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with torch.autocast(run.device.type, run.half, enabled=run.half is not None):
                     outputs = run.parallel(
                         batch.images.contiguous(memory_format=torch.channels_last),
                         batch.padding_mask if host_batch.padding_mask.any() else None,
@@ -199,11 +199,13 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
                 if number == 0:
                     check.raise_if_not_finite()
                     optimizer.zero_grad(set_to_none=True)
-                added["loss"].backward()  # type: ignore[no-untyped-call]
+                scaler.scale(added["loss"]).backward()  # type: ignore[no-untyped-call]
             terms = {name: terms[name] + value.detach() if terms else value.detach() for name, value in added.items()}
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_norm)
         check.record(terms, norm, parts, optimizer)
         optimizer.step()
+        scaler.update()
         if run.average is not None:
             update_average(run.average, run.model, min(config.optim.ema_decay, (1 + run.step) / (10 + run.step)))
 
@@ -224,6 +226,8 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
             if as_the_first_says(time.monotonic() - run.saved_at >= 60 * config.checkpoint_every, run):
                 _save(run, log)
     check.raise_if_not_finite()
+    if check.skipped > skipped:
+        log.say(f"epoch {run.epoch + 1}: {check.skipped - skipped} steps left out, whose gradients overflowed float16")
     steps, seconds = run.step - first_step, time.perf_counter() - start
     run.train_seconds = before + seconds
     run.images_per_second = steps * config.batch_size / seconds

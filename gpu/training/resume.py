@@ -121,6 +121,8 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
         "model": run.model.state_dict(),
         "average": run.average.state_dict() if run.average is not None else None,
         "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "skipped": (run.check.skipped, run.check.skipped_in_a_row),
         "step": run.step,
         "epoch": run.epoch,
         "batch": run.batch,
@@ -168,6 +170,9 @@ def resume(run: Run) -> None:
     try:
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):  # there is none but of float16
+            run.scaler.load_state_dict(state["scaler"])
+        run.check.skipped, run.check.skipped_in_a_row = state.get("skipped", (0, 0))
         if run.average is not None:
             run.average.load_state_dict(state["average"])
         run.step, run.epoch, run.batch = state["step"], state["epoch"], state["batch"]
