@@ -307,10 +307,10 @@ class OptimConfig:
     warmup_steps: int = 0
     """Steps over which the learning rates rise linearly from 0."""
     schedule: Literal["step", "cosine", "wsd"] = "step"
-    """"step": the rates fall to a tenth once `drop_epoch` epochs are done; "cosine": to 0 along half a cosine; "wsd" (warm-up,
+    """"step": the rates fall to a tenth after each `drop_epoch`; "cosine": to 0 along half a cosine; "wsd" (warm-up,
     stable, decay): to 0 along a line over the last fifth of all steps."""
-    drop_epoch: int = 40
-    """Epoch of the drop, for schedule="step"."""
+    drop_epoch: tuple[int, ...] = (40,)
+    """After how many epochs the rates drop, for schedule="step": once, or at each of several numbers; none = constant rates."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights, which is then what is evaluated and saved; 0 = none."""
 
@@ -328,7 +328,12 @@ class OptimConfig:
         require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         require(self.clip_norm > 0, "optim.clip_norm", "positive", self.clip_norm)
         require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
-        require(self.drop_epoch >= 1, "optim.drop_epoch", "at least 1", self.drop_epoch)
+        require(
+            all(a < b for a, b in itertools.pairwise((0, *self.drop_epoch))),
+            "optim.drop_epoch",
+            "rising numbers of epochs, each at least 1",
+            self.drop_epoch,
+        )
         require(0.0 <= self.ema_decay < 1.0, "optim.ema_decay", "in [0, 1)", self.ema_decay)
 
 
@@ -417,6 +422,9 @@ class RunConfig:
     "auto" takes the fastest that is known to be as exact as "eager": the kernels on NVIDIA GPUs from Ampere on, mostly "lifted"
     on a CPU, elsewhere "eager" itself, which holds queries × cells numbers per head ("lifted" by name does not, and is less
     exact for narrow priors)."""
+    gradient_checkpointing: tuple[Literal["backbone", "encoder", "decoder"], ...] = ()
+    """Parts whose layers keep no activations for the backward pass, but compute them anew in it: far less memory, for about a third
+    more time if all do. The result is the same."""
     compile: bool = False
     """Compile network and loss with torch.compile: minutes at the start; what it gains is not yet measured. Each new shape of a
     batch may compile anew: see `shape_bucket`."""
@@ -446,6 +454,12 @@ class RunConfig:
         require(self.patience is None or self.patience >= 1, "patience", "at least 1", self.patience)
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
         require(self.checkpoint_every >= 0, "checkpoint_every", "0 or more", self.checkpoint_every)
+        require(
+            len(set(self.gradient_checkpointing)) == len(self.gradient_checkpointing),
+            "gradient_checkpointing",
+            "different parts",
+            self.gradient_checkpointing,
+        )
         require(self.workers >= 0, "workers", "0 or more", self.workers)
         require(
             self.attention == "auto" or self.model.cross_attention == "smca",

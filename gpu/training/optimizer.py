@@ -25,7 +25,7 @@ def learning_rate_factor(optim: OptimConfig, step: int, epoch: int, total_steps:
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     if optim.schedule == "step":
-        return 0.1 if epoch >= optim.drop_epoch else 1.0
+        return float(0.1 ** sum(epoch >= drop for drop in optim.drop_epoch))
     if optim.schedule == "wsd":
         return min(1.0, max(0, total_steps - step) / (DECAY_SHARE * total_steps))
     progress = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)

@@ -54,6 +54,7 @@ _FREE = {
     "cache_images",
     "device",
     "attention",
+    "gradient_checkpointing",
     "compile",
     "dry_run",
     "checkpoint_every",
@@ -154,7 +155,12 @@ def resume(run: Run) -> None:
         raise ValueError(
             f"{path} was trained {'without' if state['average'] is None else 'with'} optim.ema_decay: resume likewise"
         )
-    changed = differences(state.get("settings", {}), settings_of(run.config))
+    before = state.get("settings", {})
+    if isinstance(
+        drop := before.get("optim", {}).get("drop_epoch"), int
+    ):  # as it was written when there could be only one
+        before["optim"]["drop_epoch"] = [drop]
+    changed = differences(before, settings_of(run.config))
     if run.rank == 0:
         changed += [
             f"the {name} images or their boxes are others ({run.fingerprints[name]['report']}; they were: {before['report']})"

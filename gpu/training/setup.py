@@ -30,6 +30,7 @@ from smca.gpu.evaluation import evaluation_loader, open_split, pick_device
 from smca.gpu.loading import Loader
 from smca.gpu.loss import SetCriterion, further_losses
 from smca.gpu.model import SMCADETR
+from smca.gpu.model.recompute import recompute
 from smca.gpu.model.synced_norm import synchronize_norms
 from smca.gpu.training.guard import BAD_BATCH_FILE, FiniteCheck
 from smca.gpu.training.optimizer import make_optimizer
@@ -214,6 +215,7 @@ def set_up(
         criterion.to(device)
     if world > 1:
         synchronize_norms(model, device)
+    recompute(model, config.gradient_checkpointing)
     if config.compile:
         model.compile()
         if isinstance(criterion, nn.Module):

@@ -15,6 +15,7 @@ from torch import nn
 
 from smca.gpu import train
 from smca.gpu.config import BackboneConfig, ModelConfig, OptimConfig, RunConfig
+from smca.gpu.files import load_checkpoint, save_checkpoint
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS, tiny_resnet
 from smca.gpu.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates, update_average
@@ -50,10 +51,37 @@ def test_warm_up_rises_evenly_to_the_full_rate() -> None:
 
 
 def test_the_step_schedule_falls_to_a_tenth_once_so_many_epochs_are_done() -> None:
-    optim = OptimConfig(schedule="step", drop_epoch=3)
+    optim = OptimConfig(schedule="step", drop_epoch=(3,))
     assert [learning_rate_factor(optim, 100 * epoch, epoch, 500) for epoch in range(5)] == [1, 1, 1, 0.1, 0.1]
-    warm = OptimConfig(schedule="step", drop_epoch=1, warmup_steps=10)
+    warm = OptimConfig(schedule="step", drop_epoch=(1,), warmup_steps=10)
     assert learning_rate_factor(warm, 4, 1, 500) == 0.5, "the warm-up goes on"
+
+
+def test_the_step_schedule_drops_several_times_or_never() -> None:
+    optim = OptimConfig(schedule="step", drop_epoch=(1, 3))
+    assert [learning_rate_factor(optim, 0, epoch, 500) for epoch in range(5)] == pytest.approx(
+        [1, 0.1, 0.1, 0.01, 0.01]
+    )
+    constant = OptimConfig(schedule="step", drop_epoch=())
+    assert {learning_rate_factor(constant, step, step, 500) for step in range(500)} == {1.0}
+    parsed = train.parse(["smca_r50", "--optim.drop-epoch", "8", "11"]).optim
+    assert (parsed.schedule, parsed.drop_epoch) == ("step", (8, 11))
+    for wrong in ((0,), (3, 3), (4, 2)):
+        with pytest.raises(
+            ValueError, match=r"optim.drop_epoch must be rising numbers of epochs, each at least 1, got"
+        ):
+            OptimConfig(drop_epoch=wrong)
+
+
+def test_one_drop_that_was_saved_as_a_number_is_the_same_drop(tmp_path: Path) -> None:
+    optim = OptimConfig(lr=1e-3, schedule="step", drop_epoch=(1,))
+    train.train(tiny(tmp_path, optim=optim, max_steps=1))
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    state["settings"]["optim"]["drop_epoch"] = 1
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(ValueError, match=r"--optim.lr is 0.002, was 0.001") as caught:
+        train.train(tiny(tmp_path, optim=replace(optim, lr=2e-3), max_steps=2, resume=True))
+    assert "drop-epoch" not in str(caught.value)
 
 
 @pytest.mark.parametrize("warmup", [0, 10])
@@ -117,7 +145,7 @@ def test_a_run_follows_wsd_to_its_last_step(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_run_drops_its_rates_after_so_many_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    optim = OptimConfig(lr=1e-3, backbone_lr=0.0, schedule="step", drop_epoch=1)
+    optim = OptimConfig(lr=1e-3, backbone_lr=0.0, schedule="step", drop_epoch=(1,))
     rates = rates_of(tiny(tmp_path, optim=optim), monkeypatch)
     assert rates == [pytest.approx([rate]) for rate in [1e-3] * 3 + [1e-4] * 3]
 
@@ -254,7 +282,7 @@ def test_the_single_scale_preset() -> None:
         (),
     )
     assert (run.epochs, run.batch_size, run.max_steps) == (50, 16, None)
-    assert (optim.schedule, optim.drop_epoch, optim.warmup_steps, optim.ema_decay) == ("step", 40, 0, 0.0)
+    assert (optim.schedule, optim.drop_epoch, optim.warmup_steps, optim.ema_decay) == ("step", (40,), 0, 0.0)
     assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
     assert (model.backbone.frozen_norm, model.backbone.frozen_stages) == (True, 2)
 
