@@ -422,6 +422,9 @@ class RunConfig:
     "auto" takes the fastest that is known to be as exact as "eager": the kernels on NVIDIA GPUs from Ampere on, mostly "lifted"
     on a CPU, elsewhere "eager" itself, which holds queries × cells numbers per head ("lifted" by name does not, and is less
     exact for narrow priors)."""
+    deterministic: bool = False
+    """Take only operations that give the same bits in every run: two runs on one kind of GPU are then equal, and a resumed run is
+    the uninterrupted one, as on a CPU anyway. Slower, by how much depends on the network; some backbones are refused."""
     gradient_checkpointing: tuple[Literal["backbone", "encoder", "decoder"], ...] = ()
     """Parts whose layers keep no activations for the backward pass, but compute them anew in it: far less memory, for about a third
     more time if all do. The result is the same."""

@@ -39,6 +39,7 @@ from smca.gpu.model import SMCADETR
 from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
+from smca.gpu.training.determinism import deterministic
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
 from smca.gpu.training.order import seed_step
@@ -85,7 +86,7 @@ def train(
         NonFiniteError: loss or gradient is not finite; names term and layer. The last checkpoint stays as it was.
     """
     config = claim(config)
-    with Stop() as stop, process_group() as (rank, world):
+    with Stop() as stop, deterministic(config.deterministic), process_group() as (rank, world):
         run = set_up(config, rank, world, train_data, val_data, criterion)
         if rank == 0:
             _require_boxes(run)
