@@ -18,7 +18,7 @@ from smca.gpu.loss import NonFiniteError
 
 BAD_BATCH_FILE = "bad_batch.safetensors"
 MOST_SKIPPED = 20
-"""Steps in a row whose gradients overflow float16: by then the scale of the loss, halved each time, is below 1."""
+"""Steps in a row whose gradients overflow float16: the scale of the loss, halved each time, is then a millionth of what it was."""
 
 
 class FiniteCheck:

@@ -155,12 +155,7 @@ def resume(run: Run) -> None:
         raise ValueError(
             f"{path} was trained {'without' if state['average'] is None else 'with'} optim.ema_decay: resume likewise"
         )
-    before = state.get("settings", {})
-    if isinstance(
-        drop := before.get("optim", {}).get("drop_epoch"), int
-    ):  # as it was written when there could be only one
-        before["optim"]["drop_epoch"] = [drop]
-    changed = differences(before, settings_of(run.config))
+    changed = differences(_as_written_now(state.get("settings", {})), settings_of(run.config))
     if run.rank == 0:
         changed += [
             f"the {name} images or their boxes are others ({run.fingerprints[name]['report']}; they were: {before['report']})"
@@ -213,6 +208,13 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         del values["accumulate"]
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
+
+
+def _as_written_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint from the time when schedule="step" dropped the rates once, and had a number for it."""
+    optim = settings.get("optim", {})
+    one_drop = {"drop_epoch": [optim["drop_epoch"]]} if isinstance(optim.get("drop_epoch"), int) else {}
+    return {**settings, "optim": {**optim, **one_drop}}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
