@@ -426,8 +426,8 @@ class RunConfig:
     """Take only operations that give the same bits in every run: two runs on one kind of GPU are then equal, and a resumed run is
     the uninterrupted one, as on a CPU anyway. Slower, by how much depends on the network; some backbones are refused."""
     gradient_checkpointing: tuple[Literal["backbone", "encoder", "decoder"], ...] = ()
-    """Parts whose layers keep no activations for the backward pass, but compute them anew in it: far less memory, for about a third
-    more time if all do. The result is the same."""
+    """Parts whose layers keep no activations for the backward pass, but compute them anew in it: less memory for more time, up
+    to a third. The result is the same."""
     compile: bool = False
     """Compile network and loss with torch.compile: minutes at the start; what it gains is not yet measured. Each new shape of a
     batch may compile anew: see `shape_bucket`."""

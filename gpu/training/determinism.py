@@ -26,7 +26,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
         return
     if os.environ.get(CUBLAS) not in _ORDERED:
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             raise ValueError(
                 f"deterministic needs {CUBLAS}={_ORDERED[0]} before CUDA starts, and it has started: set it in the environment"
             )
