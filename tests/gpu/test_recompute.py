@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from smca.datasets import Targets
 from smca.gpu import train
@@ -18,6 +20,7 @@ from smca.gpu.config import BackboneConfig, LossConfig, ModelConfig
 from smca.gpu.loss import SetCriterion
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.recompute import recompute
+from smca.gpu.model.synced_norm import synchronize_norms
 from smca.gpu.presets import tiny_resnet
 from smca.gpu.training.resume import settings_of
 
@@ -62,7 +65,7 @@ def network(backbone: BackboneConfig, **changes: Any) -> SMCADETR:
     return SMCADETR(ModelConfig(backbone=backbone, **{**small, **changes})).train()
 
 
-def step_of(model: SMCADETR) -> tuple[dict[str, Tensor], int]:
+def step_of(model: nn.Module) -> tuple[dict[str, Tensor], int]:
     """The loss, the gradients and all buffers after a step, by name; and the bytes that the network kept for its backward pass."""
     kept = 0
     generator = torch.Generator().manual_seed(0)
@@ -87,11 +90,13 @@ def step_of(model: SMCADETR) -> tuple[dict[str, Tensor], int]:
     return {**found, **dict(model.named_buffers()), "loss": loss.detach(), "drawn": torch.rand(3)}, kept
 
 
-def require_same_step(model: SMCADETR, parts: tuple[str, ...], at_most: float) -> None:
+def require_same_step(
+    model: SMCADETR, parts: tuple[str, ...], at_most: float, wrap: Callable[[nn.Module], nn.Module] = lambda m: m
+) -> None:
     again = copy.deepcopy(model)
     recompute(again, parts)
-    expected, kept = step_of(model)
-    found, still_kept = step_of(again)
+    expected, kept = step_of(wrap(model))
+    found, still_kept = step_of(wrap(again))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
@@ -123,6 +128,17 @@ def test_all_parts_at_once_and_in_bfloat16() -> None:
     model = network(tiny_resnet(1, 1))
     with torch.autocast("cpu", torch.bfloat16):
         require_same_step(model, ("backbone", "encoder", "decoder"), 0.5)
+
+
+def test_processes_that_share_norms_and_gradients_take_the_same_step(tmp_path: Path) -> None:
+    """One process that takes part in a job: what it shares, it shares again where it computes anew."""
+    model = network(tiny_resnet(1, 1))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        synchronize_norms(model, torch.device("cpu"))
+        require_same_step(model, ("backbone", "encoder", "decoder"), 0.5, wrap=DistributedDataParallel)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_nothing_is_computed_anew_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
