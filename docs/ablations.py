@@ -47,7 +47,7 @@ def plain_small() -> RunConfig:
 def published_demo() -> RunConfig:
     """``plain`` with the choices of ``smca_r50``: random queries, one reference for all layers, post-norm, dropout, a drop."""
     run = with_model(plain(), "published_demo", query_init="random", box_refinement=False, pre_norm=False, dropout=0.1)
-    return replace(run, optim=replace(run.optim, schedule="step", drop_epoch=10), epochs=12)
+    return replace(run, optim=replace(run.optim, schedule="step", drop_epoch=(10,)), epochs=12)
 
 
 def small_objects() -> RunConfig:

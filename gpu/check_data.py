@@ -102,7 +102,7 @@ def parse(argv: list[str] | None) -> CheckDataArgs:
     run = PRESETS[name]()
     default = CheckDataArgs(
         preset=name,
-        batch_size=run.batch_size,
+        batch_size=16 if run.batch_size == "auto" else run.batch_size,
         seed=run.seed,
         model=run.model,
         augmentation=run.augmentation,

@@ -52,7 +52,8 @@ class BackboneConfig:
     frozen_norm: bool = True
     """Turn every batch norm into a fixed affine map (as DETR does: batches are too small to re-estimate statistics)."""
     frozen_stages: int = 0
-    """How many leading parts of a ResNet stay untrained: 1 = the stem, 2 = the stem and the first stage (as DETR does)."""
+    """How many leading parts stay untrained, with the statistics of their norms: 1 = the stem (patches and embeddings), 2 = stem
+    and first stage (as DETR does), and so on; in a plain vision transformer (dinov2, vitdet …) each layer is a stage."""
 
     def __post_init__(self) -> None:
         require(self.frozen_stages >= 0, "backbone.frozen_stages", "0 or more", self.frozen_stages)
@@ -292,19 +293,25 @@ class OptimConfig:
     """AdamW's learning rate."""
     backbone_lr: float = 1e-5
     """AdamW's learning rate of the backbone; 0 leaves it untrained."""
+    backbone_lr_decay: float = 1.0
+    """Factor from each part of the backbone (stem, then stages, as in model.backbone.frozen_stages) to the one before it: the last
+    one learns at the backbone's rate, earlier ones at ever lower rates; 1 = all alike."""
     muon_lr: float = 0.02
     """Muon's learning rate, for optimizer="muon"; in the backbone muon_lr · backbone_lr / lr."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
+    decayed: Literal["all", "matrices"] = "all"
+    """What AdamW's weight decay is for: "all" that it trains, as published; or "matrices", the weights of linear layers and
+    convolutions alone, not norms, biases, and embeddings (of queries, anchors, levels, classes, positions)."""
     clip_norm: float = 0.1
     """Largest norm of the whole gradient; larger ones are scaled down to it."""
     warmup_steps: int = 0
     """Steps over which the learning rates rise linearly from 0."""
     schedule: Literal["step", "cosine", "wsd"] = "step"
-    """"step": the rates fall to a tenth once `drop_epoch` epochs are done; "cosine": to 0 along half a cosine; "wsd" (warm-up,
+    """"step": the rates fall to a tenth after each `drop_epoch`; "cosine": to 0 along half a cosine; "wsd" (warm-up,
     stable, decay): to 0 along a line over the last fifth of all steps."""
-    drop_epoch: int = 40
-    """Epoch of the drop, for schedule="step"."""
+    drop_epoch: tuple[int, ...] = (40,)
+    """After how many epochs the rates drop, for schedule="step": once, or at each of several numbers; none = constant rates."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights, which is then what is evaluated and saved; 0 = none."""
 
@@ -318,10 +325,16 @@ class OptimConfig:
             self.muon_lr,
         )
         require(self.backbone_lr >= 0, "optim.backbone_lr", "0 or more", self.backbone_lr)
+        require(0 < self.backbone_lr_decay <= 1, "optim.backbone_lr_decay", "in (0, 1]", self.backbone_lr_decay)
         require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         require(self.clip_norm > 0, "optim.clip_norm", "positive", self.clip_norm)
         require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
-        require(self.drop_epoch >= 1, "optim.drop_epoch", "at least 1", self.drop_epoch)
+        require(
+            all(a < b for a, b in itertools.pairwise((0, *self.drop_epoch))),
+            "optim.drop_epoch",
+            "rising numbers of epochs, each at least 1",
+            self.drop_epoch,
+        )
         require(0.0 <= self.ema_decay < 1.0, "optim.ema_decay", "in [0, 1)", self.ema_decay)
 
 
@@ -409,13 +422,20 @@ class RunConfig:
     """Keep decoded images in memory (3 bytes per pixel), as many as fit into a third of what is free: worth it on a CPU."""
     device: str = "auto"
     """"cuda", "cpu", "mps" …; "auto" takes a GPU if there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; centres, widths, boxes and losses are always computed in float32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network; centres, widths, boxes and losses are always computed in float32. "fp16" is for GPUs without bf16:
+    the loss is scaled, and steps whose gradients overflow are left out and counted."""
     attention: Literal["auto", "eager", "lifted", "triton"] = "auto"
     """How SMCA attention is computed in training: written out, as plain attention with four more channels, or in fused kernels.
     "auto" takes the fastest that is known to be as exact as "eager": the kernels on NVIDIA GPUs from Ampere on, mostly "lifted"
     on a CPU, elsewhere "eager" itself, which holds queries × cells numbers per head ("lifted" by name does not, and is less
     exact for narrow priors)."""
+    deterministic: bool = False
+    """Take only operations that give the same bits in every run: two runs on one kind of GPU are then equal, and a resumed run is
+    the uninterrupted one, as on a CPU anyway. Slower, by how much depends on the network; some backbones are refused."""
+    gradient_checkpointing: tuple[Literal["backbone", "encoder", "decoder"], ...] = ()
+    """Parts whose layers keep no activations for the backward pass, but compute them anew in it: less memory for more time, up
+    to a third. The result is the same."""
     compile: bool = False
     """Compile network and loss with torch.compile: minutes at the start; what it gains is not yet measured. Each new shape of a
     batch may compile anew: see `shape_bucket`."""
@@ -456,6 +476,12 @@ class RunConfig:
         require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", "positive", self.max_minutes)
         require(self.checkpoint_every >= 0, "checkpoint_every", "0 or more", self.checkpoint_every)
         require(len(set(self.trackers or ())) == len(self.trackers or ()), "trackers", "different names", self.trackers)
+        require(
+            len(set(self.gradient_checkpointing)) == len(self.gradient_checkpointing),
+            "gradient_checkpointing",
+            "different parts",
+            self.gradient_checkpointing,
+        )
         require(self.workers >= 0, "workers", "0 or more", self.workers)
         require(
             self.attention == "auto" or self.model.cross_attention == "smca",

@@ -57,6 +57,8 @@ _CHECKPOINT_KEYS: dict[str, type | tuple[type, ...]] = {
 _OPTIONAL_KEYS: dict[str, type | tuple[type, ...]] = {
     "model_config": str,
     "settings": dict,
+    "scaler": dict,
+    "skipped": tuple,
     "data": dict,
     "evaluate_now": bool,
     "data_seconds": (int, float),

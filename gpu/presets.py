@@ -102,7 +102,9 @@ def smca_r50() -> RunConfig:
     return RunConfig(
         output=Path("runs/smca_r50"),
         model=ModelConfig(backbone=RESNET50),
-        optim=OptimConfig(lr=1e-4, backbone_lr=1e-5, weight_decay=1e-4, clip_norm=0.1, schedule="step", drop_epoch=40),
+        optim=OptimConfig(
+            lr=1e-4, backbone_lr=1e-5, weight_decay=1e-4, clip_norm=0.1, schedule="step", drop_epoch=(40,)
+        ),
         augmentation=Augmentation.detr(),
         epochs=50,
     )

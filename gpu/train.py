@@ -42,6 +42,7 @@ from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
 from smca.gpu.training.batch_size import find_batch_size, found_message
+from smca.gpu.training.determinism import deterministic
 from smca.gpu.training.fast_run import prepare, report, shortened
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
@@ -97,7 +98,7 @@ def train(
     started, whole = time.monotonic(), config
     config = claim(shortened(config) if config.fast_dev_run else config)
     trackers = [*make_trackers(config.trackers, config.output), *trackers]
-    with Stop() as stop, process_group() as (rank, world):
+    with Stop() as stop, deterministic(config.deterministic), process_group() as (rank, world):
         run = set_up(config, rank, world, train_data, val_data, criterion)
         run.ends_at = started + 60 * (config.max_minutes or math.inf)
         if rank == 0:
@@ -210,12 +211,12 @@ def _stop(run: Run, log: RunLog, number: int) -> NoReturn:
 
 def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
     """Take the steps of an epoch that are left, up to the last step of all or the end of the time."""
-    config, optimizer, check = run.config, run.optimizer, run.check
+    config, optimizer, scaler, check = run.config, run.optimizer, run.scaler, run.check
     run.evaluate_now = False
     run.augmented.set_epoch(run.epoch)
     run.batches.start_at(run.epoch, run.batch)
     run.parallel.train()
-    first_step, start = run.step, time.perf_counter()
+    first_step, start, skipped = run.step, time.perf_counter(), check.skipped
     before, waits = run.train_seconds, list[float]()
     for parts in itertools.islice(_in_parts(run.loader, config.accumulate, waits), run.total_steps - run.step):
         run.data_seconds += waits[-1]
@@ -231,7 +232,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
             # Processes add up their gradients with those of the last part.
             ddp = run.parallel if number + 1 < len(parts) else None
             with ddp.no_sync() if isinstance(ddp, DistributedDataParallel) else nullcontext():
-                with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with torch.autocast(run.device.type, run.half, enabled=run.half is not None):
                     outputs = run.parallel(
                         batch.images.contiguous(memory_format=torch.channels_last),
                         batch.padding_mask if host_batch.padding_mask.any() else None,
@@ -243,11 +244,13 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
                 if number == 0:
                     check.raise_if_not_finite()
                     optimizer.zero_grad(set_to_none=True)
-                added["loss"].backward()  # type: ignore[no-untyped-call]
+                scaler.scale(added["loss"]).backward()  # type: ignore[no-untyped-call]
             terms = {name: terms[name] + value.detach() if terms else value.detach() for name, value in added.items()}
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_norm)
         check.record(terms, norm, parts, optimizer)
         optimizer.step()
+        scaler.update()
         if run.average is not None:
             update_average(run.average, run.model, min(config.optim.ema_decay, (1 + run.step) / (10 + run.step)))
 
@@ -270,6 +273,8 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
             if as_the_first_says(time.monotonic() - run.saved_at >= 60 * config.checkpoint_every, run):
                 _save(run, log)
     check.raise_if_not_finite()
+    if check.skipped > skipped:
+        log.say(f"epoch {run.epoch + 1}: {check.skipped - skipped} steps left out, whose gradients overflowed float16")
     steps, seconds = run.step - first_step, time.perf_counter() - start
     run.train_seconds = before + seconds
     run.images_per_second = steps * run.batches.batch_size / seconds

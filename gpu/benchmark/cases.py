@@ -49,7 +49,7 @@ class Work:
     batch: int = 2
     """B, images."""
     dtype: torch.dtype = torch.float32
-    """bfloat16 means autocast."""
+    """bfloat16 and float16 mean autocast."""
     device: str = "cpu"
     small: bool = True
     """STEP_BACKBONE, and training without the optimiser; otherwise a ResNet-50, gradient clipping and AdamW."""
@@ -226,8 +226,9 @@ def transformers_step_case(name: str, work: Work) -> Case:
 
 
 def autocast(work: Work) -> torch.autocast:
-    """The autocast of a forward pass: to bfloat16 where `work` asks for it."""
-    return torch.autocast(torch.device(work.device).type, torch.bfloat16, enabled=work.dtype == torch.bfloat16)
+    """The autocast of a forward pass: to half precision where `work` asks for it."""
+    half = work.dtype if work.dtype in (torch.bfloat16, torch.float16) else None
+    return torch.autocast(torch.device(work.device).type, half, enabled=half is not None)
 
 
 def _modes(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -22,14 +20,17 @@ from smca.datasets.settings import shown
 from smca.gpu.config import BackboneConfig
 from smca.gpu.config_json import cut
 from smca.gpu.model.frozen_norm import freeze_batch_norm
+from smca.gpu.model.probe import (
+    FORBIDDEN,
+    build,
+    known_options,
+    measure_strides,
+    parts_of,
+    probe,
+    side_divisor,
+    without_unread_stages,
+)
 
-_PROBE_PIXELS = 256
-"""Side of the blank image with which strides are measured; a multiple of every stride in use."""
-
-_READ = frozenset({"out_features", "out_indices", "stage_names"})
-"""Keys of a transformers configuration that say which outputs are read, not what is built."""
-_FORBIDDEN = frozenset({"auto_map", "attn_implementation", "experts_implementation", "custom_pipelines"})
-"""Keys that make transformers load code from the hub."""
 _COUNTS = ("depth", "layers", "blocks", "levels", "stages")
 """What is in the name of an option that counts layers."""
 _MOST_LAYERS, _MOST_TOGETHER, _MOST = 1_000, 10_000, 1_000_000
@@ -61,7 +62,7 @@ class Backbone(nn.Module):
         super().__init__()
         settings = _backbone_settings(config)
         try:
-            offered = _measure_strides(settings)
+            offered = measure_strides(settings)
         except Exception as error:  # transformers refuses combinations of options with errors of any type
             raise _unbuildable(config.name, error) from error
         taken = [stride for stride in strides if stride <= max(offered.values())]
@@ -80,19 +81,43 @@ class Backbone(nn.Module):
                 )
         # The last stage of a stride is the deepest: the most context at the same resolution.
         settings.out_features = [[name for name, value in offered.items() if value == stride][-1] for stride in taken]
-        settings = _without_unread_stages(settings)
-        maps, trained = _probe(settings)
-        self.body = _load_weights(config, settings, trained) if config.weights and download else _build(settings)
+        settings = without_unread_stages(settings)
+        maps, trained = probe(settings)
+        self.body = _load_weights(config, settings, trained) if config.weights and download else build(settings)
         for name, parameter in self.body.named_parameters():
             if name not in trained:  # such as a mask token: processes that train together would wait for its gradient
                 parameter.requires_grad_(False)
         self.strides = tuple(taken)
         self.channels = tuple(shape[1] for shape in maps)
-        self.divisor = _side_divisor(settings, taken[-1])
+        self.divisor = side_divisor(settings, taken[-1])
         if config.frozen_norm:
             freeze_batch_norm(self.body)
         if config.frozen_stages:
-            _freeze_stages(self.body, config)
+            self._freeze_stages(config)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters by the part that they belong to, in the order in which an image passes through the parts: "stem"
+        (patches, embeddings), then the stages up to the last one that is read; in a plain vision transformer each layer is a stage.
+        """
+        names, part_of = parts_of(cast(Any, self.body).config)
+        parts: dict[str, list[nn.Parameter]] = {name: [] for name in names}
+        for name, parameter in self.body.named_parameters():
+            if parameter.requires_grad:
+                parts[names[part_of[name]]].append(parameter)
+        return parts
+
+    def _freeze_stages(self, config: BackboneConfig) -> None:
+        """Take the first parts out of the training, with the statistics of their norms."""
+        parts = list(self.parts().items())
+        if config.frozen_stages > len(parts):
+            raise ValueError(
+                f"model.backbone.frozen_stages is {config.frozen_stages}, but {config.name!r} has only {len(parts)} parts up to "
+                f"the last one that is read: {cut(', '.join(name for name, _ in parts), 200)}. Set it to at most {len(parts)}"
+            )
+        for _, parameters in parts[: config.frozen_stages]:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        freeze_batch_norm(self.body, only_untrained=True)
 
     def resolved(self, config: BackboneConfig) -> BackboneConfig:
         """`config` with all that was built spelled out, so that it can be rebuilt without the published weights' repository."""
@@ -180,22 +205,16 @@ def _unbuildable(name: str, error: Exception) -> ValueError:
     )
 
 
-def _known_options(settings: Any) -> set[str]:
-    """What the class of `settings` has over any other transformers configuration."""
-    known = (type(settings)().to_dict().keys() - PreTrainedConfig().to_dict().keys()) | settings.attribute_map.keys()
-    return {key for key in known - _READ - _FORBIDDEN if not key.startswith("_")}
-
-
 def _options_of(settings: Any) -> dict[str, Any]:
     """What is to be given to the class of `settings` to build the same network."""
-    known = _known_options(settings)
+    known = known_options(settings)
     return {key: value for key, value in settings.to_diff_dict().items() if key in known}
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Only what describes the architecture, in sizes that can be built."""
     settings: Any = AutoConfig.for_model(name)
-    known = _known_options(settings)
+    known = known_options(settings)
     for key, value in options.items():
         if key not in known:
             raise _OptionError(
@@ -203,7 +222,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
                 "Set model.backbone.options"
             )
         numbers, inner = _contents(value)
-        if hostile := [k for k in inner if k in _FORBIDDEN or k.startswith("_")]:
+        if hostile := [k for k in inner if k in FORBIDDEN or k.startswith("_")]:
             raise _OptionError(f"option {shown(key)} of backbone {name!r} must not hold {cut(hostile[0])!r}: remove it")
         counts = _is_count(key)
         if (sum(numbers) if counts else max(numbers, default=0)) > (_MOST_LAYERS if counts else _MOST):
@@ -233,82 +252,6 @@ def _contents(value: Any) -> tuple[list[float], list[str]]:
     return [abs(value)] if isinstance(value, int | float) else [], []
 
 
-class Probe(NamedTuple):
-    """What was measured of a network. One is measured several times while it is built, so the answers are kept: read only."""
-
-    maps: list[torch.Size]
-    """Shape of each feature map."""
-    trained: dict[str, torch.Size]
-    """Shape of each parameter, by name, that they depend on."""
-
-
-def _stages(settings: Any) -> list[str]:
-    return [name for name in settings.stage_names if name != "stem"]
-
-
-def _measure_strides(settings: Any) -> dict[str, int]:
-    """Pixels per cell of each stage."""
-    probe = type(settings).from_dict(settings.to_dict())
-    probe.out_features = _stages(settings)
-    maps = _probe(probe).maps
-    return {n: round(_PROBE_PIXELS / shape[-1]) for n, shape in zip(probe.out_features, maps, strict=True)}
-
-
-def _probe(settings: Any, side: int = _PROBE_PIXELS) -> Probe:
-    """What a blank image of `side` × `side` pixels shows (on the meta device: nothing is computed)."""
-    return _probe_once(cast(Any, type(settings)), settings.to_json_string(use_diff=False), side)
-
-
-@lru_cache(maxsize=64)
-def _probe_once(kind: Any, settings_json: str, side: int) -> Probe:
-    with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
-        network = _build(kind.from_dict(json.loads(settings_json))).eval()
-        maps = network(torch.empty(1, 3, side, side)).feature_maps
-        torch.autograd.backward([features.sum() for features in maps])
-    trained = {name: p.shape for name, p in network.named_parameters() if p.grad is not None}
-    return Probe([features.shape for features in maps], trained)
-
-
-def _without_unread_stages(settings: Any) -> Any:
-    """`settings` without the stages behind the last one that is read; as they are where that cannot be had.
-
-    A list in them is taken to have a value for each stage if it is as long as there are stages, here and in its class's own
-    settings. The result is looked at: what is read must come from the same parameters.
-    """
-    plain, names = type(settings)(), _stages(settings)
-    total, kept = len(names), names.index(settings.out_features[-1]) + 1
-    if kept == total:
-        return settings
-    lengths = {key: len(value) for key, value in plain.to_dict().items() if isinstance(value, list)}
-    known = _known_options(settings)
-    options = {key: value for key, value in settings.to_dict().items() if key in known}
-    for key, value in options.items():
-        if isinstance(value, list) and len(value) == total and lengths.get(key) == len(_stages(plain)):
-            options[key] = value[:kept]
-        elif key in ("num_stages", "num_encoder_blocks", "num_layers", "num_hidden_layers") and value == total:
-            options[key] = kept
-    try:
-        shorter = type(settings)(**options, out_features=list(settings.out_features))
-        same = _stages(shorter) == names[:kept] and _probe(shorter) == _probe(settings)
-    except Exception:  # a family whose settings hang together in another way
-        return settings
-    return shorter if same else settings
-
-
-def _side_divisor(settings: Any, stride: int) -> int:
-    """1, or `stride` if the network drops what is left over when an image is no multiple of it."""
-    side = _PROBE_PIXELS + 1
-    try:
-        last = _probe(settings, side).maps[-1]
-    except Exception:  # a family that takes whole multiples only refuses with an error of any type
-        return stride
-    return 1 if last[-1] == -(-side // stride) else stride
-
-
-def _build(settings: Any) -> nn.Module:
-    return cast(nn.Module, AutoBackbone.from_config(settings, trust_remote_code=False))  # type: ignore[no-untyped-call]
-
-
 def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]) -> nn.Module:
     """The network with published weights; all that it reads must be among them.
 
@@ -318,7 +261,7 @@ def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]
         trained: names of the parameters that the feature maps depend on.
     """
     with torch.device("meta"):
-        blank: Any = _build(settings)
+        blank: Any = build(settings)
     said = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(
         logging.ERROR
@@ -362,14 +305,3 @@ def _unreachable(config: BackboneConfig) -> ValueError:
         f"backbone weights {shown(config.weights)} are neither a local folder with safetensors weights nor reachable on the hub: "
         "download them first (huggingface_hub.snapshot_download), or train from scratch (--model.backbone.weights None)"
     )
-
-
-def _freeze_stages(body: nn.Module, config: BackboneConfig) -> None:
-    embedder, encoder = getattr(body, "embedder", None), getattr(body, "encoder", None)
-    stages = getattr(encoder, "stages", None)
-    if embedder is None or stages is None:
-        raise ValueError(
-            f"model.backbone.frozen_stages needs a ResNet-like backbone; {config.name!r} has no such stages: set it to 0"
-        )
-    for part in [embedder, *stages][: config.frozen_stages]:
-        part.requires_grad_(False)

@@ -53,10 +53,13 @@ class _Normalize(torch.autograd.Function):
         return functional.batch_norm(grad, zeros, var, weight, zeros, training=False, eps=ctx.eps), *[None] * 6
 
 
-def freeze_batch_norm(module: nn.Module) -> None:
-    """Replace every BatchNorm2d below `module` by a ``FrozenBatchNorm`` with the same values, in place."""
+def freeze_batch_norm(module: nn.Module, *, only_untrained: bool = False) -> None:
+    """Replace every BatchNorm2d below `module` by a ``FrozenBatchNorm`` with the same values, in place; or only those whose
+    parameters are not trained."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, FrozenBatchNorm(child))
+            untrained = child.weight is not None and not child.weight.requires_grad
+            if untrained or not only_untrained:
+                setattr(module, name, FrozenBatchNorm(child))
         else:
-            freeze_batch_norm(child)
+            freeze_batch_norm(child, only_untrained=only_untrained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import itertools
@@ -96,6 +97,7 @@ def take_worst_steps(run: Run, images: int, train_epoch: TrainEpoch) -> None:
         total_steps=steps,
         sum_of_losses=torch.zeros_like(run.sum_of_losses),
         ends_at=math.inf,
+        scaler=copy.deepcopy(run.scaler),
         check=FiniteCheck(run.model, run.config.output, delayed=run.check.delayed),
     )
     silent = RunLog(run.config.output, steps, first_step=0, main_process=False)
@@ -105,8 +107,9 @@ def take_worst_steps(run: Run, images: int, train_epoch: TrainEpoch) -> None:
 
 def worst_shape(run: Run) -> tuple[int, int]:
     """(height, width) in pixels of the largest batch that augmentation makes of the training images."""
-    sizes = ((image["height"], image["width"]) for image in run.train_truth["images"])
-    height, width = run.config.augmentation.largest_size(sizes)
+    height, width = run.config.augmentation.largest_size(
+        (height, width) for height, width in np.unique(run.train_table.sizes, axis=0).tolist()
+    )
     bucket = run.config.shape_bucket
     return -(-height // bucket) * bucket, -(-width // bucket) * bucket
 

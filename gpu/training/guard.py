@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from smca.gpu.files import CHECKPOINT_FILE, write_atomically
 from smca.gpu.loss import NonFiniteError
 
 BAD_BATCH_FILE = "bad_batch.safetensors"
+MOST_SKIPPED = 20
+"""Steps in a row whose gradients overflow float16: the scale of the loss, halved each time, is then a millionth of what it was."""
 
 
 class FiniteCheck:
@@ -36,7 +39,9 @@ class FiniteCheck:
         check.raise_if_not_finite()         # before anything is saved
     """
 
-    def __init__(self, model: nn.Module, output: Path, *, delayed: bool, file_name: str = BAD_BATCH_FILE) -> None:
+    def __init__(
+        self, model: nn.Module, output: Path, *, delayed: bool, skips: bool = False, file_name: str = BAD_BATCH_FILE
+    ) -> None:
         """Check the training of a model.
 
         Args:
@@ -44,18 +49,22 @@ class FiniteCheck:
             output: folder that receives the offending batch.
             delayed: look at a step's numbers when ``raise_if_not_finite`` is called, not at once: for CUDA. The optimiser must be
                 a fused one, which takes ``found_inf`` as from a gradient scaler.
+            skips: leave out a step whose gradient is not finite though its loss is, since a scaled gradient may overflow float16;
+                give up after MOST_SKIPPED in a row. The optimiser must be a fused one.
             file_name: of the offending batch.
         """
-        self.model, self.delayed = model, delayed
+        self.model, self.delayed, self.skips = model, delayed, skips
         self.path = output / file_name
         self.values: dict[str, float] = {}
-        """Terms of the loss of the last step that was looked at."""
+        """Terms of the loss of the last step that was looked at, and with `skips` how many steps were left out."""
+        self.skipped = self.skipped_in_a_row = 0
+        """Steps left out of those that were looked at."""
         self._waiting: tuple[list[str], Tensor, Any, Sequence[Batch]] | None = None
 
     def record(
         self, terms: Mapping[str, Tensor], norm: Tensor, parts: Sequence[Batch], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Take down a step's numbers, and forbid the optimiser's next step if one of them is not finite.
+        """Take down a step's numbers, and have the optimiser leave out its next step if one of them is not finite.
 
         Args:
             terms: of the loss, scalars on one device.
@@ -68,11 +77,12 @@ class FiniteCheck:
         """
         numbers = torch.stack([*(value.detach() for value in terms.values()), norm.detach()])
         names = list(terms)
+        if self.delayed or self.skips:
+            optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
         if not self.delayed:
             self._waiting = names, numbers, None, parts
             self.raise_if_not_finite()
             return
-        optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
         on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
         on_host.copy_(numbers, non_blocking=True)
         event: Any = torch.cuda.Event  # untyped
@@ -85,8 +95,8 @@ class FiniteCheck:
         """Look at the numbers last recorded.
 
         Raises:
-            NonFiniteError: one is not finite; names the term and layer, or the parameter whose gradient it was, the images of
-                the batch, and the file that it is kept in.
+            NonFiniteError: one is not finite (with `skips`: one of the loss, or too many gradients in a row); names the term and
+                layer, or the parameter whose gradient it was, the images of the batch, and the file that it is kept in.
         """
         if self._waiting is None:
             return
@@ -98,8 +108,22 @@ class FiniteCheck:
         self.values = dict(zip(names, losses, strict=True))
         with self.keep_bad_batch(*parts):
             check_terms(self.values)
-            if not torch.isfinite(numbers[-1]):
-                raise NonFiniteError(_bad_gradient(self.model, norm))
+            self._check_gradient(norm)
+        if self.skips:
+            self.values["skipped_steps"] = float(self.skipped)
+
+    def _check_gradient(self, norm: float) -> None:
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return
+        if not self.skips:
+            raise NonFiniteError(_bad_gradient(self.model, norm))
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise NonFiniteError(
+                f"{MOST_SKIPPED} steps in a row were left out, whose gradients overflow float16 at ever smaller scales of the loss "
+                f"(of the last, {_bad_gradient(self.model, norm)}): take --precision bf16 or fp32"
+            )
 
     @contextmanager
     def keep_bad_batch(self, *parts: Batch) -> Iterator[None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from smca.gpu.training.muon import Muon, fast_dtype, matrices_of
 
 DECAY_SHARE = 0.2
 """Of all steps: over the last ones, schedule="wsd" falls to 0."""
+_OUTSIDE = -1
+"""In place of the number of a part of the backbone, for parameters that are not in it."""
 
 
 def learning_rate_factor(optim: OptimConfig, step: int, epoch: int, total_steps: int) -> float:
@@ -22,7 +25,7 @@ def learning_rate_factor(optim: OptimConfig, step: int, epoch: int, total_steps:
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     if optim.schedule == "step":
-        return 0.1 if epoch >= optim.drop_epoch else 1.0
+        return float(0.1 ** sum(epoch >= drop for drop in optim.drop_epoch))
     if optim.schedule == "wsd":
         return min(1.0, max(0, total_steps - step) / (DECAY_SHARE * total_steps))
     progress = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
@@ -30,25 +33,50 @@ def learning_rate_factor(optim: OptimConfig, step: int, epoch: int, total_steps:
 
 
 def make_optimizer(model: SMCADETR, optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, or Muon and AdamW; with the backbone's own rates. AdamW's groups come first, each time the backbone's second."""
+    """AdamW, or Muon and AdamW. AdamW's groups come first; each time the backbone's follow the rest's, the last part of it first.
+    Groups that are not decayed follow those that are."""
     if optim.backbone_lr == 0:
         model.backbone.requires_grad_(False)
-    inside = {id(p) for p in model.backbone.parameters()}
+    depth_of = _depths(model, layerwise=optim.backbone_lr_decay < 1)
 
-    def groups(parameters: Sequence[Tensor], lr: float, backbone_lr: float) -> list[dict[str, Any]]:
-        rest, backbone = [p for p in parameters if id(p) not in inside], [p for p in parameters if id(p) in inside]
-        return [{"params": each, "lr": rate} for each, rate in ((rest, lr), (backbone, backbone_lr)) if each]
+    def groups(parameters: Iterable[Tensor], lr: float, backbone_lr: float, **more: Any) -> list[dict[str, Any]]:
+        alike: defaultdict[int, list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            alike[depth_of.get(id(parameter), _OUTSIDE)].append(parameter)
+        rates = {d: lr if d == _OUTSIDE else backbone_lr * optim.backbone_lr_decay**d for d in sorted(alike)}
+        return [{"params": alike[depth], "lr": rate, **more} for depth, rate in rates.items()]
+
+    def adamw_groups(parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+        if optim.decayed == "all":
+            return groups(parameters, optim.lr, optim.backbone_lr)
+        weights = _weights_of_layers(model)
+        decayed = groups((p for p in parameters if id(p) in weights), optim.lr, optim.backbone_lr)
+        others = (p for p in parameters if id(p) not in weights)
+        return decayed + groups(others, optim.lr, optim.backbone_lr, weight_decay=0.0)
 
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = device.type in ("cuda", "cpu")
     if optim.optimizer == "adamw":
-        every = groups(trained, optim.lr, optim.backbone_lr)
-        return torch.optim.AdamW(every, weight_decay=optim.weight_decay, fused=fused)
+        return torch.optim.AdamW(adamw_groups(trained), weight_decay=optim.weight_decay, fused=fused)
     taken = matrices_of(model)
     matrices = groups(taken, optim.muon_lr, optim.muon_lr * optim.backbone_lr / optim.lr)
     ids = {id(p) for p in taken}
-    others = groups([p for p in trained if id(p) not in ids], optim.lr, optim.backbone_lr)
+    others = adamw_groups([p for p in trained if id(p) not in ids])
     return Muon(others, matrices, fast_dtype(device), weight_decay=optim.weight_decay, fused=fused)
+
+
+def _depths(model: SMCADETR, *, layerwise: bool) -> dict[int, int]:
+    """For the id of each trained parameter of the backbone: how many parts of it follow; 0 for all if they learn alike."""
+    if not layerwise:
+        return {id(p): 0 for p in model.backbone.parameters()}
+    parts = reversed(model.backbone.parts().values())
+    return {id(p): depth for depth, parameters in enumerate(parts) for p in parameters}
+
+
+def _weights_of_layers(model: nn.Module) -> set[int]:
+    """The ids of the weights of linear layers and convolutions."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
+    return {id(layer.weight) for layer in layers}
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, base_lrs: list[float], factor: float) -> None:

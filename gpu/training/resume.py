@@ -58,6 +58,7 @@ _FREE = {
     "cache_images",
     "device",
     "attention",
+    "gradient_checkpointing",
     "compile",
     "dry_run",
     "fast_dev_run",
@@ -131,6 +132,8 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
         "model": run.model.state_dict(),
         "average": run.average.state_dict() if run.average is not None else None,
         "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "skipped": (run.check.skipped, run.check.skipped_in_a_row),
         "step": run.step,
         "epoch": run.epoch,
         "batch": run.batch,
@@ -164,7 +167,7 @@ def resume(run: Run) -> None:
         raise ValueError(
             f"{path} was trained {'without' if state['average'] is None else 'with'} optim.ema_decay: resume likewise"
         )
-    changed = differences(state.get("settings", {}), settings_of(run.config))
+    changed = differences(_as_written_now(state.get("settings", {})), settings_of(run.config))
     if run.rank == 0:
         changed += [
             f"the {name} images or their boxes are others ({run.fingerprints[name]['report']}; they were: {before['report']})"
@@ -180,6 +183,9 @@ def resume(run: Run) -> None:
     try:
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):  # there is none but of float16
+            run.scaler.load_state_dict(state["scaler"])
+        run.check.skipped, run.check.skipped_in_a_row = state.get("skipped", (0, 0))
         if run.average is not None:
             run.average.load_state_dict(state["average"])
         run.step, run.epoch, run.batch = state["step"], state["epoch"], state["batch"]
@@ -220,6 +226,13 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON has them."""
     found: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return found
+
+
+def _as_written_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint from the time when schedule="step" dropped the rates once, and had a number for it."""
+    optim = settings.get("optim", {})
+    one_drop = {"drop_epoch": [optim["drop_epoch"]]} if isinstance(optim.get("drop_epoch"), int) else {}
+    return {**settings, "optim": {**optim, **one_drop}}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -30,6 +30,7 @@ from smca.gpu.evaluation import evaluation_loader, open_split, pick_device
 from smca.gpu.loading import Loader
 from smca.gpu.loss import SetCriterion, further_losses
 from smca.gpu.model import SMCADETR
+from smca.gpu.model.recompute import recompute
 from smca.gpu.model.synced_norm import synchronize_norms
 from smca.gpu.training.guard import BAD_BATCH_FILE, FiniteCheck
 from smca.gpu.training.optimizer import make_optimizer
@@ -83,6 +84,10 @@ class Run:
     base_lrs: list[float]
     """Of each parameter group, before the schedule."""
     check: FiniteCheck
+    half: torch.dtype | None
+    """What the network computes in, if not in float32."""
+    scaler: torch.amp.GradScaler
+    """Of the loss, in float16; otherwise it does nothing."""
     step: int = 0
     """Steps done."""
     epoch: int = 0
@@ -143,6 +148,11 @@ class Run:
         """The annotations of the training images as arrays."""
         return table_of(self.train_data)
 
+    @property
+    def most_objects(self) -> int:
+        """Objects in the fullest training image, crowds not counted."""
+        return int(self.train_table.objects_per_image.max(initial=0))
+
     @cached_property
     def val_table(self) -> AnnotationTable:
         """Those of the held-out images."""
@@ -166,6 +176,12 @@ def set_up(
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    if half is torch.float16 and device.type not in ("cuda", "cpu"):
+        raise ValueError(
+            f"precision fp16 needs an optimiser that can leave out a step, which there is on cuda and cpu, not on {device.type}: "
+            "take --precision bf16 or fp32"
+        )
     _seed(config.seed)
     # A narrow Gaussian leaves attention weights too small for the usual format, with which a CPU computes far more slowly.
     torch.set_flush_denormal(True)
@@ -202,6 +218,7 @@ def set_up(
         criterion.to(device)
     if world > 1:
         synchronize_norms(model, device)
+    recompute(model, config.gradient_checkpointing)
     if config.compile:
         model.compile()
         if isinstance(criterion, nn.Module):
@@ -215,7 +232,9 @@ def set_up(
         devices = [device] if device.type == "cuda" else None
         parallel = DistributedDataParallel(model, devices, find_unused_parameters=own_criterion)
     file_name = BAD_BATCH_FILE if rank == 0 else f"rank{rank}_{BAD_BATCH_FILE}"
-    check = FiniteCheck(model, config.output, delayed=device.type == "cuda", file_name=file_name)
+    check = FiniteCheck(
+        model, config.output, delayed=device.type == "cuda", skips=half is torch.float16, file_name=file_name
+    )
     return Run(
         config=config,
         rank=rank,
@@ -237,6 +256,8 @@ def set_up(
         optimizer=optimizer,
         base_lrs=base_lrs,
         check=check,
+        half=half,
+        scaler=torch.amp.GradScaler(device.type, enabled=half is torch.float16),
         sum_of_losses=torch.zeros((), device=device),
     )
 

@@ -166,6 +166,48 @@ def test_stages_behind_the_last_one_read_are_not_there(name: str, tmp_path: Path
         assert {key for key in frozen if "norm" not in key} == UNREAD.get(name, set())
 
 
+FIRST_PARTS: dict[str, tuple[str, ...]] = {
+    "resnet": ("embedder.", "encoder.stages.0."),
+    "convnext": ("embeddings.", "encoder.stages.0."),
+    "swin": ("swin.embeddings.", "swin.encoder.layers.0.blocks."),  # merging patches begins the next stage
+    "pvt_v2": ("encoder.layers.0.",),  # each of its stages has patches of its own
+    "bit": ("bit.embedder.", "bit.encoder.stages.0."),
+    "dinov2": ("embeddings.", "encoder.layer.0."),  # the norm of all its maps belongs to the last layer
+    "focalnet": ("focalnet.embeddings.",),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stem_and_stages_of_any_network_can_be_left_untrained(name: str) -> None:
+    plain = Backbone(BackboneConfig(name, FAMILIES[name], frozen_norm=False), (8,))
+    first = FIRST_PARTS[name]
+    backbone = Backbone(BackboneConfig(name, FAMILIES[name], frozen_norm=False, frozen_stages=len(first)), (8,)).train()
+    statistics = {key: value.clone() for key, value in backbone.state_dict().items() if key.startswith(first, 5)}
+    backbone(torch.randn(2, 3, 64, 64))[0].square().sum().backward()
+    trained = {key for key, p in backbone.body.named_parameters() if p.grad is not None}
+    assert trained == {key for key, p in plain.body.named_parameters() if p.requires_grad and not key.startswith(first)}
+    assert trained
+    assert all(torch.equal(backbone.state_dict()[key], value) for key, value in statistics.items()), (
+        "norms go on learning"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "strides", "parts"),
+    [("resnet", (4, 8), "3 parts .*: stem, stage1, stage2"), ("dinov2", (8,), "3 parts .*: stem, stage1, stage2")],
+)
+def test_more_untrained_stages_than_there_are(name: str, strides: tuple[int, ...], parts: str) -> None:
+    Backbone(BackboneConfig(name, FAMILIES[name], frozen_stages=3), strides)
+    with pytest.raises(ValueError, match=rf"frozen_stages is 4, but '{name}' has only {parts}. Set it to at most 3"):
+        Backbone(BackboneConfig(name, FAMILIES[name], frozen_stages=4), strides)
+
+
+def test_a_stem_that_cannot_be_had_by_itself_is_part_of_the_first_stage() -> None:
+    options = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4, "image_size": 64}
+    parts = Backbone(BackboneConfig("maskformer-swin", options), (8,)).parts()
+    assert list(parts) == ["stage1", "stage2"]
+
+
 def test_a_network_is_built_in_inference_mode_too() -> None:
     with torch.inference_mode():
         assert Backbone(BackboneConfig(options=FOUR_STAGES), (8,)).channels == (16,)

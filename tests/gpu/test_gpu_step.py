@@ -38,7 +38,9 @@ def losses(
     if compiled:
         model.compile()
         criterion.compile()
-    check = FiniteCheck(model, output, delayed=cuda)
+    half = work.dtype is torch.float16
+    scaler = torch.amp.GradScaler(work.device, init_scale=2.0**6, enabled=half)  # a step that overflows would not learn
+    check = FiniteCheck(model, output, delayed=cuda, skips=half)
     mask = torch.zeros(work.batch, *work.image_size, dtype=torch.bool)
     mask[:, :, -64:] = True
     sizes = torch.tensor([work.image_size] * work.batch)
@@ -57,10 +59,12 @@ def losses(
         terms = criterion(outputs, targets)
         check.raise_if_not_finite()
         optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
+        scaler.scale(terms["loss"]).backward()
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         check.record(terms, norm, [host], optimizer)
         optimizer.step()
+        scaler.update()
         update_average(average, model, 0.9)
         losses.append(terms["loss"].detach())
     if cuda:
@@ -81,7 +85,7 @@ def assert_learning(losses: list[float]) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("attention", ["eager", "lifted", "triton"])
 @pytest.mark.parametrize("preset", ["smca_r50", "smca_r50_multiscale", "fast_r50"])
 def test_a_step_does_not_wait(preset: str, attention: str, dtype: torch.dtype, tmp_path: Path) -> None:

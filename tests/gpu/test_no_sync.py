@@ -23,6 +23,7 @@ from smca.gpu.config import LossConfig
 from smca.gpu.loss import NonFiniteError, SetCriterion, assignment
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS
+from smca.gpu.training import guard
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.muon import Muon, matrices_of
 from smca.gpu.training.optimizer import update_average
@@ -119,6 +120,26 @@ def test_a_step_of_muon_never_waits() -> None:
             optimizer.step()
     assert len(matrices) > 130
     assert watch.operations > 1000
+    assert watch.waits == []
+
+
+def test_a_scaled_step_never_waits() -> None:
+    """As in float16. (AdamW has no fused form on the meta device.)"""
+    layer = nn.Linear(32, 32, device="meta")
+    optimizer = Muon([{"params": [layer.bias], "lr": 0.1}], [{"params": [layer.weight], "lr": 0.1}], torch.bfloat16)
+    scaler = torch.amp.GradScaler("meta")
+    with Watch() as watch, Constants(watch.waits):
+        for _ in range(2):
+            loss = layer(torch.empty(4, 32, device="meta")).square().sum()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(layer.parameters(), 0.1)
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            layer.bias.grad = None
+            optimizer.step()
+            scaler.update()
+    assert watch.operations > 100
     assert watch.waits == []
 
 
@@ -223,6 +244,36 @@ def test_a_bad_step_changes_nothing_and_is_named_one_step_later(spoil: str, mess
         model.step(check, 3)
     assert (tmp_path / "bad_batch.safetensors").is_file()
     assert check.values["loss"] == check.values["loss"]
+
+
+def test_steps_that_overflow_are_left_out_and_counted_one_step_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in float16 on a GPU."""
+    monkeypatch.setattr(guard, "MOST_SKIPPED", 3)
+    torch.manual_seed(0)
+    model, plain = Small(), Small()
+    plain.load_state_dict(model.state_dict())
+    check, check_of_plain = (
+        FiniteCheck(model, tmp_path, delayed=True, skips=True),
+        FiniteCheck(plain, tmp_path, delayed=True),
+    )
+    counts = []
+    for image, spoil in enumerate(["", "gradient", "", "gradient", "gradient", ""]):
+        model.step(check, image, spoil)
+        if not spoil:
+            plain.step(check_of_plain, image)
+        counts.append((check.skipped, check.skipped_in_a_row))
+    assert counts == [(0, 0), (0, 0), (1, 1), (1, 0), (2, 1), (3, 2)]
+    check.raise_if_not_finite()
+    assert check.values["skipped_steps"] == 3
+    assert torch.equal(model.layer.weight, plain.layer.weight)
+    for image in (6, 7, 8):
+        model.step(check, image, "gradient")
+    with pytest.raises(NonFiniteError, match="3 steps in a row were left out"):
+        check.raise_if_not_finite()
+    with pytest.raises(NonFiniteError, match="class term of decoder layer 0 is nan"):
+        model.step(FiniteCheck(model, tmp_path, delayed=False, skips=True), 9, "loss")
 
 
 def test_a_good_step_after_a_good_one_moves_the_weights(tmp_path: Path) -> None:

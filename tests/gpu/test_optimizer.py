@@ -15,6 +15,7 @@ from torch import nn
 
 from smca.gpu import train
 from smca.gpu.config import BackboneConfig, ModelConfig, OptimConfig, RunConfig
+from smca.gpu.files import load_checkpoint, save_checkpoint
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS, tiny_resnet
 from smca.gpu.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates, update_average
@@ -50,10 +51,37 @@ def test_warm_up_rises_evenly_to_the_full_rate() -> None:
 
 
 def test_the_step_schedule_falls_to_a_tenth_once_so_many_epochs_are_done() -> None:
-    optim = OptimConfig(schedule="step", drop_epoch=3)
+    optim = OptimConfig(schedule="step", drop_epoch=(3,))
     assert [learning_rate_factor(optim, 100 * epoch, epoch, 500) for epoch in range(5)] == [1, 1, 1, 0.1, 0.1]
-    warm = OptimConfig(schedule="step", drop_epoch=1, warmup_steps=10)
+    warm = OptimConfig(schedule="step", drop_epoch=(1,), warmup_steps=10)
     assert learning_rate_factor(warm, 4, 1, 500) == 0.5, "the warm-up goes on"
+
+
+def test_the_step_schedule_drops_several_times_or_never() -> None:
+    optim = OptimConfig(schedule="step", drop_epoch=(1, 3))
+    assert [learning_rate_factor(optim, 0, epoch, 500) for epoch in range(5)] == pytest.approx(
+        [1, 0.1, 0.1, 0.01, 0.01]
+    )
+    constant = OptimConfig(schedule="step", drop_epoch=())
+    assert {learning_rate_factor(constant, step, step, 500) for step in range(500)} == {1.0}
+    parsed = train.parse(["smca_r50", "--optim.drop-epoch", "8", "11"]).optim
+    assert (parsed.schedule, parsed.drop_epoch) == ("step", (8, 11))
+    for wrong in ((0,), (3, 3), (4, 2)):
+        with pytest.raises(
+            ValueError, match=r"optim.drop_epoch must be rising numbers of epochs, each at least 1, got"
+        ):
+            OptimConfig(drop_epoch=wrong)
+
+
+def test_one_drop_that_was_saved_as_a_number_is_the_same_drop(tmp_path: Path) -> None:
+    optim = OptimConfig(lr=1e-3, schedule="step", drop_epoch=(1,))
+    train.train(tiny(tmp_path, optim=optim, max_steps=1))
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    state["settings"]["optim"]["drop_epoch"] = 1
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(ValueError, match=r"--optim.lr is 0.002, was 0.001") as caught:
+        train.train(tiny(tmp_path, optim=replace(optim, lr=2e-3), max_steps=2, resume=True))
+    assert "drop-epoch" not in str(caught.value)
 
 
 @pytest.mark.parametrize("warmup", [0, 10])
@@ -117,7 +145,7 @@ def test_a_run_follows_wsd_to_its_last_step(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_run_drops_its_rates_after_so_many_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    optim = OptimConfig(lr=1e-3, backbone_lr=0.0, schedule="step", drop_epoch=1)
+    optim = OptimConfig(lr=1e-3, backbone_lr=0.0, schedule="step", drop_epoch=(1,))
     rates = rates_of(tiny(tmp_path, optim=optim), monkeypatch)
     assert rates == [pytest.approx([rate]) for rate in [1e-3] * 3 + [1e-4] * 3]
 
@@ -157,6 +185,66 @@ def test_frozen_stages_are_in_no_group() -> None:
     assert not any("embedder" in name for group in optimizer.param_groups for name in names_of(model, group))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_norms_biases_and_embeddings_need_not_decay(optimizer: Literal["adamw", "muon"]) -> None:
+    """Steps with gradients of zero: what is decayed shrinks, nothing else moves."""
+    changes: dict[str, Any] = {"query_init": "anchors", "denoising_groups": 1, "strides": (4, 8)}
+    moved = {}
+    for decayed in ("all", "matrices"):
+        model = model_of(**changes)
+        optim = OptimConfig(optimizer, lr=0.1, backbone_lr=0.1, weight_decay=0.5, decayed=decayed)
+        made = make_optimizer(model, optim, torch.device("cpu"))
+        before = {}
+        for name, parameter in model.named_parameters():
+            nn.init.uniform_(parameter, 1.0, 2.0)
+            before[name], parameter.grad = parameter.detach().clone(), torch.zeros_like(parameter)
+        made.step()
+        moved[decayed] = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        sizes = [len(group["params"]) for group in made.param_groups]
+        assert sum(sizes) == len(before)
+        assert len(sizes) == {"all": 2, "matrices": 4}[decayed] + 2 * (optimizer == "muon")
+    assert moved["matrices"] < moved["all"]
+    assert all(name.endswith(".weight") and "norm" not in name for name in moved["matrices"])
+    kept = moved["all"] - moved["matrices"]
+    assert {"level_embed", "decoder.query_anchor", "decoder.query_content", "decoder.label_embed"} < kept
+    assert all("norm" in name or "bias" in name or "quer" in name or "embed" in name.split(".")[-1] for name in kept)
+    heads = {"decoder.class_head.weight", "decoder.layers.0.prior.offset_head.weight"}
+    assert heads < moved["matrices"]
+    assert ("decoder.layers.0.linear1.weight" in moved["matrices"]) == (optimizer == "adamw"), (
+        "Muon's have no decay at all"
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_earlier_stages_learn_at_lower_rates(optimizer: Literal["adamw", "muon"]) -> None:
+    model = model_of(strides=(4, 8), backbone=tiny_resnet(1, 1))
+    optim = OptimConfig(optimizer, lr=1e-3, backbone_lr=1e-4, backbone_lr_decay=0.5)
+    rate_of = {
+        name: group["lr"]
+        for group in make_optimizer(model, optim, torch.device("cpu")).param_groups
+        for name in names_of(model, group)
+    }
+    for part, factor in {"embedder": 0.25, "encoder.stages.0": 0.5, "encoder.stages.1": 1.0}.items():
+        rates = {rate for name, rate in rate_of.items() if name.startswith(f"backbone.body.{part}.")}
+        with_muon = optimizer == "muon" and part != "embedder"  # which is the convolution that reads the image
+        assert sorted(rates) == pytest.approx([1e-4 * factor, 2e-3 * factor][: 1 + with_muon]), part
+    outside = {rate for name, rate in rate_of.items() if not name.startswith("backbone.")}
+    assert sorted(outside) == [1e-3, 0.02][: 1 + (optimizer == "muon")]
+
+
+def test_layerwise_rates_leave_frozen_stages_out_and_reach_every_layer_of_a_transformer() -> None:
+    options = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
+    model = model_of(backbone=BackboneConfig("dinov2", options, frozen_stages=1))
+    optim = OptimConfig(backbone_lr=1.0, backbone_lr_decay=0.1)
+    _, *groups = make_optimizer(model, optim, torch.device("cpu")).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([1.0, 0.1, 0.01])
+    for layer, group in zip((2, 1, 0), groups, strict=True):
+        inside = {name for name in names_of(model, group) if "layernorm" not in name}
+        assert all(f"encoder.layer.{layer}." in name for name in inside)
+    with pytest.raises(ValueError, match=r"optim.backbone_lr_decay must be in \(0, 1\], got 1.5"):
+        OptimConfig(backbone_lr_decay=1.5)
+
+
 def test_rates_follow_the_factor() -> None:
     model = model_of()
     optimizer = make_optimizer(model, OptimConfig(lr=1e-3, backbone_lr=1e-5), torch.device("cpu"))
@@ -194,7 +282,7 @@ def test_the_single_scale_preset() -> None:
         (),
     )
     assert (run.epochs, run.batch_size, run.max_steps) == (50, 16, None)
-    assert (optim.schedule, optim.drop_epoch, optim.warmup_steps, optim.ema_decay) == ("step", 40, 0, 0.0)
+    assert (optim.schedule, optim.drop_epoch, optim.warmup_steps, optim.ema_decay) == ("step", (40,), 0, 0.0)
     assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
     assert (model.backbone.frozen_norm, model.backbone.frozen_stages) == (True, 2)
 

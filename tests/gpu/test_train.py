@@ -348,7 +348,7 @@ def test_published_presets_stay_as_published() -> None:
         assert (run.model.num_queries, run.model.encoder_layers, run.model.decoder_layers) == (300, 6, 6)
         assert (run.model.hidden_dim, run.model.num_heads, run.model.strides) == (256, 8, (32,))
         assert (run.optim.lr, run.optim.backbone_lr, run.optim.weight_decay) == (1e-4, 1e-5, 1e-4)
-        assert (run.epochs, run.optim.drop_epoch, run.optim.clip_norm) == (50, 40, 0.1)
+        assert (run.epochs, run.optim.drop_epoch, run.optim.clip_norm) == (50, (40,), 0.1)
         assert not (run.model.pre_norm)
         assert not (run.model.box_refinement)
         assert (run.model.query_init, run.model.prior_unit, run.model.dense_head) == ("random", "pixels", False)

@@ -1,0 +1,75 @@
+"""--deterministic: what it switches on, for how long, and what it says where it cannot be had."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smca.gpu import train
+from smca.gpu.training import determinism
+from smca.gpu.training.determinism import deterministic
+from smca.gpu.training.resume import differences, settings_of
+
+# tests/ is no package, so what several files share is loaded by its path.
+SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
+shared: Any = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(shared)
+
+
+def test_a_run_takes_deterministic_operations_only_and_leaves_the_process_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(determinism.CUBLAS, raising=False)
+    seen = []
+
+    def noting(*arguments: Any, of_all: Any = train.seed_step) -> None:
+        cudnn = torch.backends.cudnn
+        seen.append((torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark))
+        of_all(*arguments)
+
+    monkeypatch.setattr(train, "seed_step", noting)
+    monkeypatch.setattr(train, "draw_run", lambda *_: None)
+    train.train(shared.tiny(tmp_path, max_steps=1, deterministic=True))
+    assert seen == [(True, True, False)]
+    assert os.environ[determinism.CUBLAS] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
+
+
+def test_nothing_is_switched_on_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(determinism.CUBLAS, raising=False)
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert determinism.CUBLAS not in os.environ
+
+
+def test_it_must_be_asked_for_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for value, refused in ((":0:0", True), (":16:8", False)):
+        monkeypatch.setenv(determinism.CUBLAS, value)
+        if not refused:
+            with deterministic(True):
+                continue
+        with pytest.raises(ValueError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 before CUDA starts"), deterministic(True):
+            pass
+
+
+def test_an_operation_that_has_no_such_form_is_named() -> None:
+    """On a CPU there are few."""
+    with pytest.raises(ValueError, match=r"cannot be had with --deterministic .*put_"), deterministic(True):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="mine"), deterministic(True):
+        raise RuntimeError("mine")
+
+
+def test_a_run_does_not_change_it_unasked_when_it_goes_on(tmp_path: Path) -> None:
+    plain = shared.tiny(tmp_path)
+    changed = differences(settings_of(plain), settings_of(dataclasses.replace(plain, deterministic=True)))
+    assert changed == ["--deterministic is True, was False"]
