@@ -418,6 +418,9 @@ class RunConfig:
     """Seeds weights, data order and augmentation."""
     dry_run: bool = False
     """Only print what would be trained: parameters, multiply-adds, levels. Reads no data, writes nothing."""
+    replay: Path | None = None
+    """Only take the one step again that a run kept (bad_step.safetensors) as it met a number that is not finite, and say where that
+    arises. The file has weights, images and settings; `device` alone is read beside it. Exit status 0 if it happened again."""
     checkpoint_every: float = 10.0
     """Minutes between checkpoints within an epoch, beside that at its end: what a run that is killed loses at most. One that is
     stopped by Ctrl-C, SIGTERM or SIGHUP loses nothing."""

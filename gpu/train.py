@@ -5,6 +5,7 @@
     smca train smca_r50 --data coco --device cuda     the published setting on one GPU
     torchrun --nproc-per-node 8 gpu/train.py smca_r50 --data coco
     smca train small --data DIR --resume              go on where it stopped
+    smca train --replay runs/x/bad_step.safetensors   the step that stopped a run at a NaN, again, and where it arises
     smca train smca_r50_multiscale --dry-run          parameters and multiply-adds; trains nothing
     smca train small --help                           every knob with its default
 
@@ -39,9 +40,11 @@ from smca.gpu.model import SMCADETR
 from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
+from smca.gpu.training.bad_step import Step
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
 from smca.gpu.training.order import seed_step
+from smca.gpu.training.replay import replay
 from smca.gpu.training.resume import checkpoint_of, claim, clear, resume
 from smca.gpu.training.setup import (
     Criterion,
@@ -182,6 +185,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
         # From here to the end of the step nothing waits for the GPU.
         batches = [part.to(run.device, non_blocking=True) for part in parts]
         num_boxes = boxes_per_process(torch.stack([batch.targets.valid.sum() for batch in batches]).sum())
+        step = Step(parts, run.step, run.epoch, lr_factor, num_boxes)
         terms: dict[str, Tensor] = {}
         for number, (host_batch, batch) in enumerate(zip(parts, batches, strict=True)):
             # Processes add up their gradients with those of the last part.
@@ -194,7 +198,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
                         batch.targets,
                         batch.seeds,
                     )
-                with check.keep_bad_batch(host_batch):
+                with check.keep_bad_step(step, optimizer):
                     added = run.terms_of(outputs, batch.targets, num_boxes)
                 if number == 0:
                     check.raise_if_not_finite()
@@ -202,7 +206,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
                 added["loss"].backward()  # type: ignore[no-untyped-call]
             terms = {name: terms[name] + value.detach() if terms else value.detach() for name, value in added.items()}
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_norm)
-        check.record(terms, norm, parts, optimizer)
+        check.record(terms, norm, step, optimizer)
         optimizer.step()
         if run.average is not None:
             update_average(run.average, run.model, min(config.optim.ema_decay, (1 + run.step) / (10 + run.step)))
@@ -364,6 +368,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv)
     if config.dry_run:
         print(summarize(config.model))
+    elif config.replay is not None:
+        raise SystemExit(0 if replay(config.replay, device=config.device) else 1)
     else:
         train(config)
 

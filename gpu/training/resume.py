@@ -33,7 +33,7 @@ _WRITTEN = (
     "predictions.png",
     "pictures/*.png",
     "tensorboard/events.out.tfevents.*",
-    "*bad_batch.safetensors",
+    "*bad_step.safetensors",
     *(f"{folder}/{name}" for folder in (MODEL_FOLDER, LAST_FOLDER) for name in (CONFIG_FILE, WEIGHTS_FILE)),
 )
 """What runs write into their folder; nothing else is removed from it."""
@@ -56,6 +56,7 @@ _FREE = {
     "attention",
     "compile",
     "dry_run",
+    "replay",
     "checkpoint_every",
     "resume",
     "restartable",

@@ -16,6 +16,7 @@ from torch import nn
 
 from smca.datasets import Batch, Targets
 from smca.gpu.benchmark.cases import Work, autocast, smca_detector, trained_by_adamw
+from smca.gpu.training.bad_step import Step
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.optimizer import update_average
 
@@ -59,7 +60,7 @@ def losses(
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        check.record(terms, norm, [host], optimizer)
+        check.record(terms, norm, Step([host]), optimizer)
         optimizer.step()
         update_average(average, model, 0.9)
         losses.append(terms["loss"].detach())
