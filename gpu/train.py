@@ -41,6 +41,7 @@ from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
 from smca.gpu.training.bad_step import Step
+from smca.gpu.training.lock import only_run_in
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
 from smca.gpu.training.order import seed_step
@@ -86,9 +87,14 @@ def train(
     Raises:
         ValueError: configuration, data and loss that do not fit, found before anything is trained.
         NonFiniteError: loss or gradient is not finite; names term and layer. The last checkpoint stays as it was.
+        OSError: the folder cannot be written to, or a file in it; says which, why, and how much space is left.
     """
     config = claim(config)
-    with Stop() as stop, process_group() as (rank, world):
+    with (
+        Stop() as stop,
+        process_group() as (rank, world),
+        only_run_in(config.output) if rank == 0 else nullcontext(),
+    ):
         run = set_up(config, rank, world, train_data, val_data, criterion)
         if rank == 0:
             _require_boxes(run)
@@ -177,7 +183,8 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
     run.parallel.train()
     first_step, start = run.step, time.perf_counter()
     before = run.train_seconds
-    for parts in itertools.islice(_in_parts(run.loader, config.accumulate), run.total_steps - run.step):
+    steps = _in_parts(run.loader, config.accumulate)
+    for parts in itertools.islice(_saving_first(steps, run, log), run.total_steps - run.step):
         lr_factor = learning_rate_factor(config.optim, run.step, run.epoch, run.total_steps)
         set_learning_rates(optimizer, run.base_lrs, lr_factor)
         seed_step(run.device, config.seed, run.step, run.rank)
@@ -242,6 +249,18 @@ def _in_parts(loader: Iterable[Batch], parts: int) -> Iterator[tuple[Batch, ...]
     batches = iter(loader)
     while len(step := tuple(itertools.islice(batches, parts))) == parts:
         yield step
+
+
+def _saving_first(steps: Iterator[tuple[Batch, ...]], run: Run, log: RunLog) -> Iterator[tuple[Batch, ...]]:
+    """`steps`; if one cannot be loaded, all steps before it are saved before its error is raised. (Of several processes, the others
+    are in the middle of that step.)"""
+    try:
+        yield from steps
+    except Exception:  # whatever a dataset raises
+        if run.world == 1 and run.saved_step != run.step:
+            _save(run, log)
+            log.say(f"step {run.step} is saved: `smca train … --resume` goes on from there once the cause is removed")
+        raise
 
 
 def _evaluate(run: Run, log: RunLog) -> None:

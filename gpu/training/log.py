@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from smca.gpu.config_json import cut
-from smca.gpu.files import write_atomically
+from smca.gpu.files import naming, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -48,10 +50,10 @@ class RunLog:
         self._path = output / METRICS_FILE
         if first_step and self._path.is_file():
             self.metrics = [m for m in read_metrics(self._path) if m["step"] <= first_step]
-        lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
-        write_atomically(self._path, lambda file: file.write(lines.encode()))
+        self._write_metrics()
         # TensorBoard drops a point of the very step that a run goes on from, and of every later one.
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
+        with self._naming_the_board():
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
         self._draw_step(first_step, logged or {})
         if self.metrics and self.metrics[-1]["step"] == first_step:
             self._draw_evaluation(self.metrics[-1])
@@ -81,7 +83,9 @@ class RunLog:
     ) -> None:
         if self.main_process:
             self._progress.stop()
-            self._board.close()
+            # An error on the way out must not take the place of the one that ends the run.
+            with contextlib.suppress(OSError) if error is not None else self._naming_the_board():
+                self._board.close()
 
     def step(self, description: str, step: int, values: Mapping[str, float], images_per_second: float) -> None:
         """After a logged step: move the bar, write `values`, the terms of the loss and the rate, to TensorBoard."""
@@ -93,26 +97,36 @@ class RunLog:
         self._draw_step(step, values)
 
     def _draw_step(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+        with self._naming_the_board():
+            for name, value in values.items():
+                self._board.add_scalar(f"train/{name}", value, step)
 
     def _draw_evaluation(self, metrics: Mapping[str, Any]) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"eval/{name}", value, metrics["step"])
+        with self._naming_the_board():
+            for name, value in metrics.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"eval/{name}", value, metrics["step"])
+
+    def _naming_the_board(self) -> AbstractContextManager[None]:
+        """TensorBoard writes in a thread of its own, whose error comes out at a later call, without a name."""
+        return naming(self._path.parent / "tensorboard")
+
+    def _write_metrics(self) -> None:
+        lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
+        write_atomically(self._path, lambda file: file.write(lines.encode()))
 
     def flush(self) -> None:
         """Put everything on disk: before a checkpoint, after which it is not told again."""
         if self.main_process:
-            self._board.flush()
+            with self._naming_the_board():
+                self._board.flush()
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """After an evaluation: one line on the terminal, one in metrics.jsonl, one point in TensorBoard."""
         if not self.main_process:
             return
         self.metrics.append(metrics)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self._write_metrics()
         shown = {k: "–" if metrics[k] is None else f"{metrics[k]:.3f}" for k in ("ap", "ap50")}
         self._progress.update(self._task, ap=shown["ap"])
         self.say(
