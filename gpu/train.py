@@ -183,8 +183,8 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
     run.parallel.train()
     first_step, start = run.step, time.perf_counter()
     before = run.train_seconds
-    steps = _in_parts(run.loader, config.accumulate)
-    for parts in itertools.islice(_saving_first(steps, run, log), run.total_steps - run.step):
+    loaded = _in_parts(run.loader, config.accumulate)
+    for parts in itertools.islice(_saving_first(loaded, run, log), run.total_steps - run.step):
         lr_factor = learning_rate_factor(config.optim, run.step, run.epoch, run.total_steps)
         set_learning_rates(optimizer, run.base_lrs, lr_factor)
         seed_step(run.device, config.seed, run.step, run.rank)
