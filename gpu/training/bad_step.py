@@ -84,9 +84,7 @@ class Facts:
     error: str
     """What was found."""
     terms: Mapping[str, Any]
-    """Of the loss, by name; empty if the matching failed before there were any."""
     norm: str | None
-    """Of the gradient, if it came to that."""
     origin: Origin
 
 
@@ -95,6 +93,10 @@ class BadStep:
     """A bad step as it was read."""
 
     facts: Facts
+    terms: dict[str, float]
+    """Of the loss, by name; empty if the matching failed before there were any."""
+    norm: float | None
+    """Of the gradient, if it came to that."""
     parts: tuple[Batch, ...]
     weights: dict[str, Tensor]
     """The model's state before the step."""
@@ -170,16 +172,34 @@ def load_bad_step(path: Path) -> BadStep:
         raise ValueError(f"{path} is not a step of smca train: give the {BAD_STEP_FILE} in the folder of a run")
     facts = read_json(Facts, text, str(path))
     try:
-        parts = tuple(_batch(tensors, f"part {number}/") for number in range(facts.parts))
-    except KeyError as error:
+        parts = tuple(_batch(tensors, f"part {number}/", facts) for number in range(max(1, facts.parts)))
+        numbers = {name: float(value) for name, value in facts.terms.items()}
+        norm = None if facts.norm is None else float(facts.norm)
+    except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} lacks {cut(error)}: it is damaged; take another copy") from error
     weights, state = (
         {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         for prefix in ("model/", "optimizer/")
     )
-    return BadStep(facts, parts, weights, state)
+    return BadStep(facts, numbers, norm, parts, weights, state)
 
 
-def _batch(tensors: Mapping[str, Tensor], prefix: str) -> Batch:
-    targets = Targets(**{name: tensors[prefix + name] for name in _OF_TARGETS})
-    return Batch(targets=targets, **{name: tensors[prefix + name] for name in _OF_A_BATCH})
+def _batch(tensors: Mapping[str, Tensor], prefix: str, facts: Facts) -> Batch:
+    """A part of the batch; KeyError or ValueError for one that no network takes."""
+    held = {name: tensors[prefix + name] for name in (*_OF_A_BATCH, *_OF_TARGETS)}
+    (count, *_), (_, most, *_) = held["images"].shape, (*held["labels"].shape, 0, 0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "images": (count, 3, *held["images"].shape[2:4]),
+        "padding_mask": (count, *held["images"].shape[2:4]),
+        **{name: (count,) for name in ("image_ids", "seeds")},
+        "original_sizes": (count, 2),
+        **{name: (count, most) for name in ("labels", "valid")},
+        "boxes": (count, most, 4),
+    }
+    for name, shape in shapes.items():
+        if tuple(held[name].shape) != shape:
+            raise ValueError(f"{prefix}{name} of the shape {shape}")
+    if not bool(((held["labels"] >= 0) & (held["labels"] < facts.origin.config.model.num_classes)).all()):
+        raise ValueError(f"{prefix}labels of its classes")
+    targets = Targets(**{name: held[name] for name in _OF_TARGETS})
+    return Batch(targets=targets, **{name: held[name] for name in _OF_A_BATCH})

@@ -52,9 +52,7 @@ def replay(path: Path, *, device: str = "auto", criterion: Criterion | None = No
     trace = _Trace(model)
     with trace:
         numbers = _step_again(bad, model, on, criterion or SetCriterion(origin.config.loss), trace)
-    before = {name: float(value) for name, value in facts.terms.items()}
-    if facts.norm is not None:
-        before[_NORM] = float(facts.norm)
+    before = bad.terms if bad.norm is None else {**bad.terms, _NORM: bad.norm}
     print(f"\n{'':24}{'then':>14}{'now':>14}")
     for name, value in numbers.items():
         print(f"{_title(name):24}{f'{before[name]:.6g}' if name in before else '–':>14}{f'{value:.6g}':>14}")

@@ -189,6 +189,15 @@ def test_files_that_are_no_bad_step_are_named(steep: Path, tmp_path: Path) -> No
     rewritten(steep, tmp_path, tensors=lambda tensors: tensors.pop("part 1/boxes"))
     with pytest.raises(ValueError, match=r"bad_step\.safetensors lacks 'part 1/boxes'"):
         replay(path)
+    rewritten(steep, tmp_path, tensors=lambda tensors: tensors.update({"part 0/boxes": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"bad_step\.safetensors lacks part 0/boxes of the shape \(2, \d+, 4\)"):
+        replay(path)
+    rewritten(steep, tmp_path, tensors=lambda tensors: tensors["part 0/labels"].fill_(99))
+    with pytest.raises(ValueError, match=r"bad_step\.safetensors lacks part 0/labels of its classes"):
+        replay(path)
+    rewritten(steep, tmp_path, facts=lambda facts: facts.update(norm="large"))
+    with pytest.raises(ValueError, match=r"bad_step\.safetensors lacks .*'large'"):
+        replay(path)
     rewritten(steep, tmp_path, tensors=lambda tensors: tensors.pop(f"model/{NAME}1.weight"))
     with pytest.raises(ValueError, match=r"bad_step\.safetensors: its weights do not fit its configuration"):
         replay(path)
