@@ -114,6 +114,20 @@ def test_a_disk_that_is_full_at_every_write(data: Path, whole: Path, tmp_path: P
     require_same_run(tmp_path, whole)
 
 
+def test_a_log_that_cannot_be_closed_does_not_hide_why_the_run_ended(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for error, message in ((ValueError("mine"), "mine"), (None, r"tensorboard could not be written: No space left on")):
+        with (
+            pytest.raises((ValueError, OSError), match=message),
+            RunLog(tmp_path, 9, first_step=0, main_process=True) as log,
+        ):
+            log._board.close = full  # type: ignore[method-assign]
+            if error is not None:
+                raise error
+
+
 # Images, and the processes that load them
 
 
