@@ -165,14 +165,14 @@ def test_the_share_of_one_process_says_what_is_missing(
     steep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def of_two(facts: dict[str, Any]) -> None:
-        facts["origin"].update(rank=1, world=2)
+        facts["origin"].update(world=2)
         facts["num_boxes"] *= 2  # as if the other process had three times as many
 
     _, said = replayed(rewritten(steep, tmp_path, facts=of_two), capsys)
     for term in ("class", "l1", "giou"):
         then, now = map(float, numbers(said)[f"{term}, decoder layer 0"])
         assert now == pytest.approx(then / 2, rel=1e-4), "sums are divided by the objects of all processes"
-    assert "process 1 of 2, its own images: what batch norms saw of the others' is missing" in said
+    assert "process 0 of 2, its own images: what batch norms saw of the others' is missing" in said
     check = guard.FiniteCheck(torch.nn.Linear(1, 1), tmp_path, delayed=False, origin=Origin(None, 1, 2, "cpu", None))  # type: ignore[arg-type]
     assert check.path.name == "rank1_bad_step.safetensors"
 
