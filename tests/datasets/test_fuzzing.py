@@ -190,7 +190,7 @@ def edited(data: Data, edit: tuple[str, list[int], list[int], Any]) -> None:
     if container is None:
         return
     if kind == "replace":
-        container[key] = value
+        container[key] = copy.deepcopy(value)  # which the next edit may change
     elif kind == "remove":
         del container[key]
     elif kind == "double" and isinstance(container, list):
@@ -262,7 +262,7 @@ def _corners(entry: Data) -> tuple[float, ...] | None:
         outline = entry.get("segmentation")
         if not isinstance(outline, list):
             return None
-        flat = [float(v) for polygon in outline for v in (polygon if isinstance(polygon, list) else [polygon])]
+        flat = _flat(outline)
         x0, y0, x1, y1 = min(flat[::2]), min(flat[1::2]), max(flat[::2]), max(flat[1::2])
         x, y, w, h = x0, y0, x1 - x0, y1 - y0
     else:
@@ -280,6 +280,10 @@ def _corners(entry: Data) -> tuple[float, ...] | None:
     if min(w / WIDTH, h / HEIGHT, left[0] / WIDTH, left[1] / HEIGHT) < 1e-6:
         return None
     return max(x, 0), max(y, 0), min(x + w, WIDTH), min(y + h, HEIGHT)
+
+
+def _flat(outline: Any) -> list[float]:
+    return [v for part in outline for v in _flat(part)] if isinstance(outline, list) else [float(outline)]
 
 
 def require_nothing_lost(dataset: CocoDetection, expected: Expected) -> None:
