@@ -450,6 +450,9 @@ class RunConfig:
     """Do everything once, in well under a minute, in a folder of its own (`output`, with ".fast-dev-run" after its name): a few
     steps, an evaluation of a few images, checkpoint, models, pictures. Then say what the whole run would take, and what stands in
     its way."""
+    replay: Path | None = None
+    """Only take the one step again that a run kept (bad_step.safetensors) as it met a number that is not finite, and say where that
+    arises. The file has weights, images and settings; `device` alone is read beside it. Exit status 0 if it happened again."""
     checkpoint_every: float = 10.0
     """Minutes between checkpoints within an epoch, beside that at its end: what a run that is killed loses at most. One that is
     stopped by Ctrl-C, SIGTERM or SIGHUP loses nothing."""

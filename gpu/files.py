@@ -16,7 +16,7 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,26 +83,36 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, keep: P
         OSError: it could not be written; says why, and how much space is left. The old file is untouched.
     """
     partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        # torch.save turns a write that came to nothing into a RuntimeError about positions in the file.
-        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "unexpected pos" in str(error)):
-            raise OSError(f"{path} could not be written: {_reason(error)}; {_free_space(path.parent)}") from error
-        raise
+    with naming(path):
+        try:
+            with partial.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                os.replace(path, keep)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     with contextlib.suppress(OSError):  # a system whose folders are no files has no such thing to put on disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of writing becomes an OSError that says what could not be written, why, and how much space is left."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save turns a write that came to nothing into a RuntimeError about positions in the file.
+        if isinstance(error, OSError) or "unexpected pos" in str(error):
+            raise OSError(f"{path} could not be written: {_reason(error)}; {_free_space(path.parent)}") from error
+        raise
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -33,7 +36,8 @@ class Loader(DataLoader[Any]):
         batches = super().__iter__()
         while True:
             try:
-                batch = next(batches)
+                with _hearing_of_dead_processes(self.num_workers):
+                    batch = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -43,6 +47,36 @@ class Loader(DataLoader[Any]):
                     f"no batch of images came: {str(error).strip()}. {_advice(self.num_workers)}"
                 ) from error
             yield batch
+
+
+_raises: Any = None
+"""PyTorch's handler of SIGCHLD, which raises if a process that loads images has died."""
+
+
+def _later(_number: int, _frame: FrameType | None) -> None:
+    """What handles SIGCHLD while no batch is waited for: it leaves the error until one is."""
+
+
+@contextmanager
+def _hearing_of_dead_processes(workers: int) -> Iterator[None]:
+    """Inside, a process that has died raises PyTorch's RuntimeError; outside not any more, where it would tear a step apart."""
+    global _raises
+    if not workers or not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(handler):  # the default, as once a signal is to end the run: what is loaded is enough
+        yield
+        return
+    if handler is not _later:
+        _raises = handler
+    try:
+        signal.signal(signal.SIGCHLD, _raises)
+        _raises(signal.SIGCHLD, None)  # it may have died before
+        yield
+    finally:
+        if signal.getsignal(signal.SIGCHLD) is _raises:
+            signal.signal(signal.SIGCHLD, _later)
 
 
 def _advice(workers: int) -> str:

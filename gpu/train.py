@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 8 gpu/train.py smca_r50 --data coco
     smca train small --data DIR --fast-dev-run        everything once, within a minute, beside the real run
     smca train small --data DIR --resume              go on where it stopped
+    smca train --replay runs/x/bad_step.safetensors   the step that stopped a run at a NaN, again, and where it arises
     smca train smca_r50_multiscale --dry-run          parameters and multiply-adds; trains nothing
     smca train small --help                           every knob with its default
 
@@ -41,12 +42,15 @@ from smca.gpu.model import SMCADETR
 from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
+from smca.gpu.training.bad_step import Step
 from smca.gpu.training.batch_size import find_batch_size, found_message
 from smca.gpu.training.determinism import deterministic
 from smca.gpu.training.fast_run import prepare, report, shortened
+from smca.gpu.training.lock import only_run_in
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
 from smca.gpu.training.order import seed_step
+from smca.gpu.training.replay import replay
 from smca.gpu.training.resume import checkpoint_of, claim, clear, plain, resume
 from smca.gpu.training.setup import (
     Criterion,
@@ -94,11 +98,17 @@ def train(
     Raises:
         ValueError: configuration, data and loss that do not fit, found before anything is trained.
         NonFiniteError: loss or gradient is not finite; names term and layer. The last checkpoint stays as it was.
+        OSError: the folder cannot be written to, or a file in it; says which, why, and how much space is left.
     """
     started, whole = time.monotonic(), config
     config = claim(shortened(config) if config.fast_dev_run else config)
     trackers = [*make_trackers(config.trackers, config.output), *trackers]
-    with Stop() as stop, deterministic(config.deterministic), process_group() as (rank, world):
+    with (
+        Stop() as stop,
+        deterministic(config.deterministic),
+        process_group() as (rank, world),
+        only_run_in(config.output) if rank == 0 else nullcontext(),
+    ):
         run = set_up(config, rank, world, train_data, val_data, criterion)
         run.ends_at = started + 60 * (config.max_minutes or math.inf)
         if rank == 0:
@@ -218,7 +228,8 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
     run.parallel.train()
     first_step, start, skipped = run.step, time.perf_counter(), check.skipped
     before, waits = run.train_seconds, list[float]()
-    for parts in itertools.islice(_in_parts(run.loader, config.accumulate, waits), run.total_steps - run.step):
+    loaded = _in_parts(run.loader, config.accumulate, waits)
+    for parts in itertools.islice(_saving_first(loaded, run, log), run.total_steps - run.step):
         run.data_seconds += waits[-1]
         lr_factor = learning_rate_factor(config.optim, run.step, run.epoch, run.total_steps)
         set_learning_rates(optimizer, run.base_lrs, lr_factor)
@@ -227,6 +238,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
         # From here to the end of the step nothing waits for the GPU.
         batches = [part.to(run.device, non_blocking=True) for part in parts]
         num_boxes = boxes_per_process(torch.stack([batch.targets.valid.sum() for batch in batches]).sum())
+        step = Step(parts, run.step, run.epoch, lr_factor, num_boxes)
         terms: dict[str, Tensor] = {}
         for number, (host_batch, batch) in enumerate(zip(parts, batches, strict=True)):
             # Processes add up their gradients with those of the last part.
@@ -239,7 +251,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
                         batch.targets,
                         batch.seeds,
                     )
-                with check.keep_bad_batch(host_batch):
+                with check.keep_bad_step(step, optimizer):
                     added = run.terms_of(outputs, batch.targets, num_boxes)
                 if number == 0:
                     check.raise_if_not_finite()
@@ -248,7 +260,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
             terms = {name: terms[name] + value.detach() if terms else value.detach() for name, value in added.items()}
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_norm)
-        check.record(terms, norm, parts, optimizer)
+        check.record(terms, norm, step, optimizer)
         optimizer.step()
         scaler.update()
         if run.average is not None:
@@ -296,6 +308,18 @@ def _in_parts(loader: Iterable[Batch], parts: int, waits: list[float]) -> Iterat
         waits.append(time.perf_counter() - start)
         yield step
         start = time.perf_counter()
+
+
+def _saving_first(steps: Iterator[tuple[Batch, ...]], run: Run, log: RunLog) -> Iterator[tuple[Batch, ...]]:
+    """`steps`; if one cannot be loaded, all steps before it are saved before its error is raised. (Of several processes, the others
+    are in the middle of that step.)"""
+    try:
+        yield from steps
+    except Exception:  # whatever a dataset raises
+        if run.world == 1 and run.saved_step != run.step:
+            _save(run, log)
+            log.say(f"step {run.step} is saved: `smca train … --resume` goes on from there once the cause is removed")
+        raise
 
 
 def _evaluate(run: Run, log: RunLog) -> None:
@@ -424,6 +448,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv)
     if config.dry_run:
         print(summarize(config.model))
+    elif config.replay is not None:
+        raise SystemExit(0 if replay(config.replay, device=config.device) else 1)
     else:
         train(config)
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from smca.datasets import Batch
-from smca.gpu.files import CHECKPOINT_FILE, write_atomically
+from smca.gpu.files import CHECKPOINT_FILE
 from smca.gpu.loss import NonFiniteError
+from smca.gpu.training.bad_step import BAD_STEP_FILE, Origin, Step, save_bad_step
 
-BAD_BATCH_FILE = "bad_batch.safetensors"
 MOST_SKIPPED = 20
 """Steps in a row whose gradients overflow float16: the scale of the loss, halved each time, is then a millionth of what it was."""
 
@@ -28,48 +26,47 @@ class FiniteCheck:
     before that step's backward pass replaces the gradients. A flag on the device keeps a bad step from changing the weights
     meanwhile. Where the numbers are at hand anyway, as on a CPU, they are looked at at once.
 
-        with check.keep_bad_batch(batch):   # a matcher that raises does so in here
+        with check.keep_bad_step(step, optimizer):   # a matcher that raises does so in here
             terms = criterion(model(images), targets)
         check.raise_if_not_finite()         # of the step before this one
         terms["loss"].backward()
         norm = clip_grad_norm_(…)
-        check.record(terms, norm, [batch], optimizer)
+        check.record(terms, norm, step, optimizer)
         optimizer.step()
         …
         check.raise_if_not_finite()         # before anything is saved
     """
 
     def __init__(
-        self, model: nn.Module, output: Path, *, delayed: bool, skips: bool = False, file_name: str = BAD_BATCH_FILE
+        self, model: nn.Module, output: Path, *, delayed: bool, skips: bool = False, origin: Origin | None = None
     ) -> None:
         """Check the training of a model.
 
         Args:
             model: whose gradients are looked through, for their names, if their norm is not finite.
-            output: folder that receives the offending batch.
+            output: folder that receives the offending step.
             delayed: look at a step's numbers when ``raise_if_not_finite`` is called, not at once: for CUDA. The optimiser must be
                 a fused one, which takes ``found_inf`` as from a gradient scaler.
             skips: leave out a step whose gradient is not finite though its loss is, since a scaled gradient may overflow float16;
                 give up after MOST_SKIPPED in a row. The optimiser must be a fused one.
-            file_name: of the offending batch.
+            origin: of which run and process its steps are; one that is kept without it cannot be replayed.
         """
-        self.model, self.delayed, self.skips = model, delayed, skips
-        self.path = output / file_name
+        self.model, self.delayed, self.skips, self.origin = model, delayed, skips, origin
+        rank = origin.rank if origin is not None else 0
+        self.path = output / (f"rank{rank}_{BAD_STEP_FILE}" if rank else BAD_STEP_FILE)
         self.values: dict[str, float] = {}
         """Terms of the loss of the last step that was looked at, and with `skips` how many steps were left out."""
         self.skipped = self.skipped_in_a_row = 0
         """Steps left out of those that were looked at."""
-        self._waiting: tuple[list[str], Tensor, Any, Sequence[Batch]] | None = None
+        self._waiting: tuple[list[str], Tensor, Any, Step, torch.optim.Optimizer] | None = None
 
-    def record(
-        self, terms: Mapping[str, Tensor], norm: Tensor, parts: Sequence[Batch], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def record(self, terms: Mapping[str, Tensor], norm: Tensor, step: Step, optimizer: torch.optim.Optimizer) -> None:
         """Take down a step's numbers, and have the optimiser leave out its next step if one of them is not finite.
 
         Args:
             terms: of the loss, scalars on one device.
             norm: of the whole gradient, before it was clipped.
-            parts: of the batch, on the host.
+            step: what they follow from.
             optimizer: whose next step is to follow.
 
         Raises:
@@ -80,7 +77,7 @@ class FiniteCheck:
         if self.delayed or self.skips:
             optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
         if not self.delayed:
-            self._waiting = names, numbers, None, parts
+            self._waiting = names, numbers, None, step, optimizer
             self.raise_if_not_finite()
             return
         on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
@@ -89,7 +86,7 @@ class FiniteCheck:
         arrived = event() if numbers.is_cuda else None
         if arrived is not None:
             arrived.record()
-        self._waiting = names, on_host, arrived, parts
+        self._waiting = names, on_host, arrived, step, optimizer
 
     def raise_if_not_finite(self) -> None:
         """Look at the numbers last recorded.
@@ -100,13 +97,13 @@ class FiniteCheck:
         """
         if self._waiting is None:
             return
-        names, numbers, arrived, parts = self._waiting
+        names, numbers, arrived, step, optimizer = self._waiting
         self._waiting = None
         if arrived is not None:
             arrived.synchronize()
         *losses, norm = numbers.tolist()
         self.values = dict(zip(names, losses, strict=True))
-        with self.keep_bad_batch(*parts):
+        with self.keep_bad_step(step, optimizer, self.values, norm):
             check_terms(self.values)
             self._check_gradient(norm)
         if self.skips:
@@ -126,22 +123,32 @@ class FiniteCheck:
             )
 
     @contextmanager
-    def keep_bad_batch(self, *parts: Batch) -> Iterator[None]:
-        """On a NonFiniteError: keep the batch that led to it, in as many parts as it was taken in, and say where."""
+    def keep_bad_step(
+        self,
+        step: Step,
+        optimizer: torch.optim.Optimizer,
+        terms: Mapping[str, float] | None = None,
+        norm: float | None = None,
+    ) -> Iterator[None]:
+        """On a NonFiniteError: keep the step that led to it, and say where.
+
+        The model's weights and the optimiser's state are those before the step, though the optimiser may have been called since: it
+        was told not to move.
+        """
         try:
             yield
         except NonFiniteError as error:
-            tensors: dict[str, Tensor] = {}
-            for number, batch in enumerate(parts):
-                prefix = f"part {number}/" if len(parts) > 1 else ""
-                named = {"images": batch.images, "padding_mask": batch.padding_mask, "image_ids": batch.image_ids}
-                named |= {name: getattr(batch.targets, name) for name in ("labels", "boxes", "valid")}
-                tensors |= {prefix + name: value for name, value in {**named, "seeds": batch.seeds}.items()}
-            write_atomically(self.path, lambda file: file.write(save({k: v.contiguous() for k, v in tensors.items()})))
-            ids = [image for batch in parts for image in batch.image_ids.tolist()]
+            ids = [image for batch in step.parts for image in batch.image_ids.tolist()]
+            try:
+                save_bad_step(
+                    self.path, step, self.model, optimizer, self.origin, error=str(error), terms=terms or {}, norm=norm
+                )
+                kept = f"the step is kept in {self.path} (smca train --replay {self.path})"
+            except OSError as full:  # which must not hide what was found
+                kept = f"the step could not be kept ({full})"
             raise NonFiniteError(
-                f"{error}. Image ids of the batch: {ids}; the batch is kept in {self.path}, the last "
-                f"good state in {self.path.with_name(CHECKPOINT_FILE)}. Look at these images and boxes; a lower --optim.lr (with "
+                f"{error}. Image ids of the batch: {ids}; {kept}, the last good state in "
+                f"{self.path.with_name(CHECKPOINT_FILE)}. Look at these images and boxes; a lower --optim.lr (with "
                 "Muon --optim.muon-lr, too) often helps, with --resume --resume-changed"
             ) from error
 

@@ -52,8 +52,7 @@ class RunLog:
         self._path = output / METRICS_FILE
         if first_step and self._path.is_file():
             self.metrics = [m for m in read_metrics(self._path) if m["step"] <= first_step]
-        lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
-        write_atomically(self._path, lambda file: file.write(lines.encode()))
+        self._write_metrics()
         self._console = Console()
         self._trackers = list(trackers)
         self._tell("start", first_step, settings or {})
@@ -123,6 +122,10 @@ class RunLog:
                     f"warning: {name} is told nothing more, since it failed ({type(error).__name__}: {cut(error)})"
                 )
 
+    def _write_metrics(self) -> None:
+        lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
+        write_atomically(self._path, lambda file: file.write(lines.encode()))
+
     def flush(self) -> None:
         """Put everything on disk: before a checkpoint, after which it is not told again."""
         if self.main_process:
@@ -133,8 +136,7 @@ class RunLog:
         if not self.main_process:
             return
         self.metrics.append(metrics)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self._write_metrics()
         shown = {k: "–" if metrics[k] is None else f"{metrics[k]:.3f}" for k in ("ap", "ap50")}
         self._progress.update(self._task, ap=shown["ap"])
         waiting = metrics["data_seconds"] / metrics["train_seconds"] if metrics["train_seconds"] else 0.0

@@ -35,7 +35,7 @@ _WRITTEN = (
     "pictures/*.png",
     "tensorboard/events.out.tfevents.*",
     TRACKERS_FILE,
-    "*bad_batch.safetensors",
+    "*bad_step.safetensors",
     *(f"{folder}/{name}" for folder in (MODEL_FOLDER, LAST_FOLDER) for name in (CONFIG_FILE, WEIGHTS_FILE)),
 )
 """What runs write into their folder; nothing else is removed from it."""
@@ -62,6 +62,7 @@ _FREE = {
     "compile",
     "dry_run",
     "fast_dev_run",
+    "replay",
     "checkpoint_every",
     "trackers",
     "resume",

@@ -32,7 +32,8 @@ from smca.gpu.loss import SetCriterion, further_losses
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.recompute import recompute
 from smca.gpu.model.synced_norm import synchronize_norms
-from smca.gpu.training.guard import BAD_BATCH_FILE, FiniteCheck
+from smca.gpu.training.bad_step import Origin
+from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.optimizer import make_optimizer
 from smca.gpu.training.order import GlobalBatches
 
@@ -231,10 +232,10 @@ def set_up(
         # A loss of one's own may leave outputs unused, and with them parameters.
         devices = [device] if device.type == "cuda" else None
         parallel = DistributedDataParallel(model, devices, find_unused_parameters=own_criterion)
-    file_name = BAD_BATCH_FILE if rank == 0 else f"rank{rank}_{BAD_BATCH_FILE}"
-    check = FiniteCheck(
-        model, config.output, delayed=device.type == "cuda", skips=half is torch.float16, file_name=file_name
-    )
+    rebuilt = dataclasses.replace(config.model, backbone=model.backbone.resolved(config.model.backbone))
+    name = getattr(criterion, "__qualname__", type(criterion).__qualname__) if own_criterion else None
+    origin = Origin(dataclasses.replace(config, model=rebuilt), rank, world, device.type, name)
+    check = FiniteCheck(model, config.output, delayed=device.type == "cuda", skips=half is torch.float16, origin=origin)
     return Run(
         config=config,
         rank=rank,
@@ -250,9 +251,7 @@ def set_up(
         model=model,
         parallel=parallel,
         average=average,
-        terms_of=criterion
-        if type(criterion) is SetCriterion  # one that inherits from it takes two arguments
-        else _completed(criterion, config.loss, config.accumulate),
+        terms_of=completed(criterion, config.loss, config.accumulate),
         optimizer=optimizer,
         base_lrs=base_lrs,
         check=check,
@@ -262,11 +261,13 @@ def set_up(
     )
 
 
-def _completed(
+def completed(
     criterion: Criterion, loss: LossConfig, parts: int
 ) -> Callable[[dict[str, Tensor], Targets, Tensor], Mapping[str, Tensor]]:
-    """A user's own `criterion`, whose terms are looked at, as the mean over the parts of a step; with the losses that teach cells
-    and noised queries, which it may not know of, unless it has them."""
+    """What gives the terms of a part of a step: ``SetCriterion`` as it is; or a user's own `criterion`, whose terms are looked at,
+    as the mean over the parts, with the losses of cells and noised queries, which it may not know of, unless it has them."""
+    if type(criterion) is SetCriterion:  # one that inherits from it takes two arguments
+        return criterion
 
     def terms_of(outputs: dict[str, Tensor], targets: Targets, num_boxes: Tensor) -> Mapping[str, Tensor]:
         terms = dict(criterion(outputs, targets))

@@ -16,6 +16,7 @@ from torch import nn
 
 from smca.datasets import Batch, Targets
 from smca.gpu.benchmark.cases import Work, autocast, smca_detector, trained_by_adamw
+from smca.gpu.training.bad_step import Step
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.optimizer import update_average
 
@@ -62,7 +63,7 @@ def losses(
         scaler.scale(terms["loss"]).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        check.record(terms, norm, [host], optimizer)
+        check.record(terms, norm, Step([host]), optimizer)
         optimizer.step()
         scaler.update()
         update_average(average, model, 0.9)

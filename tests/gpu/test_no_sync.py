@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +25,7 @@ from smca.gpu.loss import NonFiniteError, SetCriterion, assignment
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS
 from smca.gpu.training import guard
+from smca.gpu.training.bad_step import Step
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.muon import Muon, matrices_of
 from smca.gpu.training.optimizer import update_average
@@ -210,7 +212,7 @@ class Small(nn.Module):
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters(), 0.1)
         shown = loss * torch.nan if spoil == "loss" else loss
-        check.record({"class/0": shown, "loss": loss}, norm, [batch_of(image_id)], self.optimizer)
+        check.record({"class/0": shown, "loss": loss}, norm, Step([batch_of(image_id)]), self.optimizer)
         self.optimizer.step()
 
 
@@ -238,11 +240,16 @@ def test_a_bad_step_changes_nothing_and_is_named_one_step_later(spoil: str, mess
     check = FiniteCheck(model, tmp_path, delayed=True)
     model.step(check, 1)
     before = model.layer.weight.detach().clone()
+    state = {name: value.clone() for name, value in model.optimizer.state[model.layer.weight].items()}
     model.step(check, 2, spoil)
     assert torch.equal(model.layer.weight, before), "a step with a number that is not finite changed the weights"
     with pytest.raises(NonFiniteError, match=message + r".*Image ids of the batch: \[2\]"):
         model.step(check, 3)
-    assert (tmp_path / "bad_batch.safetensors").is_file()
+    kept = load_file(tmp_path / "bad_step.safetensors")
+    assert torch.equal(kept["model/layer.weight"], before), "what is kept must be what gave the number"
+    assert kept["part 0/image_ids"].tolist() == [2]
+    for name, value in state.items():
+        assert torch.equal(kept[f"optimizer/layer.weight/{name}"], value), name
     assert check.values["loss"] == check.values["loss"]
 
 

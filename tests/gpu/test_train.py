@@ -75,7 +75,7 @@ def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path) -> None:
 def test_non_finite_numbers_stop_training(
     term: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After one good epoch a term turns NaN: training names it, keeps the batch, and leaves the good checkpoint alone."""
+    """After one good epoch a term turns NaN: training names it, keeps the step, and leaves the good checkpoint alone."""
     calls = 0
     forward = SetCriterion.forward
 
@@ -92,10 +92,12 @@ def test_non_finite_numbers_stop_training(
     monkeypatch.setattr(SetCriterion, "forward", poisoned)
     with pytest.raises(NonFiniteError, match=message) as caught:
         train.train(tiny(tmp_path, epochs=3))
-    assert "bad_batch.safetensors" in str(caught.value)
-    batch = load_file(tmp_path / "bad_batch.safetensors")
-    assert batch["images"].shape == (4, 3, 64, 64)
-    assert batch["image_ids"].tolist() == [int(i) for i in str(caught.value).split("[")[1].split("]")[0].split(",")]
+    assert "bad_step.safetensors" in str(caught.value)
+    step = load_file(tmp_path / "bad_step.safetensors")
+    assert step["part 0/images"].shape == (4, 3, 64, 64)
+    assert step["part 0/image_ids"].tolist() == [
+        int(i) for i in str(caught.value).split("[")[1].split("]")[0].split(",")
+    ]
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["epoch"] == 1
     assert all(torch.isfinite(v).all() for v in state["model"].values())
@@ -113,10 +115,10 @@ def test_a_step_in_parts_that_turns_nan_is_kept_whole(tmp_path: Path, monkeypatc
     monkeypatch.setattr(SetCriterion, "forward", poisoned)
     with pytest.raises(NonFiniteError, match="the sum of the terms is nan") as caught:
         train.train(tiny(tmp_path, accumulate=2))
-    batch = load_file(tmp_path / "bad_batch.safetensors")
-    ids = [i for part in range(2) for i in batch[f"part {part}/image_ids"].tolist()]
+    step = load_file(tmp_path / "bad_step.safetensors")
+    ids = [i for part in range(2) for i in step[f"part {part}/image_ids"].tolist()]
     assert f"Image ids of the batch: {ids}" in str(caught.value)
-    assert batch["part 1/images"].shape == (2, 3, 64, 64)
+    assert step["part 1/images"].shape == (2, 3, 64, 64)
 
 
 def test_a_loss_of_ones_own_is_checked(tmp_path: Path) -> None:
