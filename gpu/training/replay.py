@@ -18,7 +18,7 @@ from smca.gpu.loss import NonFiniteError, SetCriterion, boxes_per_process
 from smca.gpu.model import SMCADETR
 from smca.gpu.training.bad_step import BadStep, Facts, load_bad_step
 from smca.gpu.training.order import seed_step
-from smca.gpu.training.setup import Criterion, completed
+from smca.gpu.training.setup import HALVES, Criterion, completed
 
 _NORM = "norm of the gradient"
 
@@ -119,12 +119,13 @@ def _step_again(
     seed_step(device, config.seed, facts.step, facts.origin.rank)
     count = torch.stack([part.targets.valid.sum() for part in bad.parts]).sum()
     num_boxes = (boxes_per_process(count) if facts.num_boxes is None else torch.tensor(facts.num_boxes)).to(device)
+    half = HALVES[config.precision]
     terms: dict[str, float] = {}
     matched = True
     for host_batch in bad.parts:
         batch = host_batch.to(device)
         trace.images = batch.image_ids.tolist()
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(device.type, half, enabled=half is not None):
             outputs = model(
                 batch.images.contiguous(memory_format=torch.channels_last),
                 batch.padding_mask if host_batch.padding_mask.any() else None,

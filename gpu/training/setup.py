@@ -42,6 +42,8 @@ ALL_COME = timedelta(minutes=5)
 Criterion = Callable[[dict[str, Tensor], Targets], Mapping[str, Tensor]]
 """(outputs, targets) → terms of the loss, scalars by name; "loss" is what is minimised. ``SetCriterion``, or one of your own."""
 
+HALVES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precision of a run → what the network is computed in under autocast, if anything."""
 TARGET_BUCKET = 16
 """Targets are padded to multiples of this if images are padded to multiples of ``RunConfig.shape_bucket``: COCO's images have
 7 objects on average and 63 at most."""
@@ -177,7 +179,7 @@ def set_up(
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    half = HALVES[config.precision]
     if half is torch.float16 and device.type not in ("cuda", "cpu"):
         raise ValueError(
             f"precision fp16 needs an optimiser that can leave out a step, which there is on cuda and cpu, not on {device.type}: "
