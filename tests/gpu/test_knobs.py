@@ -200,6 +200,23 @@ def test_evaluations_are_as_far_apart_as_asked(tmp_path: Path) -> None:
     assert planned == [False, True, False, True, True]
 
 
+def test_several_folders_are_trained_on(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for number, folder in enumerate(folders):
+        for split in ("train", "val"):
+            SyntheticShapes(3 + number, number, image_size=64).export_coco(folder, split)
+    run = set_up(
+        changed(shared.tiny(tmp_path), {"data": str(folders[0]), "more-data": (str(folders[1]),)}),
+        0,
+        1,
+        None,
+        None,
+        None,
+    )
+    assert (len(run.train_data), len(run.val_data)) == (7, 3)
+    assert str(run.train_report).startswith("7 images")
+
+
 def test_the_built_in_data_are_settings(tmp_path: Path) -> None:
     changes = {"image-size": 48, "train-images": 9, "val-images": 5, "max-objects": 2, "min-side": 0.3, "max-side": 0.4}
     run = set_up(
@@ -211,9 +228,9 @@ def test_the_built_in_data_are_settings(tmp_path: Path) -> None:
         None,
     )
     assert (len(run.train_data), len(run.val_data), run.train_data[0].image.shape[:2]) == (9, 5, (48, 48))
-    boxes = [annotation["bbox"] for annotation in run.train_truth["annotations"]]
+    boxes = [annotation["bbox"] for annotation in run.train_data.ground_truth()["annotations"]]
     assert run.most_objects == 2
-    usual = set_up(shared.tiny(tmp_path), 0, 1, None, None, None).train_truth["annotations"]
+    usual = set_up(shared.tiny(tmp_path), 0, 1, None, None, None).train_data.ground_truth()["annotations"]
     sides = [
         [(w * h) ** 0.5 / size for _, _, w, h in found]
         for found, size in ((boxes, 48), ([a["bbox"] for a in usual], 64))

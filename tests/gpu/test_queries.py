@@ -16,7 +16,7 @@ from smca.gpu.loss import SetCriterion, boxes_per_process
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.denoising import BOX_NOISE, LABEL_NOISE, draw_noise
 from smca.gpu.presets import PRESETS, tiny_resnet
-from smca.gpu.training.setup import _completed
+from smca.gpu.training.setup import completed
 
 
 def small_model(**changes: Any) -> SMCADETR:
@@ -146,11 +146,11 @@ def test_cells_are_taught_whatever_the_loss() -> None:
     whole = SetCriterion(config)
     expected = whole(outputs, targets)
     boxes = boxes_per_process(targets.valid.sum())
-    own = _completed(lambda o, t: {"loss": o["logits"].square().mean()}, config, 1)(outputs, targets, boxes)
+    own = completed(lambda o, t: {"loss": o["logits"].square().mean()}, config, 1)(outputs, targets, boxes)
     added = [name for name in expected if name.endswith(("/cells", "/noised"))]
     assert len(added) == 6
     torch.testing.assert_close(own["loss"], outputs["logits"].square().mean() + sum(expected[name] for name in added))
-    wrapped = _completed(lambda o, t: {**whole(o, t)}, config, 1)(outputs, targets, boxes)
+    wrapped = completed(lambda o, t: {**whole(o, t)}, config, 1)(outputs, targets, boxes)
     torch.testing.assert_close(wrapped["loss"], expected["loss"])
-    half = _completed(lambda o, t: {"loss": o["logits"].square().mean()}, config, 2)(outputs, targets, boxes)
+    half = completed(lambda o, t: {"loss": o["logits"].square().mean()}, config, 2)(outputs, targets, boxes)
     torch.testing.assert_close(half["loss"], own["loss"] - outputs["logits"].square().mean() / 2)
