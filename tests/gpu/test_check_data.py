@@ -129,6 +129,13 @@ def test_presets_suffice_for_the_built_in_data() -> None:
     assert warnings_of(run, tables[0], tables[1], SyntheticShapes(1).categories) == []
 
 
+def test_training_does_not_repeat_its_report() -> None:
+    flat = squares([40.0] * 20 + [0.0] * 20)
+    assert (
+        warnings_of(dataclasses.replace(PRESETS["small"](), model=model()), flat, squares([40.0] * 20), CLASSES) == []
+    )
+
+
 def test_the_warnings_of_training_take_less_than_a_second() -> None:
     rng = np.random.default_rng(0)
     data = squares(rng.uniform(1, 90, 200_000).tolist(), labels=rng.integers(0, 2, 200_000).tolist())
