@@ -81,7 +81,7 @@ def test_too_few_queries_and_the_flag_for_enough() -> None:
     data = squares([40.0] * 50, per_image=25)
     text = told(data, model(num_queries=20))["too-few-queries"]
     assert "an image has 25 objects, but the model has 20 queries" in text
-    assert "2 images have more" in text
+    assert "2 images have more objects than queries" in text
     flags = text[text.index("--") : text.index(" or so")]
     enough = parse(flags, model(num_queries=20), AUGMENTATION).model
     assert enough.num_queries == 37
