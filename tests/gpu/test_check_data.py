@@ -131,9 +131,8 @@ def test_presets_suffice_for_the_built_in_data() -> None:
 
 def test_training_does_not_repeat_its_report() -> None:
     flat = squares([40.0] * 20 + [0.0] * 20)
-    assert (
-        warnings_of(dataclasses.replace(PRESETS["small"](), model=model()), flat, squares([40.0] * 20), CLASSES) == []
-    )
+    run = dataclasses.replace(PRESETS["small"](), model=model(), augmentation=AUGMENTATION)
+    assert warnings_of(run, flat, squares([40.0] * 20), CLASSES) == []
 
 
 def test_the_warnings_of_training_take_less_than_a_second() -> None:
