@@ -94,8 +94,8 @@ def _queries(table: AnnotationTable, model: ModelConfig) -> Iterator[Finding]:
     advice = f"set --model.num-queries {most * 3 // 2} or so"
     if len(over):
         text = (
-            f"an image has {most} objects, but the model has {queries} queries, one for each object it can find "
-            f"({len(over):,} image{'s have' if len(over) > 1 else ' has'} more): {advice}"
+            f"an image has {most} objects, but the model has {queries} queries, one for each object it can find: {advice} "
+            f"({len(over):,} image{'s have' if len(over) > 1 else ' has'} more objects than queries)"
         )
         yield Finding("too-few-queries", "warning", "train", text, entries)
     elif most * 5 > queries * 4:

@@ -81,7 +81,7 @@ def test_too_few_queries_and_the_flag_for_enough() -> None:
     data = squares([40.0] * 50, per_image=25)
     text = told(data, model(num_queries=20))["too-few-queries"]
     assert "an image has 25 objects, but the model has 20 queries" in text
-    assert "2 images have more" in text
+    assert "2 images have more objects than queries" in text
     flags = text[text.index("--") : text.index(" or so")]
     enough = parse(flags, model(num_queries=20), AUGMENTATION).model
     assert enough.num_queries == 37
@@ -127,6 +127,12 @@ def test_presets_suffice_for_the_built_in_data() -> None:
     run = PRESETS["demo"]()
     tables = [table_of(SyntheticShapes(n, seed)) for n, seed in ((300, 0), (100, 1))]
     assert warnings_of(run, tables[0], tables[1], SyntheticShapes(1).categories) == []
+
+
+def test_training_does_not_repeat_its_report() -> None:
+    flat = squares([40.0] * 20 + [0.0] * 20)
+    run = dataclasses.replace(PRESETS["small"](), model=model(), augmentation=AUGMENTATION)
+    assert warnings_of(run, flat, squares([40.0] * 20), CLASSES) == []
 
 
 def test_the_warnings_of_training_take_less_than_a_second() -> None:

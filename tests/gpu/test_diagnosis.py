@@ -17,7 +17,7 @@ from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import evaluate_detections, why_ap_is_zero
 from smca.gpu.presets import PRESETS
 
-TRAIN, VAL = SyntheticShapes(60, 0), SyntheticShapes(30, 1)
+TRAIN, VAL = SyntheticShapes(40, 0), SyntheticShapes(20, 1)
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Situation:
     def __post_init__(self) -> None:
         rng = np.random.default_rng(0)
         for image in self.truth["images"]:
-            for _ in range(20):
+            for _ in range(10):
                 x, y, w, h = rng.uniform(0, 1, 4) * (100, 100, 6, 6)
                 self.detections.append(self.detection(image["id"], [x, y, w, h], int(rng.integers(1, 6)), rng.random()))
 
@@ -119,8 +119,8 @@ def queries_collapsed(situation: Situation) -> None:
 
 def same_on_every_image(situation: Situation) -> None:
     for number, detection in enumerate(situation.detections):
-        x, y = number % 20 % 5 * 20, number % 20 // 5 * 20
-        detection.update(bbox=[x, y, 4, 4], score=0.9 - number % 20 / 100)
+        x, y = number % 10 % 5 * 20, number % 10 // 5 * 40
+        detection.update(bbox=[x, y, 4, 4], score=0.9 - number % 10 / 100)
 
 
 def low_scores(situation: Situation) -> None:
