@@ -63,6 +63,10 @@ def table_of(dataset: DetectionDataset) -> AnnotationTable:
 
 
 def table_of_truth(truth: CocoDict) -> AnnotationTable:
+    """All annotations of a COCO dictionary, such as ``ground_truth`` gives.
+
+    Raises ValueError for one that names images or categories which it does not list.
+    """
     position = {image["id"]: index for index, image in enumerate(truth["images"])}
     label_of = {category["id"]: label for label, category in enumerate(truth["categories"])}
     annotations = truth["annotations"]
