@@ -116,6 +116,7 @@ PARTS = (
     tests("step", ALL, STEP, "test_layers.py", *all_but(STEP, "test_a_compiled_step_does_not_wait_either")),
     tests("step-compiled", ALL, STEP, "-k", "compiled"),
     tests("muon", ("cuda",), "test_muon.py", "-k", "gpu or cuda or wait"),
+    tests("trials", ALL, "test_batch_size.py", "test_fast_dev_run.py", "-k", "gpu or cuda"),
     # The conformance suite.
     suite("triton-cuda", *ON_GPU),
     suite("compiled"),
@@ -129,6 +130,7 @@ PARTS = (
     benchmark("assignment-speed", "assignment", ("cuda", "cupy"), 50, "--minutes", "0.2"),
     benchmark("profile", "profile", ALL, 90, "--minutes", "0.5"),
     benchmark("multi-scale", "multi-scale", ON_GPU, 105, "--minutes", "0.6"),
+    benchmark("data-speed", "data", ALL, 60, "--minutes", "0.3"),
     benchmark("compiled-speed", "compiled", ("cuda", "cupy"), 90, "--minutes", "0.8"),
 )
 
