@@ -83,7 +83,7 @@ def disk_with(bytes_free: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def full_in(call: int, function: Callable[..., Any], bytes_free: int, *, flush: bool = False) -> Callable[..., Any]:
+def full_in(call: int, function: Callable[..., Any], bytes_free: int) -> Callable[..., Any]:
     """`function`, in whose call of that number the disk is full."""
     calls = 0
 
@@ -94,26 +94,22 @@ def full_in(call: int, function: Callable[..., Any], bytes_free: int, *, flush: 
             return function(*args, **kwargs)
         with disk_with(bytes_free):
             function(*args, **kwargs)
-            if flush:  # TensorBoard has a thread of its own
-                args[0].flush()
 
     return limited
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_full_at_every_write(data: Path, whole: Path, tmp_path: Path) -> None:
     """One after the other: each file is named, what was there stays, and the run goes on from there."""
     config = tiny(tmp_path, data=str(data), restartable=True)
-    moments: list[tuple[Any, str, int, int, bool, str]] = [
-        (train, "save_checkpoint", 2, 1_000_000, False, r"checkpoint\.pt"),
-        (train.SMCADETR, "save_pretrained", 1, 1_000_000, False, r"model_last/model\.safetensors"),
-        (train.SMCADETR, "save_pretrained", 2, 1_000_000, False, r"model/model\.safetensors"),
-        (RunLog, "_write_metrics", 2, 10, False, r"metrics\.jsonl"),
-        (RunLog, "_draw_evaluation", 1, 10, True, "tensorboard"),
+    moments: list[tuple[Any, str, int, int, str]] = [
+        (train, "save_checkpoint", 2, 1_000_000, r"checkpoint\.pt"),
+        (train.SMCADETR, "save_pretrained", 1, 1_000_000, r"model_last/model\.safetensors"),
+        (train.SMCADETR, "save_pretrained", 2, 1_000_000, r"model/model\.safetensors"),
+        (RunLog, "_write_metrics", 2, 10, r"metrics\.jsonl"),
     ]
-    for owner, name, call, bytes_free, flush, file in moments:
+    for owner, name, call, bytes_free, file in moments:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, name, full_in(call, getattr(owner, name), bytes_free, flush=flush))
+            patch.setattr(owner, name, full_in(call, getattr(owner, name), bytes_free))
             with pytest.raises(OSError, match=rf"{file} could not be written: File too large; [0-9,]+ MB are free in"):
                 train.train(config)
         load_checkpoint(tmp_path / "checkpoint.pt")
@@ -121,22 +117,6 @@ def test_a_disk_that_is_full_at_every_write(data: Path, whole: Path, tmp_path: P
         assert not list(tmp_path.rglob("*.partial"))
     train.train(config)
     require_same_run(tmp_path, whole)
-
-
-def test_a_log_that_cannot_be_closed_does_not_hide_why_the_run_ended(tmp_path: Path) -> None:
-    def full() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def ended(error: Exception | None) -> None:
-        with RunLog(tmp_path, 9, first_step=0, main_process=True) as log:
-            log._board.close = full  # type: ignore[method-assign]
-            if error is not None:
-                raise error
-
-    with pytest.raises(ValueError, match="mine"):
-        ended(ValueError("mine"))
-    with pytest.raises(OSError, match="tensorboard could not be written: No space left on device; "):
-        ended(None)
 
 
 # Images, and the processes that load them
@@ -194,10 +174,12 @@ def test_images_that_cannot_be_loaded_any_more_cost_no_step(
         for image in (copied / "train").glob("*.png") if what == "deleted" else ():
             image.unlink()
 
-    def read(self: Any, index: int, of_all: Any = CocoDetection._read) -> Any:
+    of_all = CocoDetection._read
+
+    def read(self: Any, *of_one: Any) -> Any:
         if (tmp_path / "kill").exists() and torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return of_all(self, index)
+        return of_all(self, *of_one)
 
     monkeypatch.setattr(CocoDetection, "_read", read)
     with pytest.MonkeyPatch.context() as patch:
