@@ -130,7 +130,7 @@ def test_what_no_scale_helps_against_ends_the_run(
     monkeypatch.setattr(guard, "MOST_SKIPPED", 2)
     with pytest.raises(NonFiniteError, match=message):
         train.train(tiny(tmp_path))
-    assert (tmp_path / "bad_batch.safetensors").is_file()
+    assert (tmp_path / "bad_step.safetensors").is_file()
 
 
 def test_it_is_refused_where_no_step_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
