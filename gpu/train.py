@@ -346,8 +346,9 @@ def _evaluate(run: Run, log: RunLog) -> None:
     if _best([*log.metrics, metrics], run.config.best_by) is metrics:
         run.trained.save_pretrained(output / MODEL_FOLDER)
     log.evaluation(metrics)
-    for cause in why_ap_is_zero(run.config, log.metrics, run.val_truth, results, run.train_table, run.val_table):
-        log.say(f"AP is zero: {cause}")
+    if not run.config.fast_dev_run:  # after a handful of steps it is
+        for cause in why_ap_is_zero(run.config, log.metrics, run.val_truth, results, run.train_table, run.val_table):
+            log.say(f"AP is zero: {cause}")
     if run.step >= run.total_steps:
         for note in evaluated.notes:
             log.say(f"note: {note}")

@@ -142,7 +142,8 @@ def report(run: Run, whole: RunConfig, notes: Sequence[str]) -> str:
         f"\nfast dev run: {run.step} of {STEPS} steps, of {_images(images)}, an evaluation of {len(run.val_data)} of "
         f"{held_out:,} held-out images, checkpoint, models, pictures: all in {output}; {whole.output} is untouched",
         f"the whole run at this speed: {steps:,} steps of {_images(batch_size)} in {_duration(training)}, and {evaluations:,} "
-        f"evaluations in {_duration(evaluating)} or more (metrics not counted)",
+        f"evaluations in {_duration(evaluating)} or more (metrics not counted)"
+        + ("" if images == batch_size else "; probably far less, since few steps of few images cost much for each"),
         f"an image: {1000 * computing:.0f} ms of computing, {1000 * loading:.0f} ms of loading"
         + (f" (--workers {whole.workers})" if whole.workers else ""),
         *notes,
