@@ -10,7 +10,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from smca.datasets.json_values import Entry, load_json
+from smca.datasets.json_values import Entry
 from smca.datasets.settings import shown
 
 _WINDOW = 1 << 22
@@ -49,7 +49,9 @@ class _DigitsError(Exception):
 
 def _entries(window: _Window, path: Path, lists: Collection[str]) -> Iterator[tuple[str, int, Entry]]:
     if window.next() != "{":
-        content = load_json(path)  # which finds out what it is
+        content = window.value()
+        if window.next():
+            window.fail("Extra data")
         raise ValueError(
             f"{path}: expected an object with 'images', 'annotations' and 'categories', got a {type(content).__name__}"
             "; is it a file of detection results?"

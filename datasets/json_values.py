@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,18 +18,6 @@ Entry = dict[str, Any]
 
 _WHOLE = re.compile(r"\s*([+-]?\d{1,40})(\.0+)?\s*")
 _LARGEST_SIDE = 1_000_000
-
-
-def load_json(path: Path) -> Any:
-    """The content of a JSON file; ValueError, naming it, for whatever else it is."""
-    try:
-        return json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError(f"{path}: its JSON is nested too deeply to be read; export it anew in COCO's format") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: it is no UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except ValueError as error:  # JSONDecodeError, or a number of more digits than Python reads
-        raise ValueError(f"{path} is not valid JSON: {error}; was the download or the export cut short?") from error
 
 
 def required(entry: Entry, key: str, where: str) -> Any:
