@@ -98,7 +98,7 @@ def take_worst_steps(run: Run, images: int, train_epoch: TrainEpoch) -> None:
         sum_of_losses=torch.zeros_like(run.sum_of_losses),
         ends_at=math.inf,
         scaler=copy.deepcopy(run.scaler),
-        check=FiniteCheck(run.model, run.config.output, delayed=run.check.delayed),
+        check=FiniteCheck(run.model, run.config.output, delayed=run.check.delayed, skips=run.check.skips),
     )
     silent = RunLog(run.config.output, steps, first_step=0, main_process=False)
     with unchanged(run):
