@@ -19,6 +19,7 @@ from PIL import Image
 from smca.datasets import Augmentation, Augmented, CocoDetection, Sample, collate
 from smca.datasets.batch import UInt8Array
 from smca.gpu.benchmark.cases import Case
+from smca.gpu.benchmark.measure import memory_mib, peak_mib
 from smca.gpu.config import ModelConfig
 from smca.gpu.loading import Loader
 
@@ -196,10 +197,14 @@ def _pycocotools(annotations_file: Path) -> dict[str, float]:
 
 
 def _measured(work: Callable[[], Any]) -> dict[str, float]:
-    before, private, start = _memory("VmHWM"), _memory("RssAnon"), time.perf_counter()
+    before, private, start = peak_mib(), (memory_mib("RssAnon") or 0.0), time.perf_counter()
     kept = work()
     seconds = time.perf_counter() - start
-    after = {"seconds": seconds, "peak_mib": _memory("VmHWM") - before, "private_mib": _memory("RssAnon") - private}
+    after = {
+        "seconds": seconds,
+        "peak_mib": peak_mib() - before,
+        "private_mib": (memory_mib("RssAnon") or 0.0) - private,
+    }
     del kept
     return after
 
@@ -229,14 +234,6 @@ class _Touched(torch.utils.data.Dataset[float]):
             sample: Sample = self.data[self.order[index]]
             assert len(sample.boxes_xyxy) == BOXES
         return _private_mib() if index + 1 == len(self.order) else 0.0
-
-
-def _memory(field: str) -> float:
-    """MiB, as Linux has them of this process."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(rf"^{field}:\s*(\d+) kB", status, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) / 2**10
 
 
 def _private_mib() -> float:

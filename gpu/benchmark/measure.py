@@ -124,12 +124,12 @@ def measure_apart(part: Part, repeats: int, threads: int, progress: Progress) ->
 def _serve(build: Callable[[], Case], threads: int, pipe: Connection) -> None:
     """In a process of its own: build the case, then do what is asked until told to stop."""
     torch.set_num_threads(threads)
-    before = _peak_mib()
+    before = peak_mib()
     try:
         case = build()
         while (request := pipe.recv()) == "run":
             seconds = {mode: timed(step, "cpu", 1) for mode, step in case.items()}
-            pipe.send((seconds, _peak_mib() - before))
+            pipe.send((seconds, peak_mib() - before))
         if request == "values":  # after all runs: sending them takes memory
             values = {mode: _values(step) for mode, step in case.items()}
             pipe.send({mode: {k: v.numpy() for k, v in tensors.items()} for mode, tensors in values.items()})
@@ -141,13 +141,18 @@ def _serve(build: Callable[[], Case], threads: int, pipe: Connection) -> None:
         pipe.send(run)
 
 
-def _peak_mib() -> float:
-    """The most memory that this process has held."""
+def memory_mib(field: str) -> float | None:
+    """A `field` of this process's memory, as Linux has them; None on another system."""
     status = Path("/proc/self/status")
-    if status.is_file() and (
-        line := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
-    ):
-        return int(line[1]) / 2**10
+    text = status.read_text(encoding="utf-8") if status.is_file() else ""
+    found = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) / 2**10 if found else None
+
+
+def peak_mib() -> float:
+    """The most memory that this process has held."""
+    if (held := memory_mib("VmHWM")) is not None:
+        return held
     # Not used on Linux, where the number begins with what the parent process held.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
