@@ -50,20 +50,17 @@ from smca.gpu.training.lock import only_run_in
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
 from smca.gpu.training.order import seed_step
-from smca.gpu.training.replay import replay
-from smca.gpu.training.resume import checkpoint_of, claim, clear, plain, resume
-from smca.gpu.training.setup import (
-    Criterion,
-    Run,
+from smca.gpu.training.processes import (
     as_the_first_says,
     gather,
     mean_over_processes,
     process_group,
-    set_batch_size,
-    set_up,
     share_buffers,
     wait_for_all,
 )
+from smca.gpu.training.replay import replay
+from smca.gpu.training.resume import checkpoint_of, claim, clear, plain, resume
+from smca.gpu.training.setup import Criterion, Run, set_batch_size, set_up
 from smca.gpu.training.stop import Stop, StoppedError
 from smca.gpu.training.trackers import Tracker, make_trackers
 

@@ -19,7 +19,7 @@ from smca.gpu import train
 from smca.gpu.evaluation import detect, evaluate_detections, evaluation_loader
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.synced_norm import synchronize_norms
-from smca.gpu.training import setup
+from smca.gpu.training import processes
 from smca.gpu.training.log import read_metrics
 from smca.gpu.training.stop import StoppedError
 
@@ -149,9 +149,9 @@ def test_a_process_that_another_one_leaves_alone_says_so(monkeypatch: pytest.Mon
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
     message = r"process 0 of 1 cannot go on, since another one has ended or does not answer: .*Connection reset by"
-    with pytest.raises(ValueError, match=message), setup.process_group():
+    with pytest.raises(ValueError, match=message), processes.process_group():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
-    with pytest.raises(RuntimeError, match="mine"), setup.process_group():
+    with pytest.raises(RuntimeError, match="mine"), processes.process_group():
         raise RuntimeError("mine")
 
 
@@ -176,7 +176,7 @@ def test_processes_that_are_promised_and_do_not_come_are_missed(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(setup, "ALL_COME", timedelta(seconds=1))
+    monkeypatch.setattr(processes, "ALL_COME", timedelta(seconds=1))
     with pytest.raises(ValueError, match=message):
         train.train(train.parse([*OPTIONS, "--output", str(tmp_path / "run")]))
     assert not (tmp_path / "run").exists()
