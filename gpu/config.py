@@ -436,6 +436,10 @@ class RunConfig:
     gradient_checkpointing: tuple[Literal["backbone", "encoder", "decoder"], ...] = ()
     """Parts whose layers keep no activations for the backward pass, but compute them anew in it: less memory for more time, up
     to a third. The result is the same."""
+    fsdp: bool = False
+    """Divide weights, gradients and the optimiser's state over the processes of torchrun (FSDP2), for a model that is too large for
+    one GPU: each holds its part, and puts a layer's weights together while it computes with them. The steps are the same. All
+    processes must share the folder `output`."""
     compile: bool = False
     """Compile network and loss with torch.compile: minutes at the start; what it gains is not yet measured. Each new shape of a
     batch may compile anew: see `shape_bucket`."""
@@ -486,6 +490,16 @@ class RunConfig:
             self.gradient_checkpointing,
         )
         require(self.workers >= 0, "workers", "0 or more", self.workers)
+        if self.fsdp:
+            require(
+                not self.compile, "compile", "not given together with fsdp: the two have not been tried together", True
+            )
+            require(
+                self.precision != "fp16",
+                "precision",
+                'bf16 or fp32 with fsdp, whose processes would each have a scale of the loss of their own in "fp16"',
+                self.precision,
+            )
         require(
             self.attention == "auto" or self.model.cross_attention == "smca",
             "attention",

@@ -2,6 +2,7 @@
 
     runs/x/checkpoint.pt              before the first step, after every epoch, every few minutes, and when the run is stopped
     runs/x/checkpoint.previous.pt     the one before it, in case that one is damaged
+    runs/x/checkpoint.shards.0/…      what is too much for one process, of either of the two (smca.gpu.shards)
     runs/x/model/config.json          of the best evaluation so far
     runs/x/model/model.safetensors
     runs/x/model_last/…               before every evaluation, and when the run is stopped
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from smca.gpu.config import ModelConfig
 from smca.gpu.config_json import cut
+from smca.gpu.shards import check_shards, put_back, read_shards
 
 CHECKPOINT_FILE = "checkpoint.pt"
 PREVIOUS_FILE = "checkpoint.previous.pt"
@@ -56,6 +58,7 @@ _CHECKPOINT_KEYS: dict[str, type | tuple[type, ...]] = {
 """What every checkpoint holds, and of which type."""
 _OPTIONAL_KEYS: dict[str, type | tuple[type, ...]] = {
     "model_config": str,
+    "shards": dict,
     "settings": dict,
     "scaler": dict,
     "skipped": tuple,
@@ -172,6 +175,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "take another copy, or remove it and start anew"
         )
     ModelConfig.from_json(state["config"], str(path))
+    if "shards" in state:
+        check_shards(path.parent, state["shards"], path)
+    return state
+
+
+def with_shards(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint with all tensors, those too that several processes wrote; `state` itself, in place.
+
+    Raises:
+        ValueError: as ``load_checkpoint``.
+    """
+    if "shards" in state:
+        put_back(state, read_shards(path.parent / state.pop("shards")["folder"]))
     return state
 
 
@@ -291,7 +307,7 @@ def _open_folder(folder: Path) -> SavedModel:
 
 
 def _open_checkpoint(path: Path) -> SavedModel:
-    state = load_checkpoint(path)
+    state = with_shards(load_checkpoint(path), path)
     weights: dict[str, Tensor] = state["average"] or state["model"]
     # "model_config" names no published weights, whose repository may have said what "config" leaves open.
     text: str = state.get("model_config", state["config"])

@@ -31,12 +31,11 @@ from typing import Any, NoReturn
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from smca.datasets import Batch, DetectionDataset
 from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import detect, evaluate_detections, warnings_of, why_ap_is_zero
-from smca.gpu.files import CHECKPOINT_FILE, LAST_FOLDER, MODEL_FOLDER, save_checkpoint
+from smca.gpu.files import LAST_FOLDER, MODEL_FOLDER
 from smca.gpu.loss import boxes_per_process
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.summary import summarize
@@ -59,8 +58,9 @@ from smca.gpu.training.processes import (
     wait_for_all,
 )
 from smca.gpu.training.replay import replay
-from smca.gpu.training.resume import checkpoint_of, claim, clear, plain, resume
+from smca.gpu.training.resume import claim, clear, plain, resume, save
 from smca.gpu.training.setup import Criterion, Run, set_batch_size, set_up
+from smca.gpu.training.sharding import adding_up, unsharded, whole, whole_weights
 from smca.gpu.training.stop import Stop, StoppedError
 from smca.gpu.training.trackers import Tracker, make_trackers
 
@@ -202,16 +202,23 @@ def _save(run: Run, log: RunLog) -> None:
     run.check.raise_if_not_finite()
     if run.rank == 0:
         log.flush()
-        save_checkpoint(run.config.output / CHECKPOINT_FILE, checkpoint_of(run))
+    save(run)
     run.saved_step, run.saved_at = run.step, time.monotonic()
+
+
+def _whole_weights(run: Run) -> dict[str, Tensor] | None:
+    """Of what is evaluated and saved: what the first process is to write, if it does not have them all. Every process must ask."""
+    return whole_weights(run.trained, keep=run.rank == 0) if run.config.fsdp else None
 
 
 def _stop(run: Run, log: RunLog, number: int) -> NoReturn:
     """End the run after a signal, at a step that all processes have done."""
     if run.saved_step != run.step:
         _save(run, log)
-    if run.rank == 0 and run.step:
-        run.trained.save_pretrained(run.config.output / LAST_FOLDER)
+    if run.step:
+        weights = _whole_weights(run)
+        if run.rank == 0:
+            run.trained.save_pretrained(run.config.output / LAST_FOLDER, state_dict=weights)
     wait_for_all(run)  # torchrun ends the others as soon as one has ended
     raise StoppedError(number)
 
@@ -238,9 +245,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
         step = Step(parts, run.step, run.epoch, lr_factor, num_boxes)
         terms: dict[str, Tensor] = {}
         for number, (host_batch, batch) in enumerate(zip(parts, batches, strict=True)):
-            # Processes add up their gradients with those of the last part.
-            ddp = run.parallel if number + 1 < len(parts) else None
-            with ddp.no_sync() if isinstance(ddp, DistributedDataParallel) else nullcontext():
+            with adding_up(run.parallel, now=number + 1 == len(parts)):
                 with torch.autocast(run.device.type, run.half, enabled=run.half is not None):
                     outputs = run.parallel(
                         batch.images.contiguous(memory_format=torch.channels_last),
@@ -256,7 +261,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
                 scaler.scale(added["loss"]).backward()  # type: ignore[no-untyped-call]
             terms = {name: terms[name] + value.detach() if terms else value.detach() for name, value in added.items()}
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_norm))
         check.record(terms, norm, step, optimizer)
         optimizer.step()
         scaler.update()
@@ -322,10 +327,11 @@ def _saving_first(steps: Iterator[tuple[Batch, ...]], run: Run, log: RunLog) -> 
 def _evaluate(run: Run, log: RunLog) -> None:
     """COCO's metrics of the held-out images, of which each process takes its part. The model is saved before, and again if it is
     the best so far."""
-    output = run.config.output
+    output, weights = run.config.output, _whole_weights(run)
     if run.rank == 0:
-        run.trained.save_pretrained(output / LAST_FOLDER)
-    results = gather(detect(run.trained, run.val_loader), run.world)
+        run.trained.save_pretrained(output / LAST_FOLDER, state_dict=weights)
+    with unsharded(run.trained):
+        results = gather(detect(run.trained, run.val_loader), run.world)
     if run.rank != 0:
         return
     evaluated = evaluate_detections(run.val_truth, results)
@@ -341,7 +347,7 @@ def _evaluate(run: Run, log: RunLog) -> None:
     if not _is_planned(run):
         metrics["extra"] = True
     if _best([*log.metrics, metrics], run.config.best_by) is metrics:
-        run.trained.save_pretrained(output / MODEL_FOLDER)
+        run.trained.save_pretrained(output / MODEL_FOLDER, state_dict=weights)
     log.evaluation(metrics)
     if not run.config.fast_dev_run:  # after a handful of steps it is
         for cause in why_ap_is_zero(run.config, log.metrics, run.val_truth, results, run.train_table, run.val_table):
@@ -390,6 +396,7 @@ def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     last, best = metrics[-1], _best(metrics, config.best_by)
     ap, ap50 = ("–" if last[k] is None else f"{last[k]:.3f}" for k in ("ap", "ap50"))
     evaluate = f"  smca evaluate {config.output}/model{_held_out(config)}\n" if config.data or config.val_json else ""
+    shards = "with checkpoint.shards.*: " if config.fsdp else ""
     of_best, board = "", ", tensorboard/" if (config.output / "tensorboard").is_dir() else ""
     if best is not None and best[config.best_by] is not None:
         name = config.best_by.upper().replace("_", " of ")
@@ -401,7 +408,7 @@ def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
         f"  model_last/       likewise: the last\n"
         f"  predictions.png   detections of model/ beside the truth\n"
         f"  curves.png        loss and AP by epoch (metrics.jsonl{board})\n"
-        f"  checkpoint.pt     everything that --resume needs\n"
+        f"  checkpoint.pt     {shards}everything that --resume needs\n"
         f"next:\n"
         f"{evaluate}"
         f"  smca predict {config.output}/model YOUR_IMAGES\n"

@@ -11,7 +11,7 @@ The same parameters, exported with ``state_dict()``, drive ``smca.reference.mode
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,14 +206,18 @@ class SMCADETR(nn.Module):
         self.train(training)
         return decode(outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max_detections)
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors into `directory`.
+
+        Args:
+            directory: made if there is none.
+            state_dict: the weights, if they are not to be the model's own: of one that is divided over processes it has but a part.
 
         Raises:
             OSError: a file could not be written; says why, and how much space is left.
         """
         config = dataclasses.replace(self.config, backbone=self.backbone.resolved(self.config.backbone))
-        write_model(Path(directory), config, self.state_dict())
+        write_model(Path(directory), config, self.state_dict() if state_dict is None else state_dict)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, attention_backend: str = "auto") -> SMCADETR:

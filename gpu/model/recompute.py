@@ -29,7 +29,7 @@ def recompute(model: SMCADETR, parts: Collection[str]) -> None:
     """
     methods: list[tuple[nn.Module, str]] = []
     if "backbone" in parts:
-        methods += [(block, "forward") for block in _blocks(model.backbone.body)]
+        methods += [(block, "forward") for block in blocks_of(model.backbone.body)]
     if "encoder" in parts:
         methods += [(layer, "forward") for layer in model.encoder.layers]
     if "decoder" in parts:
@@ -39,7 +39,7 @@ def recompute(model: SMCADETR, parts: Collection[str]) -> None:
         setattr(module, name, _anew(getattr(module, name), module))
 
 
-def _blocks(body: nn.Module) -> list[nn.Module]:
+def blocks_of(body: nn.Module) -> list[nn.Module]:
     """The smallest layers that transformers marks; where it marks none, the blocks of each stage, or stages without blocks."""
     marked = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
     if marked:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smca.gpu.files import CHECKPOINT_FILE
 from smca.gpu.loss import NonFiniteError
 from smca.gpu.training.bad_step import BAD_STEP_FILE, Origin, Step, save_bad_step
+from smca.gpu.training.sharding import local
 
 MOST_SKIPPED = 20
 """Steps in a row whose gradients overflow float16: the scale of the loss, halved each time, is then a millionth of what it was."""
@@ -140,10 +141,20 @@ class FiniteCheck:
         except NonFiniteError as error:
             ids = [image for batch in step.parts for image in batch.image_ids.tolist()]
             try:
-                save_bad_step(
-                    self.path, step, self.model, optimizer, self.origin, error=str(error), terms=terms or {}, norm=norm
-                )
-                kept = f"the step is kept in {self.path} (smca train --replay {self.path})"
+                if self.origin is not None and self.origin.config.fsdp:
+                    kept = "the step is not kept, since with --fsdp no process has all weights"
+                else:
+                    save_bad_step(
+                        self.path,
+                        step,
+                        self.model,
+                        optimizer,
+                        self.origin,
+                        error=str(error),
+                        terms=terms or {},
+                        norm=norm,
+                    )
+                    kept = f"the step is kept in {self.path} (smca train --replay {self.path})"
             except OSError as full:  # which must not hide what was found
                 kept = f"the step could not be kept ({full})"
             raise NonFiniteError(
@@ -165,6 +176,6 @@ def check_terms(values: Mapping[str, float]) -> None:
 
 def _bad_gradient(model: nn.Module, norm: float) -> str:
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
             return f"the gradient of {name} is not finite, though the loss is"
     return f"the norm of the gradient is {norm}: it overflows"

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smca.gpu.training.sharding import local, part_like, whole_like
+
 MOMENTUM = 0.95
 LEAST_SIDE = 16
 """A matrix with a shorter side is left to AdamW: of few rows, making all equally long says little."""
@@ -125,13 +127,15 @@ class Muon(torch.optim.Optimizer):
             self._step_alike([parameter for parameter, _ in pairs], [lr for _, lr in pairs], found_inf)
 
     def _step_alike(self, parameters: list[Tensor], lrs: list[float], found_inf: Tensor | None) -> None:
-        """Move matrices whose shorter and longer sides are the same, in one batch: tall ones lie on their side."""
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        momenta = [self._momentum(parameter) for parameter in parameters]
+        """Move matrices whose shorter and longer sides are the same, in one batch: tall ones lie on their side. Of a matrix that is
+        divided over processes, each makes all of the update, and takes its part of it."""
+        grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        momenta = [local(self._momentum(parameter)) for parameter in parameters]
         if found_inf is not None:  # then the momentum stays as it is
             grads = [torch.where(found_inf > 0, b, g) for b, g in zip(momenta, grads, strict=True)]
         torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
-        ahead = [_as_matrix(update) for update in torch._foreach_lerp(grads, momenta, MOMENTUM)]
+        updates = torch._foreach_lerp(grads, momenta, MOMENTUM)
+        ahead = [_as_matrix(whole_like(u, p)) for u, p in zip(updates, parameters, strict=True)]
         tall = [update.shape[0] > update.shape[1] for update in ahead]
         lying = torch.stack([update.mT if t else update for update, t in zip(ahead, tall, strict=True)])
         moves = orthogonalize(lying, self._dtype).to(lying.dtype)
@@ -139,8 +143,8 @@ class Muon(torch.optim.Optimizer):
             moves *= 1 - found_inf
         for parameter, lr, move, t in zip(parameters, lrs, moves, tall, strict=True):
             rows, columns = (move.mT if t else move).shape
-            step = (move.mT if t else move).reshape(parameter.shape)
-            parameter.add_(step, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+            step = part_like((move.mT if t else move).reshape(parameter.shape), parameter)
+            local(parameter).add_(step, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         """Of the gradient, in the parameter's shape."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from smca.gpu.config import OptimConfig
 from smca.gpu.model import SMCADETR
 from smca.gpu.training.muon import Muon, fast_dtype, matrices_of
+from smca.gpu.training.sharding import local
 
 DECAY_SHARE = 0.2
 """Of all steps: over the last ones, schedule="wsd" falls to 0."""
@@ -88,7 +89,8 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, base_lrs: list[float], 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average ← decay·average + (1 − decay)·model; whole numbers (batch counters) are copied."""
-    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+    states = average.state_dict().values(), model.state_dict().values()
+    pairs = [(local(a), local(m)) for a, m in zip(*states, strict=True)]  # alike on every process
     floats: list[tuple[Tensor, Tensor]] = []
     others: list[tuple[Tensor, Tensor]] = []
     for pair in pairs:

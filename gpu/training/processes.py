@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 from smca.datasets.settings import shown
 from smca.gpu.training.setup import Run
 
+Value = TypeVar("Value")
 ALL_COME = timedelta(minutes=5)
 """How long processes wait for each other at the start."""
 
@@ -97,7 +98,7 @@ def share_buffers(run: Run) -> None:
                 distributed.broadcast(buffer, 0)
 
 
-def as_the_first_says(value: bool, run: Run) -> bool:
+def as_the_first_says(value: Value, run: Run) -> Value:
     """The first process's `value`, on all."""
     answer = [value]
     if run.world > 1:

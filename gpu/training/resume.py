@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from smca.datasets.settings import shown
 from smca.gpu.config import RunConfig
@@ -20,15 +23,33 @@ from smca.gpu.files import (
     MODEL_FOLDER,
     PREVIOUS_FILE,
     WEIGHTS_FILE,
+    load_checkpoint,
     load_latest_checkpoint,
+    save_checkpoint,
+    with_shards,
+)
+from smca.gpu.shards import (
+    SHARDS_FOLDERS,
+    described,
+    free_folder,
+    places_in,
+    put_back,
+    read_shards,
+    remove_others,
+    sync_folder,
+    take_sharded,
+    write_shards,
 )
 from smca.gpu.training.log import METRICS_FILE
+from smca.gpu.training.processes import as_the_first_says
 from smca.gpu.training.setup import Run
+from smca.gpu.training.sharding import sharded_like
 from smca.gpu.training.trackers import TRACKERS_FILE
 
 _CHECKPOINTS = (CHECKPOINT_FILE, PREVIOUS_FILE)
 _WRITTEN = (
     *_CHECKPOINTS,
+    *(f"{folder}/*.safetensors" for folder in SHARDS_FOLDERS),
     METRICS_FILE,
     "curves.png",
     "predictions.png",
@@ -59,6 +80,7 @@ _FREE = {
     "device",
     "attention",
     "gradient_checkpointing",
+    "fsdp",
     "compile",
     "dry_run",
     "fast_dev_run",
@@ -121,8 +143,44 @@ def clear(output: Path) -> None:
             folder.rmdir()
 
 
-def checkpoint_of(run: Run) -> dict[str, Any]:
-    """What ``resume`` needs to go on from here."""
+def save(run: Run) -> None:
+    """Write a checkpoint. Every process must ask; the first one writes it, of a model that is divided each writes its own part."""
+    path = run.config.output / CHECKPOINT_FILE
+    if not run.config.fsdp:
+        if run.rank == 0:
+            save_checkpoint(path, {**_facts_of(run), **_tensors_of(run)})
+        return
+    state = _tensors_of(run)
+    shards = take_sharded(state)
+    folder = path.parent / as_the_first_says(free_folder(path.parent, _shards_of(path)) if run.rank == 0 else "", run)
+    write_shards(folder, shards)
+    if run.rank == 0:
+        sync_folder(folder)
+        save_checkpoint(path, {**_facts_of(run), **state, "shards": described(folder)})
+        remove_others(path.parent, _shards_of(path))
+
+
+def _shards_of(path: Path) -> set[str]:
+    """The folders that the checkpoint at `path` and the one before it have their shards in."""
+    folders = set()
+    for file in (path, path.with_name(PREVIOUS_FILE)):
+        with contextlib.suppress(ValueError):  # one that is not there, or damaged
+            folders.add(load_checkpoint(file).get("shards", {}).get("folder"))
+    return folders - {None}
+
+
+def _tensors_of(run: Run) -> dict[str, Any]:
+    optimizer = run.optimizer.state_dict()
+    optimizer["state"] = {number: dict(values) for number, values in optimizer["state"].items()}  # not the ones in use
+    return {
+        "model": run.model.state_dict(),
+        "average": run.average.state_dict() if run.average is not None else None,
+        "optimizer": optimizer,
+    }
+
+
+def _facts_of(run: Run) -> dict[str, Any]:
+    """What ``resume`` needs to go on from here, beside ``_tensors_of``."""
     config = dataclasses.replace(run.config.model, backbone=run.model.backbone.resolved(run.config.model.backbone))
     return {
         "config": run.config.model.to_json(),
@@ -130,9 +188,6 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
         "settings": settings_of(run.config),
         "job": os.environ.get("TORCHELASTIC_RUN_ID"),
         "data": run.fingerprints,
-        "model": run.model.state_dict(),
-        "average": run.average.state_dict() if run.average is not None else None,
-        "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "skipped": (run.check.skipped, run.check.skipped_in_a_row),
         "step": run.step,
@@ -182,6 +237,7 @@ def resume(run: Run) -> None:
         )
     groups = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     try:
+        state = _divided(state, run) if run.config.fsdp else with_shards(state, path)
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         if state.get("scaler"):  # there is none but of float16
@@ -201,6 +257,31 @@ def resume(run: Run) -> None:
         _recount(run, state["settings"]["batch_size"])
     run.data_seconds = state.get("data_seconds", 0.0)
     run.loss, run.images_per_second = state.get("loss", float("nan")), state.get("images_per_second", 0.0)
+
+
+def _divided(state: dict[str, Any], run: Run) -> dict[str, Any]:
+    """A checkpoint whose tensors are divided as the run's are, whatever they were when it was written; `state` itself, in place."""
+    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    own = {f"model/{name}": value for name, value in run.model.state_dict().items()}
+    own |= (
+        {f"average/{name}": value for name, value in run.average.state_dict().items()}
+        if run.average is not None
+        else {}
+    )
+
+    def like(name: str) -> Tensor:
+        place, *key = name.split("/")
+        return parameters[int(key[0])] if place == "optimizer" else own[name]
+
+    if "shards" in state:
+        put_back(state, read_shards(run.config.output / state.pop("shards")["folder"], like))
+        return state
+    for place, values in places_in(state):
+        for name, value in values.items():
+            of_run = like(f"{place}/{name}")
+            if value.shape == of_run.shape:  # not the optimiser's count of steps
+                values[name] = sharded_like(value, of_run)
+    return state
 
 
 def _recount(run: Run, batch_size: int) -> None:

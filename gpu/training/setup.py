@@ -33,6 +33,7 @@ from smca.gpu.training.bad_step import Origin
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.optimizer import make_optimizer
 from smca.gpu.training.order import GlobalBatches
+from smca.gpu.training.sharding import shard
 
 Criterion = Callable[[dict[str, Tensor], Targets], Mapping[str, Tensor]]
 """(outputs, targets) → terms of the loss, scalars by name; "loss" is what is minimised. ``SetCriterion``, or one of your own."""
@@ -180,6 +181,10 @@ def set_up(
             f"precision fp16 needs an optimiser that can leave out a step, which there is on cuda and cpu, not on {device.type}: "
             "take --precision bf16 or fp32"
         )
+    if config.fsdp and world == 1:
+        raise ValueError(
+            "fsdp: expected several processes to divide the model over, got one: start them with torchrun, or leave it out"
+        )
     _seed(config.seed)
     # A narrow Gaussian leaves attention weights too small for the usual format, with which a CPU computes far more slowly.
     torch.set_flush_denormal(True)
@@ -203,7 +208,8 @@ def set_up(
 
     # Model, loss, optimiser.
     model = SMCADETR(config.model, attention_backend=config.attention).to(device)
-    model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not config.fsdp:  # which divides no weights in another order than the usual one
+        model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
     own_criterion = criterion is not None
     if criterion is None:
@@ -221,11 +227,15 @@ def set_up(
         model.compile()
         if isinstance(criterion, nn.Module):
             criterion.compile()
+    if config.fsdp:
+        for module in (model, average):
+            if module is not None:
+                shard(module, device, world)
     optimizer = make_optimizer(model, config.optim, device)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     # After the optimiser, which may freeze the backbone: only what is trained is synchronised.
     parallel: nn.Module = model
-    if world > 1:
+    if world > 1 and not config.fsdp:
         # A loss of one's own may leave outputs unused, and with them parameters.
         devices = [device] if device.type == "cuda" else None
         parallel = DistributedDataParallel(model, devices, find_unused_parameters=own_criterion)
