@@ -40,12 +40,14 @@ class Loader(DataLoader[Any]):
                     batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader"):  # one of the data's own
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                said = str(error).strip()
+                if self.num_workers and not (isinstance(error, RuntimeError) or said.startswith("Caught")):
+                    # It died while it sent a batch, and was not yet known to be dead.
+                    said = f"DataLoader worker ended while it sent a batch ({said or type(error).__name__})"
+                if not said.startswith("DataLoader"):  # one of the data's own
                     raise
-                raise ValueError(
-                    f"no batch of images came: {str(error).strip()}. {_advice(self.num_workers)}"
-                ) from error
+                raise ValueError(f"no batch of images came: {said}. {_advice(self.num_workers)}") from error
             yield batch
 
 

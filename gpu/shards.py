@@ -13,14 +13,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from smca.gpu.config_json import cut
@@ -34,13 +37,13 @@ def places_in(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "model", state["model"]
     if state["average"] is not None:
         yield "average", state["average"]
-    for number, values in state["optimizer"]["state"].items():
+    for number, values in state["optimizer"].get("state", {}).items():
         yield f"optimizer/{number}", values
 
 
 def take_sharded(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """What processes have parts of, by place and name, taken out of `state`, in place."""
-    taken = {}
+    taken: dict[str, Tensor] = {}
     for place, values in places_in(state):
         names = [name for name, value in values.items() if isinstance(value, DTensor)]
         taken |= {f"{place}/{name}": values.pop(name) for name in names}
@@ -73,9 +76,9 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: one of them could not write; says which, and why.
     """
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(dict(tensors), storage_writer=writer)
+        state_dict_saver.save(dict(tensors), storage_writer=writer)
     except CheckpointException as error:
         raise OSError(f"{folder} could not be written: {_reasons(error)}") from error
 
@@ -119,14 +122,17 @@ def read_shards(folder: Path, like: Callable[[str], Tensor] | None = None) -> di
     Raises:
         ValueError: files that are damaged, or of other tensors than `like` knows; says which.
     """
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     try:
         found = reader.read_metadata().state_dict_metadata
         if like is None:
-            tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in found.items()}
+            entries = {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+            tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
         else:
             tensors = {name: torch.zeros_like(like(name)) for name in found}
-        dcp.load(tensors, storage_reader=reader, no_dist=like is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # where it is not needed
+            state_dict_loader.load(tensors, storage_reader=reader, no_dist=like is None)
     except (CheckpointException, Exception) as error:
         raise ValueError(
             f"{folder} is damaged or belongs to another model: {_reasons(error)}; take another copy"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from smca.datasets.settings import shown
@@ -240,6 +241,7 @@ def resume(run: Run) -> None:
         state = _divided(state, run) if run.config.fsdp else with_shards(state, path)
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
+        _lay_out_as_parameters(run.optimizer)
         if state.get("scaler"):  # there is none but of float16
             run.scaler.load_state_dict(state["scaler"])
         run.check.skipped, run.check.skipped_in_a_row = state.get("skipped", (0, 0))
@@ -259,9 +261,17 @@ def resume(run: Run) -> None:
     run.loss, run.images_per_second = state.get("loss", float("nan")), state.get("images_per_second", 0.0)
 
 
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give state of a parameter's shape its order in memory too: a fused optimiser goes through both number by number."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter).copy_(value)
+
+
 def _divided(state: dict[str, Any], run: Run) -> dict[str, Any]:
     """A checkpoint whose tensors are divided as the run's are, whatever they were when it was written; `state` itself, in place."""
-    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    parameters: list[Tensor] = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     own = {f"model/{name}": value for name, value in run.model.state_dict().items()}
     own |= (
         {f"average/{name}": value for name, value in run.average.state_dict().items()}

@@ -1,8 +1,8 @@
 """A model divided over processes (FSDP2): each keeps a part of every parameter, its gradient and the optimiser's state of it.
 
 The parameters of a layer of backbone or encoder are put together from all processes for its forward pass and again for its backward
-pass, those of the decoder and the heads for a whole step. Such a parameter is a ``DTensor``, divided along its first axis. Everything
-here also takes what is not divided, and leaves it as it is.
+pass, those of the decoder and the heads for a whole step. Such a parameter is a ``DTensor``, divided along its first axis. All
+functions here also take what is not divided, and leave it as it is.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor`, which every process has the whole of, divided as `like` is. Every process must ask."""
     if not isinstance(like, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return distribute_tensor(tensor.to(like.device).contiguous(), like.device_mesh, like.placements)
 
 
 def whole_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

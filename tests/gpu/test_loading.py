@@ -29,6 +29,8 @@ class Numbers(torch.utils.data.Dataset[int]):
                 time.sleep(60)
             elif self.what == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif self.what == "ask":
+                raise ConnectionError("a number that is elsewhere")
             else:
                 raise RuntimeError("a number that cannot be read")
         return index
@@ -58,11 +60,27 @@ def test_a_process_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_process_that_is_killed_is_named() -> None:
-    with pytest.raises(ValueError, match=r"no batch of images came: DataLoader worker \(pid.* --shm-size"):
+    with pytest.raises(ValueError, match=r"no batch of images came: DataLoader worker (\(pid|ended).* --shm-size"):
         read("die")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=repr)
+def test_a_process_that_is_killed_while_it_sends_is_named_too(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def next_data(_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", next_data)
+    with pytest.raises(
+        ValueError, match=r"no batch of images came: DataLoader worker ended while it sent a batch \(.+\)\. 2 processes"
+    ):
+        read("")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_the_data_stays_what_it_is(workers: int) -> None:
     with pytest.raises(RuntimeError, match="a number that cannot be read"):
         read("raise", workers)
+    with pytest.raises(ConnectionError, match="a number that is elsewhere"):
+        read("ask", workers)

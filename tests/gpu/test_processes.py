@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
 from smca.datasets import SyntheticShapes
@@ -99,6 +102,75 @@ def test_several_processes_in_parts_take_the_step_of_one(tmp_path: Path) -> None
     train.train(train.parse([*OPTIONS, *more, "--output", str(tmp_path / "one")]))
     (parts,), (one,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("parts", "one"))
     assert parts["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+EXACT = ["--optim.optimizer", "adamw", "--model.backbone.frozen-norm", "--optim.schedule", "step"]
+"""With which rounding does not grow, and a run may be made longer."""
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs on one process."""
+    folder = tmp_path_factory.mktemp("short")
+    train.train(train.parse([*OPTIONS, *EXACT, "--epochs", "2", "--output", str(folder)]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def longer(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, and an epoch more."""
+    folder = shutil.copytree(short, tmp_path_factory.mktemp("longer") / "run")
+    train.train(train.parse([*OPTIONS, *EXACT, "--epochs", "3", "--resume", "--output", str(folder)]))
+    return Path(folder)
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    """The same curve, and the same last model."""
+    curves = [[line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (one, other)]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    weights = [load_file(folder / "model_last/model.safetensors") for folder in (one, other)]
+    for name, value in weights[0].items():
+        # Where a gradient is next to nothing, rounding decides what Adam makes of it, in a few numbers of many.
+        assert (value - weights[1][name]).abs().float().mean() < 2e-6, name
+
+
+def test_a_divided_model_takes_the_steps_of_a_whole_one(short: Path, longer: Path, tmp_path: Path) -> None:
+    """Of its two epochs on several processes a checkpoint is left that one process goes on from, and that serves as a model."""
+    run = tmp_path / "run"
+    torchrun(run, *EXACT, "--epochs", "2", "--fsdp")
+    assert_alike(run, short)
+    shards = list(run.glob("checkpoint.shards.*/*.safetensors"))
+    assert len(shards) == 2 * int(PROCESSES)  # of two checkpoints
+    size = (short / "checkpoint.pt").stat().st_size
+    assert all(0.9 * size < int(PROCESSES) * shard.stat().st_size < 1.1 * size for shard in shards)
+    assert (run / "checkpoint.pt").stat().st_size < size / 10
+    last = load_file(run / "model_last/model.safetensors")
+    assert all(
+        torch.equal(value, last[name])
+        for name, value in SMCADETR.from_pretrained(run / "checkpoint.pt").state_dict().items()
+    )
+    train.train(train.parse([*OPTIONS, *EXACT, "--epochs", "3", "--resume", "--output", str(run)]))
+    assert_alike(run, longer)
+
+
+@pytest.mark.skipif(PROCESSES == "2", reason="one more start of torchrun: nightly, with SMCA_PROCESSES=4")
+def test_a_whole_model_is_divided_in_the_middle_of_its_training(short: Path, longer: Path, tmp_path: Path) -> None:
+    shutil.copytree(short, tmp_path / "run")
+    torchrun(tmp_path / "run", *EXACT, "--epochs", "3", "--fsdp", "--resume")
+    assert_alike(tmp_path / "run", longer)
+
+
+def test_a_model_is_divided_among_several_or_not_at_all(tmp_path: Path) -> None:
+    config = train.parse([*OPTIONS, "--fsdp", "--output", str(tmp_path / "run")])
+    with pytest.raises(
+        ValueError, match=r"fsdp: expected several processes to divide the model over, got one: start them with"
+    ):
+        train.train(config)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"compile must be not given together with fsdp"):
+        dataclasses.replace(config, compile=True)
+    with pytest.raises(ValueError, match=r"precision must be bf16 or fp32 with fsdp, .* got 'fp16'"):
+        dataclasses.replace(config, precision="fp16")
 
 
 def test_a_process_that_dies_is_started_again_and_nothing_is_lost(many: Path, tmp_path: Path) -> None:
