@@ -2,7 +2,8 @@
 
 A line is a JSON list [output folder, number of loader workers, how the child ends]. The end is a number of seconds after which it
 is killed, or [name, n]: it kills itself where it calls `name` of MOMENTS for the n-th time; or null. Answers each with a line:
-the child's exit status, below 0 for the signal that ended it, and the seconds that it took.
+the child's exit status, below 0 for the signal that ended it, and the seconds that it took. A file beside the output folder, of its
+name and ".steps", has a byte for each step that was taken in it.
 """
 
 from __future__ import annotations
@@ -62,9 +63,21 @@ def killed_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
+def counting(steps: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of which each call adds a byte to the file `steps`."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        os.write(steps, b".")
+        return function(*args, **kwargs)
+
+    return counted
+
+
 def child(output: str, workers: int, end: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
+    steps = os.open(f"{output}.steps", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    train.update_average = counting(steps, train.update_average)
     if isinstance(end, list):
         owner, name = MOMENTS[end[0]]
         setattr(owner, name, killed_at(end[1], getattr(owner, name)))

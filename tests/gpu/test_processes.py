@@ -28,6 +28,8 @@ from smca.gpu.training.stop import StoppedError
 
 PROCESSES = os.environ.get("SMCA_PROCESSES", "2")
 """The nightly profile has 4."""
+STARTS = int(os.environ.get("SMCA_STARTS", "0"))
+"""Of a job that must not hang; the nightly profile has 20."""
 
 
 OPTIONS = [
@@ -105,7 +107,8 @@ def test_several_processes_in_parts_take_the_step_of_one(tmp_path: Path) -> None
 
 
 EXACT = ["--optim.optimizer", "adamw", "--model.backbone.frozen-norm", "--optim.schedule", "step"]
-"""With which rounding does not grow, and a run may be made longer."""
+EXACT += ["--synthetic.val-images", "1"]
+"""With which rounding does not grow, a run may be made longer, and an evaluation has fewer images than there are processes."""
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,9 @@ def longer(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_alike(one: Path, other: Path) -> None:
-    """The same curve, and the same last model."""
+    """The same curve, the same detections, and the same last model."""
+    aps = [[line["ap"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (one, other)]
+    assert aps[0] == pytest.approx(aps[1], abs=1e-3)
     curves = [[line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (one, other)]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     weights = [load_file(folder / "model_last/model.safetensors") for folder in (one, other)]
@@ -214,6 +219,23 @@ train.main()
     torchrun(tmp_path / "run", "--max-minutes", "60", script=script)
     lines = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [(line["step"], line.get("extra", False)) for line in lines] == [(2, False), (3, True)]
+
+
+@pytest.mark.parametrize("start", range(STARTS))
+def test_a_start_does_not_hang(start: int, tmp_path: Path) -> None:
+    """Nor an end, whichever process comes last."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import os, time
+from smca.gpu import train
+
+time.sleep(({start} % 5) / 4 if os.environ["RANK"] == "{start % 2}" else 0)
+train.draw_run = lambda *_: None
+train.main()
+"""
+    )
+    torchrun(tmp_path / "run", "--max-steps", "1", "--synthetic.val-images", "1", script=script)
 
 
 def test_a_process_that_another_one_leaves_alone_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_never_was(
 ) -> None:
     expected, seconds = whole
     rng = random.Random(workers)
-    kills = finished = 0
+    kills = finished = taken = 0
     while kills < KILLS or not finished:
         folder = tmp_path / str(finished)
         while kills < KILLS:
@@ -131,6 +131,10 @@ def test_a_run_killed_at_random_moments_is_the_run_that_never_was(
         assert status == 0
         require_same(contents(folder), expected)
         finished += 1
+        taken += folder.with_name(f"{folder.name}.steps").stat().st_size
+    lost = taken - finished * expected["checkpoint/step"]
+    print(f"{kills} kills in {finished} runs, {workers} workers: {lost} steps taken twice")
+    assert lost <= kills  # a checkpoint follows each step
 
 
 @pytest.mark.parametrize(
