@@ -3,9 +3,9 @@
     python docs/processes.py                    a table, in about six minutes on two cores
     python docs/processes.py --optimizer muon   with the optimiser of the presets demo and small
 
-Trains one small model on the built-in data, 40 steps of four images, in each of the ways of ROWS, and compares it with one process that
-takes all images at once: the mean loss of each of four epochs, and every weight at the end. Batch norms are fixed and nothing is
-dropped out, since norms that learn see the images of a part, and each process drops out other numbers.
+Trains one small model on the built-in data, 40 steps of four images, in each of the ways of ROWS, and compares it with one process
+that takes all images at once: the mean loss of each of four epochs, and every weight at the end. Batch norms are fixed and nothing
+is dropped out, since norms that learn see the images of a part, and each process drops out other numbers.
 """
 
 from __future__ import annotations
