@@ -28,6 +28,7 @@ from smca.gpu.training.stop import StoppedError
 
 PROCESSES = os.environ.get("SMCA_PROCESSES", "2")
 """The nightly profile has 4."""
+NIGHTLY = pytest.mark.skipif(PROCESSES == "2", reason="one more start of torchrun: nightly, with SMCA_PROCESSES=4")
 STARTS = int(os.environ.get("SMCA_STARTS", "0"))
 """Of a job that must not hang; the nightly profile has 20."""
 
@@ -158,7 +159,7 @@ def test_a_divided_model_takes_the_steps_of_a_whole_one(short: Path, longer: Pat
     assert_alike(run, longer)
 
 
-@pytest.mark.skipif(PROCESSES == "2", reason="one more start of torchrun: nightly, with SMCA_PROCESSES=4")
+@NIGHTLY
 def test_a_whole_model_is_divided_in_the_middle_of_its_training(short: Path, longer: Path, tmp_path: Path) -> None:
     shutil.copytree(short, tmp_path / "run")
     torchrun(tmp_path / "run", *EXACT, "--epochs", "3", "--fsdp", "--resume")
@@ -178,8 +179,14 @@ def test_a_model_is_divided_among_several_or_not_at_all(tmp_path: Path) -> None:
         dataclasses.replace(config, precision="fp16")
 
 
-def test_a_process_that_dies_is_started_again_and_nothing_is_lost(many: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], pytest.param(["--fsdp"], marks=NIGHTLY)], ids=["whole", "divided"])
+def test_a_process_that_dies_is_started_again_and_nothing_is_lost(
+    options: list[str], many: Path, tmp_path: Path
+) -> None:
     """By torchrun, with all the others; as long as it dies once."""
+    if options:
+        many = tmp_path / "many"
+        torchrun(many, *options)
     script = tmp_path / "train.py"
     script.write_text(
         """
@@ -195,14 +202,14 @@ train.seed_step = seed_step
 train.main()
 """
     )
-    torchrun(tmp_path / "run", "--overwrite", script=script, restarts=1)
+    torchrun(tmp_path / "run", "--overwrite", *options, script=script, restarts=1)
     lines = [read_metrics(folder / "metrics.jsonl") for folder in (many, tmp_path / "run")]
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
     weights = [(folder / "model_last/model.safetensors").read_bytes() for folder in (many, tmp_path / "run")]
     assert weights[0] == weights[1]
 
 
-@pytest.mark.skipif(PROCESSES == "2", reason="one more start of torchrun: nightly, with SMCA_PROCESSES=4")
+@NIGHTLY
 def test_processes_agree_that_the_time_is_over(tmp_path: Path) -> None:
     """Whatever the clock of each says: the first one's holds."""
     script = tmp_path / "train.py"
