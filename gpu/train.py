@@ -246,7 +246,10 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
         terms: dict[str, Tensor] = {}
         for number, (host_batch, batch) in enumerate(zip(parts, batches, strict=True)):
             with adding_up(run.parallel, now=number + 1 == len(parts)):
-                with torch.autocast(run.device.type, run.half, enabled=run.half is not None):
+                # Of a divided model no copies of the weights are to stay in memory for the length of a step.
+                with torch.autocast(
+                    run.device.type, run.half, enabled=run.half is not None, cache_enabled=not config.fsdp
+                ):
                     outputs = run.parallel(
                         batch.images.contiguous(memory_format=torch.channels_last),
                         batch.padding_mask if host_batch.padding_mask.any() else None,

@@ -150,6 +150,8 @@ def save(run: Run) -> None:
     if not run.config.fsdp:
         if run.rank == 0:
             save_checkpoint(path, {**_facts_of(run), **_tensors_of(run)})
+            if any((path.parent / name).exists() for name in SHARDS_FOLDERS):  # of the run before it was resumed
+                remove_others(path.parent, _shards_of(path))
         return
     state = _tensors_of(run)
     shards = take_sharded(state)

@@ -157,6 +157,7 @@ def test_a_divided_model_takes_the_steps_of_a_whole_one(short: Path, longer: Pat
     )
     train.train(train.parse([*OPTIONS, *EXACT, "--epochs", "3", "--resume", "--output", str(run)]))
     assert_alike(run, longer)
+    assert len(list(run.glob("checkpoint.shards.*"))) == 1  # that of the checkpoint before
 
 
 @NIGHTLY
