@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +18,7 @@ from PIL import Image
 from smca.datasets import Augmentation, Augmented, CocoDetection, Sample, collate
 from smca.datasets.batch import UInt8Array
 from smca.gpu.benchmark.cases import Case
-from smca.gpu.benchmark.measure import memory_mib, peak_mib
+from smca.gpu.benchmark.measure import memory_mib, peak_mib, private_mib
 from smca.gpu.config import ModelConfig
 from smca.gpu.loading import Loader
 
@@ -221,7 +220,7 @@ def _workers(images_dir: Path, annotations_file: Path) -> dict[str, float]:
 
 
 class _Touched(torch.utils.data.Dataset[float]):
-    """Reads images of `data`, if any, and gives the private memory of the process that does."""
+    """Reads images of `data`, if any, and gives what the process that does has for itself (``private_mib``)."""
 
     def __init__(self, data: CocoDetection | None, order: list[int]) -> None:
         self.data, self.order = data, order
@@ -233,10 +232,4 @@ class _Touched(torch.utils.data.Dataset[float]):
         if self.data is not None:
             sample: Sample = self.data[self.order[index]]
             assert len(sample.boxes_xyxy) == BOXES
-        return _private_mib() if index + 1 == len(self.order) else 0.0
-
-
-def _private_mib() -> float:
-    """What this process has for itself, files that are mapped apart: those are dropped when memory is short."""
-    rollup = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8")
-    return sum(int(kb) for kb in re.findall(r"^Private_Dirty:\s*(\d+) kB", rollup, re.MULTILINE)) / 2**10
+        return private_mib() if index + 1 == len(self.order) else 0.0

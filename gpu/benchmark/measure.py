@@ -149,6 +149,28 @@ def memory_mib(field: str) -> float | None:
     return int(found[1]) / 2**10 if found else None
 
 
+def private_mib() -> float:
+    """The memory that this process has for itself, on Linux.
+
+    Not counted is what it shares with the process that it was forked from, and the pages of a mapped file, which other processes
+    share and which are dropped when memory is short, unless it has written numbers of its own into them.
+    """
+    total = private = 0
+    of_file = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        name, *values = line.split()
+        if not name.endswith(
+            ":"
+        ):  # the next mapping: addresses, rights, offset, device, inode, and the path if it has one
+            of_file = len(values) > 4 and values[4].startswith("/")
+            private = 0
+        elif name in ("Private_Clean:", "Private_Dirty:"):
+            private += int(values[0])
+        elif name == "Anonymous:":
+            total += min(private, int(values[0])) if of_file else private
+    return total / 2**10
+
+
 def peak_mib() -> float:
     """The most memory that this process has held."""
     if (held := memory_mib("VmHWM")) is not None:

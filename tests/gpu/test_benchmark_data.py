@@ -1,17 +1,20 @@
 """What the benchmark says of the data: both sides load the same pictures, and an index is opened as often as is said."""
 
+import multiprocessing
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from smca.datasets import coco_index
 from smca.gpu.benchmark import command, data
 from smca.gpu.benchmark.data import bottleneck, loading_case, make_photographs, measure_index
+from smca.gpu.benchmark.measure import private_mib
 
 
 @pytest.mark.parametrize("short_side", [240, 192])
@@ -37,6 +40,27 @@ def test_both_ways_load_the_same_pictures(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_it_says_what_holds_training_up(loaded: float, taken: float, verdict: str) -> None:
     assert re.search(verdict, bottleneck((loaded, taken), "smca_r50", 8))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says which memory is a process's own")
+def test_memory_of_its_own_is_not_what_others_share(tmp_path: Path) -> None:
+    """Neither a mapped file's pages, read or written, nor, in a forked process, what was there before."""
+    file, mib = tmp_path / "mapped", 2**20
+    file.write_bytes(bytes(40 * mib))
+    before = private_mib()
+    shared = np.memmap(file, dtype=np.uint8, mode="r+")
+    shared[: 20 * mib] = 1  # on their way to the file
+    assert int(shared.sum()) == 20 * mib
+    assert private_mib() - before < 5
+    changed = np.memmap(file, dtype=np.uint8, mode="c")
+    changed[: 10 * mib] = 2
+    assert 9 < private_mib() - before < 15
+    own = np.ones(50 * mib, dtype=np.uint8)
+    together = private_mib()
+    assert 59 < together - before < 65
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(private_mib) < together - 45
+    del own
 
 
 def test_the_index_is_made_once_and_found_then(
