@@ -1,6 +1,5 @@
 """The index of a large annotation file: what is kept, when it is made anew, and who shares it."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -14,13 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import coco_folder
 from smca.datasets import AnnotationOptions, CocoDetection, coco, coco_index
 from smca.datasets.coco_index import Texts
 from smca.datasets.table import table_of
-
-SPEC: Any = importlib.util.spec_from_file_location("coco_folder", Path(__file__).with_name("coco_folder.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
 
 
 @pytest.fixture
@@ -43,7 +39,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> tuple[Path, Path]:
-    written: tuple[Path, Path] = shared.write(tmp_path / "data", shared.content())
+    written: tuple[Path, Path] = coco_folder.write(tmp_path / "data", coco_folder.content())
     return written
 
 
@@ -84,13 +80,13 @@ def test_a_later_start_finds_what_the_first_has_made(
 
 
 def test_texts_and_ids_that_are_no_numbers(made: list[str], tmp_path: Path) -> None:
-    data = shared.content()
+    data = coco_folder.content()
     for entry, name in zip(data["images"], ("ä", 2.0, "3"), strict=True):
         for annotation in data["annotations"]:
             if annotation["image_id"] == entry["id"]:
                 annotation["image_id"] = name
         entry["id"] = name
-    paths = shared.write(tmp_path / "data", data)
+    paths = coco_folder.write(tmp_path / "data", data)
     first, second = everything(CocoDetection(*paths)), everything(CocoDetection(*paths))
     assert (first, len(made)) == (second, 1)
     assert {annotation["image_id"] for annotation in first[-1]} == {"ä", 2.0}
@@ -118,7 +114,7 @@ def add_picture(paths: tuple[Path, Path]) -> None:
 
 def rename_picture(paths: tuple[Path, Path]) -> None:
     (paths[0] / "a.png").rename(paths[0] / "z.png")
-    shared.write(paths[0].parent, json.loads(paths[1].read_text()))
+    coco_folder.write(paths[0].parent, json.loads(paths[1].read_text()))
 
 
 def damage(name: str, change: Callable[[bytes], bytes]) -> Callable[[tuple[Path, Path]], None]:

@@ -8,7 +8,6 @@ the child's exit status, below 0 for the signal that ended it, and the seconds t
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -22,10 +21,7 @@ import torch
 
 from smca.gpu import train
 from smca.gpu.training.log import RunLog
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
+from tiny_run import tiny
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "between the optimiser and the average": (train, "update_average"),
@@ -39,7 +35,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 
 def config_of(output: str, workers: int) -> Any:
     """Three epochs of six steps, with all that draws random numbers or has a state of its own; a checkpoint after every step."""
-    run = shared.tiny(Path(output), epochs=3, workers=workers, batch_size=2, checkpoint_every=0.0, restartable=True)
+    run = tiny(Path(output), epochs=3, workers=workers, batch_size=2, checkpoint_every=0.0, restartable=True)
     return dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, dropout=0.1),

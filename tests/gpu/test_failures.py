@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.util
 import os
 import resource
 import shutil
@@ -24,11 +23,9 @@ from smca.gpu.files import load_checkpoint
 from smca.gpu.training import lock
 from smca.gpu.training.lock import LOCK_FILE, only_run_in
 from smca.gpu.training.log import RunLog, read_metrics
+from tiny_run import tiny
 
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def require_same_run(got: Path, expected: Path) -> None:
@@ -42,14 +39,6 @@ def require_same_run(got: Path, expected: Path) -> None:
         for folder in (got, expected)
     ]
     assert lines[0] == lines[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_pictures() -> Iterator[None]:
-    """They take longer than these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_run", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,7 @@ from smca.gpu import train
 from smca.gpu.presets import PRESETS
 from smca.gpu.training import batch_size, fast_run
 from smca.gpu.training.log import read_metrics
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
+from tiny_run import tiny
 
 
 def contents(folder: Path) -> dict[str, bytes]:

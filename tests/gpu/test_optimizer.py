@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from dataclasses import replace
@@ -19,12 +18,7 @@ from smca.gpu.files import load_checkpoint, save_checkpoint
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS, tiny_resnet
 from smca.gpu.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates, update_average
-
-# tests/ is no package, so what several files share is loaded by its path.
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
+from tiny_run import tiny
 
 
 def model_of(**changes: Any) -> SMCADETR:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import runpy
 import subprocess
@@ -26,12 +25,7 @@ from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.log import read_metrics
-
-# tests/ is no package, so what several files share is loaded by its path.
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
+from tiny_run import tiny
 
 
 def weights_of(model_dir: Path) -> dict[str, torch.Tensor]:
