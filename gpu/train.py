@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from smca.datasets import Batch, DetectionDataset
 from smca.gpu.config import RunConfig
@@ -47,7 +47,7 @@ from smca.gpu.training.determinism import deterministic
 from smca.gpu.training.fast_run import prepare, report, shortened
 from smca.gpu.training.lock import only_run_in
 from smca.gpu.training.log import RunLog
-from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
+from smca.gpu.training.optimizer import clip_gradient, learning_rate_factor, set_learning_rates, update_average
 from smca.gpu.training.order import seed_step
 from smca.gpu.training.processes import (
     as_the_first_says,
@@ -261,7 +261,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
                 scaler.scale(added["loss"]).backward()  # type: ignore[no-untyped-call]
             terms = {name: terms[name] + value.detach() if terms else value.detach() for name, value in added.items()}
         scaler.unscale_(optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_norm))
+        norm = whole(clip_gradient(run.model.parameters(), config.optim.clip_norm))
         check.record(terms, norm, step, optimizer)
         optimizer.step()
         scaler.update()

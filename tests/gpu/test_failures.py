@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 from smca.datasets import CocoDetection, SyntheticShapes
 from smca.gpu import train
 from smca.gpu.files import load_checkpoint
+from smca.gpu.loss import NonFiniteError
 from smca.gpu.training import lock
 from smca.gpu.training.lock import LOCK_FILE, only_run_in
 from smca.gpu.training.log import RunLog, read_metrics
+from smca.gpu.training.setup import set_up
 from tiny_run import tiny
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -270,3 +272,26 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: p
     message = "without locks .No locks available.: take care that no other run"
     with pytest.warns(UserWarning, match=message), only_run_in(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize("names", [("decoder.layers.1.linear2.bias",), ("backbone.", "decoder.layers.1.linear2.bias")])
+def test_a_gradient_that_is_not_finite_is_named_though_all_are_clipped(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the first and the last of those that were so when the backward pass ended."""
+    spoilt: list[str] = []
+
+    def spoiling(*arguments: Any) -> Any:
+        run = set_up(*arguments)
+        for name, parameter in run.model.named_parameters():
+            if name.startswith(names):
+                spoilt.append(name)
+                parameter.register_hook(lambda gradient: gradient * (torch.nan if run.step == 1 else 1))
+        return run
+
+    monkeypatch.setattr(train, "set_up", spoiling)
+    with pytest.raises(NonFiniteError) as caught:
+        train.train(tiny(tmp_path))
+    others = f" (nor are those of {len(spoilt) - 1} more; the last is {spoilt[-1]})" if len(spoilt) > 1 else ""
+    assert f"the gradient of {spoilt[0]} is not finite{others}, though the loss is. Image" in str(caught.value)
+    assert (len(spoilt) > 1) == (len(names) > 1)
