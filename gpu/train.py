@@ -139,7 +139,7 @@ def train(
             if rank == 0:
                 best = SMCADETR.from_pretrained(config.output / MODEL_FOLDER).to(run.device)
                 draw_run(best, run.val_data, log.metrics, config.output)
-                log.say(report(run, whole, notes) if config.fast_dev_run else _closing_message(run.config, log.metrics))
+                log.say(report(run, whole, notes) if config.fast_dev_run else _closing_message(run, log.metrics))
         del run.parallel  # it holds the process group, which ends next
         return config.output / MODEL_FOLDER
 
@@ -392,8 +392,9 @@ def _announce(run: Run, log: RunLog) -> None:
         log.say(f"warning: {warning}")
 
 
-def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
-    last, best = metrics[-1], _best(metrics, config.best_by)
+def _closing_message(run: Run, metrics: list[dict[str, Any]]) -> str:
+    config, last, best = run.config, metrics[-1], _best(metrics, run.config.best_by)
+    ended = "done" if run.step >= run.total_steps else f"ended after {run.step:,} of {run.total_steps:,} steps"
     ap, ap50 = ("–" if last[k] is None else f"{last[k]:.3f}" for k in ("ap", "ap50"))
     evaluate = f"  smca evaluate {config.output}/model{_held_out(config)}\n" if config.data or config.val_json else ""
     shards = "with checkpoint.shards.*: " if config.fsdp else ""
@@ -402,7 +403,7 @@ def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
         name = config.best_by.upper().replace("_", " of ")
         of_best = f": the best, {name} {best[config.best_by]:.3f} after step {best['step']:,}"
     return (
-        f"\ndone: AP {ap}, AP50 {ap50} on the held-out images after {last['train_seconds']:.0f} s of training.\n"
+        f"\n{ended}: AP {ap}, AP50 {ap50} on the held-out images after {last['train_seconds']:.0f} s of training.\n"
         f"In {config.output}:\n"
         f"  model/            config.json + model.safetensors{of_best}\n"
         f"  model_last/       likewise: the last\n"

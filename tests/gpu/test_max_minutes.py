@@ -36,6 +36,8 @@ def test_a_run_in_pieces_of_one_step_learns_what_the_whole_run_does(
         said = " ".join(capsys.readouterr().out.split())
         ended = f"ended at step {step} of 4: 1e-06 minutes are over (--max-minutes); `smca train … --resume` goes on"
         assert (ended in said) == (step < 4)
+        assert ("done: AP" in said) == (step == 4)
+        assert (f"ended after {step} of 4 steps: AP" in said) == (step < 4)
         assert (pieces / "model/model.safetensors").is_file()
     lines = read_metrics(pieces / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
