@@ -18,8 +18,6 @@ from smca.gpu.training import batch_size
 from smca.gpu.training.setup import Run, set_up
 from tiny_run import tiny
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -29,7 +29,6 @@ def test_a_run_takes_deterministic_operations_only_and_leaves_the_process_as_it_
         of_all(*arguments)
 
     monkeypatch.setattr(train, "seed_step", noting)
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
     train.train(tiny(tmp_path, max_steps=1, deterministic=True))
     assert seen == [(True, True, False)]
     assert os.environ[determinism.CUBLAS] == ":4096:8"

@@ -27,8 +27,6 @@ from smca.gpu.training.log import RunLog, read_metrics
 from smca.gpu.training.setup import set_up
 from tiny_run import tiny
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def require_same_run(got: Path, expected: Path) -> None:
     """The last weights, to the last bit, and the metrics."""

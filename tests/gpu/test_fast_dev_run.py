@@ -21,6 +21,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.usefixtures("pictures")
 def test_all_that_a_run_does_is_done_once_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,8 +59,6 @@ def test_all_that_a_run_does_is_done_once_beside_it(
 def test_what_stands_in_the_way_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
-
     def no_memory(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError
 

@@ -19,8 +19,6 @@ from smca.gpu.training import guard, setup
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.log import read_metrics
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def tiny(output: Path, **changes: Any) -> RunConfig:
     """Two steps in each epoch, in float16, which a CPU computes slowly; with Muon, AdamW and an average."""

@@ -12,8 +12,6 @@ from smca.gpu import train
 from smca.gpu.training.log import read_metrics
 from tiny_run import tiny
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def without_times(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if "second" not in name}

@@ -145,9 +145,8 @@ def test_nothing_is_computed_anew_where_no_gradient_is_wanted(monkeypatch: pytes
         assert torch.equal(model(torch.ones(1, 3, 64, 64))["logits"], expected)
 
 
-def test_a_run_is_the_same_and_may_go_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_the_same_and_may_go_on_without(tmp_path: Path) -> None:
     """With norms that learn, and an average of the weights, which stays a network of its own."""
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
     optim = dataclasses.replace(tiny(tmp_path).optim, ema_decay=0.9)
     plain = tiny(tmp_path / "plain", max_steps=2, optim=optim)
     every = ("backbone", "encoder", "decoder")

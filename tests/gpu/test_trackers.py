@@ -17,9 +17,6 @@ from smca.gpu import train
 from smca.gpu.training.log import RunLog
 from tiny_run import tiny
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
 Points = dict[int, dict[str, float]]
 
 

@@ -32,6 +32,7 @@ def weights_of(model_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(model_dir / "model.safetensors")
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_dir = train.train(tiny(tmp_path, optim=dataclasses.replace(tiny(tmp_path).optim, ema_decay=0.9)))
     for name in ("checkpoint.pt", "metrics.jsonl", "curves.png", "predictions.png", "model/config.json"):
@@ -278,6 +279,7 @@ def test_more_objects_than_queries_is_said(tmp_path: Path, capsys: pytest.Captur
     )
 
 
+@pytest.mark.usefixtures("pictures")
 def test_bccd_trains(tmp_path: Path) -> None:
     root = Path(__file__).parents[3] / "shared" / "data" / "bccd"
     if not root.is_dir():

@@ -13,8 +13,6 @@ from smca.gpu import train
 from smca.gpu.training.log import RunLog, read_metrics
 from tiny_run import tiny
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 class Slow(SyntheticShapes):
     """Images that take a tenth of a second each."""
