@@ -21,7 +21,7 @@ from smca.datasets import CocoDetection, SyntheticShapes
 from smca.gpu import train
 from smca.gpu.files import load_checkpoint
 from smca.gpu.loss import NonFiniteError
-from smca.gpu.training import lock
+from smca.gpu.training import lock, resume
 from smca.gpu.training.lock import LOCK_FILE, only_run_in
 from smca.gpu.training.log import RunLog, read_metrics
 from smca.gpu.training.setup import set_up
@@ -91,7 +91,7 @@ def test_a_disk_that_is_full_at_every_write(data: Path, whole: Path, tmp_path: P
     """One after the other: each file is named, what was there stays, and the run goes on from there."""
     config = tiny(tmp_path, data=str(data), restartable=True)
     moments: list[tuple[Any, str, int, int, str]] = [
-        (train, "save_checkpoint", 2, 1_000_000, r"checkpoint\.pt"),
+        (resume, "save_checkpoint", 2, 1_000_000, r"checkpoint\.pt"),
         (train.SMCADETR, "save_pretrained", 1, 1_000_000, r"model_last/model\.safetensors"),
         (train.SMCADETR, "save_pretrained", 2, 1_000_000, r"model/model\.safetensors"),
         (RunLog, "_write_metrics", 2, 10, r"metrics\.jsonl"),
