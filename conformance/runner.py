@@ -104,14 +104,14 @@ def run(case: Case, profile: Profile, *, examples: int | None = None, shrink: bo
     Args:
         case: which property to check, for which implementation and dtype.
         profile: how thoroughly.
-        examples: number of examples, in place of the profile's.
+        examples: number of examples, in place of the profile's; 0 = those alone that the property always tries.
         shrink: look for the smallest failing example; False = report the first.
     """
     judge = Judge(case.prop, name_of(case.implementation), case.dtype, address=address_of(case.implementation))
     if case.missing is not None:
         return Outcome(case, "not implemented", "", judge.worst, 0.0)
     factor = case.prop.examples_factor * float(getattr(case.implementation, "examples_factor", 1.0))
-    number = round((examples or profile.examples) * factor)
+    number = round((profile.examples if examples is None else examples) * factor)
     database = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples") if profile.random else None
     tried, failing = 0, dict[str, Any]()
 

@@ -43,6 +43,8 @@ _MAPPED_FROM = 1 << 16
 _SETTLED = 2.0
 """Seconds after which a file's time of change tells that it has not been changed again."""
 _PLAIN = "index.json"
+_DRAWN_EVERY = 0.1
+"""Seconds, of the display of progress."""
 
 
 class Texts(Sequence[str]):
@@ -317,16 +319,25 @@ def _one_process_at_a_time(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _told(path: Path, size: int) -> Iterator[Callable[[str, float], None]]:
-    """Tells the user what takes so long."""
+    """Tells the user what takes so long.
+
+    The display has no thread of its own that would draw it: the processes that read the pictures' headers are forked meanwhile
+    (datasets/frame.py), and a lock that another thread held at that moment would stay locked in them.
+    """
     print(
         f"reading {path} ({size / 1e6:,.0f} MB) and its images, once: later starts find an index of it", file=sys.stderr
     )
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
         tasks: dict[str, Any] = {}
+        drawn = 0.0
 
         def tell(what: str, fraction: float) -> None:
+            nonlocal drawn
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=1.0)
             progress.update(tasks[what], completed=fraction)
+            if time.monotonic() >= drawn + _DRAWN_EVERY:
+                progress.refresh()
+                drawn = time.monotonic()
 
         yield tell

@@ -82,7 +82,11 @@ def read_headers(
 
 
 def _readers(count: int) -> Executor:
-    """Threads, which wait for files side by side; for many images processes, since decoders spend most of the time in Python."""
+    """Threads, which wait for files side by side; for many images processes, since decoders spend most of the time in Python.
+
+    They are forked, as torch's loaders are, and so at once: other ways of starting them import the main module again, which takes
+    seconds, and in a script without ``if __name__ == "__main__"`` reads the data again.
+    """
     processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     if count >= _MANY and processes > 1:
         return ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))

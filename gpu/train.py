@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from smca.datasets import Batch, DetectionDataset
 from smca.gpu.config import RunConfig
@@ -47,7 +47,7 @@ from smca.gpu.training.determinism import deterministic
 from smca.gpu.training.fast_run import prepare, report, shortened
 from smca.gpu.training.lock import only_run_in
 from smca.gpu.training.log import RunLog
-from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates, update_average
+from smca.gpu.training.optimizer import clip_gradient, learning_rate_factor, set_learning_rates, update_average
 from smca.gpu.training.order import seed_step
 from smca.gpu.training.processes import (
     as_the_first_says,
@@ -139,7 +139,7 @@ def train(
             if rank == 0:
                 best = SMCADETR.from_pretrained(config.output / MODEL_FOLDER).to(run.device)
                 draw_run(best, run.val_data, log.metrics, config.output)
-                log.say(report(run, whole, notes) if config.fast_dev_run else _closing_message(run.config, log.metrics))
+                log.say(report(run, whole, notes) if config.fast_dev_run else _closing_message(run, log.metrics))
         del run.parallel  # it holds the process group, which ends next
         return config.output / MODEL_FOLDER
 
@@ -264,7 +264,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
                 scaler.scale(added["loss"]).backward()  # type: ignore[no-untyped-call]
             terms = {name: terms[name] + value.detach() if terms else value.detach() for name, value in added.items()}
         scaler.unscale_(optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip_norm))
+        norm = whole(clip_gradient(run.model.parameters(), config.optim.clip_norm))
         check.record(terms, norm, step, optimizer)
         optimizer.step()
         scaler.update()
@@ -395,8 +395,9 @@ def _announce(run: Run, log: RunLog) -> None:
         log.say(f"warning: {warning}")
 
 
-def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
-    last, best = metrics[-1], _best(metrics, config.best_by)
+def _closing_message(run: Run, metrics: list[dict[str, Any]]) -> str:
+    config, last, best = run.config, metrics[-1], _best(metrics, run.config.best_by)
+    ended = "done" if run.step >= run.total_steps else f"ended after {run.step:,} of {run.total_steps:,} steps"
     ap, ap50 = ("–" if last[k] is None else f"{last[k]:.3f}" for k in ("ap", "ap50"))
     evaluate = f"  smca evaluate {config.output}/model{_held_out(config)}\n" if config.data or config.val_json else ""
     shards = "with checkpoint.shards.*: " if config.fsdp else ""
@@ -405,7 +406,7 @@ def _closing_message(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
         name = config.best_by.upper().replace("_", " of ")
         of_best = f": the best, {name} {best[config.best_by]:.3f} after step {best['step']:,}"
     return (
-        f"\ndone: AP {ap}, AP50 {ap50} on the held-out images after {last['train_seconds']:.0f} s of training.\n"
+        f"\n{ended}: AP {ap}, AP50 {ap50} on the held-out images after {last['train_seconds']:.0f} s of training.\n"
         f"In {config.output}:\n"
         f"  model/            config.json + model.safetensors{of_best}\n"
         f"  model_last/       likewise: the last\n"

@@ -157,6 +157,9 @@ def attention_inputs(draw: st.DrawFn, /, **fixed: Any) -> AttentionInputs:
 USUAL = [AttentionInputs(2, 2, 5, 8, (3, 5), 10.0, 0.5, "even", "outside", "some", 1)]
 """A case with nothing simple about it: slow implementations see few others, and Hypothesis begins with the simplest."""
 
+STEEP = AttentionInputs(2, 2, 5, 8, (17, 19), 1.0, 4.0, "even", "inside", "some", 1)
+"""Where little but the prior decides, and decides between many keys: what half precision loses of it shows."""
+
 
 class LevelsArrays(NamedTuple):
     """Arguments of multi_scale_smca_attention, and a gradient of its output."""

@@ -215,7 +215,8 @@ class MutantResult:
 
 
 def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, thorough: bool = False) -> MutantResult:
-    """Run the properties that the bug can reach: first equality with the oracle, then the others.
+    """Run the properties that the bug can reach: first equality with the oracle, then the others. Where what holds the bug is slow,
+    the examples that are always tried come first, of every operation, before any that is drawn.
 
     Args:
         mutant: what to plant.
@@ -228,13 +229,16 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
     concerned.sort(key=lambda prop: not prop.oracle)
     begun, first, killer, examples, message, without = time.perf_counter(), 0.0, "", 0, "", []
     with planted(mutant) as implementations:
-        for prop in concerned:
+        slow = any(getattr(implementation, "slow", False) for implementation in implementations)
+        order: list[tuple[Property, int | None]] = [(p, 0) for p in concerned if slow and p.oracle and p.always]
+        order += [(prop, None) for prop in concerned]
+        for prop, number in order:
             for implementation in implementations:
                 for dtype in implementation.dtypes:
                     case = Case(prop, implementation, dtype)
                     if case.missing or (prop.dtypes and dtype not in prop.dtypes) or prop.name in without:
                         continue
-                    outcome = run(case, profile, shrink=False)
+                    outcome = run(case, profile, examples=number, shrink=False)
                     if outcome.status != "failed":
                         continue
                     if not killer:

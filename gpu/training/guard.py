@@ -31,7 +31,7 @@ class FiniteCheck:
             terms = criterion(model(images), targets)
         check.raise_if_not_finite()         # of the step before this one
         terms["loss"].backward()
-        norm = clip_grad_norm_(…)
+        norm = clip_gradient(…)
         check.record(terms, norm, step, optimizer)
         optimizer.step()
         …
@@ -175,7 +175,11 @@ def check_terms(values: Mapping[str, float]) -> None:
 
 
 def _bad_gradient(model: nn.Module, norm: float) -> str:
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
-            return f"the gradient of {name} is not finite, though the loss is"
-    return f"the norm of the gradient is {norm}: it overflows"
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    names = [name for name, gradient in gradients if not torch.isfinite(local(gradient)).all()]
+    if names:
+        others = f" (nor are those of {len(names) - 1} more; the last is {names[-1]})" if len(names) > 1 else ""
+        return f"the gradient of {names[0]} is not finite{others}, though the loss is"
+    divided = any(local(gradient) is not gradient for _, gradient in gradients)
+    elsewhere = ", or what another process has of the gradients is not finite" if divided else ""
+    return f"the norm of the gradient is {norm}: it overflows{elsewhere}"

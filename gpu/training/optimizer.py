@@ -87,6 +87,18 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, base_lrs: list[float], 
 
 
 @torch.no_grad()
+def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradient down to a norm of `max_norm`, and return the norm that it had.
+
+    As torch's ``clip_grad_norm_``, except where that norm is NaN: there, torch multiplies every gradient by NaN, and nobody can
+    say any more which of them it was. Here they stay as they are.
+    """
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm.nan_to_num(nan=0.0, posinf=math.inf))
+    return norm
+
+
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average ← decay·average + (1 − decay)·model; whole numbers (batch counters) are copied."""
     states = average.state_dict().values(), model.state_dict().values()

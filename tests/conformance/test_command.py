@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from smca.conformance.command import main
 from smca.conformance.protocol import load_outside
+from smca.conformance.suite import PROPERTIES
 
 
 def test_passes_and_what_is_lacking_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +56,13 @@ def test_the_report_has_a_table_an_operation(tmp_path: Path, capsys: pytest.Capt
     assert "| eager | bfloat16 | 9 | 0." in text
     assert "- eager, bfloat16: `AttentionInputs(" in text
     assert "AttentionInputs(" in text
+
+
+def test_the_page_of_errors_has_every_operation_that_is_compared_with_the_oracle() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text(encoding="utf-8")
+    compared = {prop.operation for prop in PROPERTIES if prop.oracle}
+    assert len(compared) > 10
+    assert compared <= set(re.findall(r"^## `(\w+)`$", page, re.MULTILINE))
 
 
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

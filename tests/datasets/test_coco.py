@@ -1,7 +1,6 @@
 """CocoDetection: what it serves, what it drops and counts, and an error for every kind of bad input."""
 
 import copy
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -13,15 +12,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from coco_folder import HEIGHT, WIDTH, content, open_with, write
 from smca.datasets import Category, CocoDetection, find_split, require_same_categories
 
 BCCD = Path(__file__).resolve().parents[3] / "shared" / "data" / "bccd"
-# tests/ is no package, so what several files share is loaded by its path.
-SPEC: Any = importlib.util.spec_from_file_location("coco_folder", Path(__file__).with_name("coco_folder.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-content, write, open_with = shared.content, shared.write, shared.open_with
-HEIGHT, WIDTH = shared.HEIGHT, shared.WIDTH
 
 
 # What it serves

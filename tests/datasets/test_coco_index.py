@@ -1,26 +1,28 @@
 """The index of a large annotation file: what is kept, when it is made anew, and who shares it."""
 
-import importlib.util
+import io
 import json
 import os
 import pickle
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
-from smca.datasets import AnnotationOptions, CocoDetection, coco, coco_index
+import coco_folder
+from smca.datasets import AnnotationOptions, CocoDetection, coco, coco_index, frame
 from smca.datasets.coco_index import Texts
 from smca.datasets.table import table_of
-
-SPEC: Any = importlib.util.spec_from_file_location("coco_folder", Path(__file__).with_name("coco_folder.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> tuple[Path, Path]:
-    written: tuple[Path, Path] = shared.write(tmp_path / "data", shared.content())
+    written: tuple[Path, Path] = coco_folder.write(tmp_path / "data", coco_folder.content())
     return written
 
 
@@ -84,13 +86,13 @@ def test_a_later_start_finds_what_the_first_has_made(
 
 
 def test_texts_and_ids_that_are_no_numbers(made: list[str], tmp_path: Path) -> None:
-    data = shared.content()
+    data = coco_folder.content()
     for entry, name in zip(data["images"], ("ä", 2.0, "3"), strict=True):
         for annotation in data["annotations"]:
             if annotation["image_id"] == entry["id"]:
                 annotation["image_id"] = name
         entry["id"] = name
-    paths = shared.write(tmp_path / "data", data)
+    paths = coco_folder.write(tmp_path / "data", data)
     first, second = everything(CocoDetection(*paths)), everything(CocoDetection(*paths))
     assert (first, len(made)) == (second, 1)
     assert {annotation["image_id"] for annotation in first[-1]} == {"ä", 2.0}
@@ -118,7 +120,7 @@ def add_picture(paths: tuple[Path, Path]) -> None:
 
 def rename_picture(paths: tuple[Path, Path]) -> None:
     (paths[0] / "a.png").rename(paths[0] / "z.png")
-    shared.write(paths[0].parent, json.loads(paths[1].read_text()))
+    coco_folder.write(paths[0].parent, json.loads(paths[1].read_text()))
 
 
 def damage(name: str, change: Callable[[bytes], bytes]) -> Callable[[tuple[Path, Path]], None]:
@@ -227,3 +229,34 @@ def test_of_several_at_once_one_makes_it(made: list[str], paths: tuple[Path, Pat
     assert len(made) == 1
     assert len(found) == 4
     assert all(each == found[0] for each in found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads read the headers")
+def test_processes_read_the_headers_of_many_images_and_are_forked_when_no_display_draws(
+    made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A display that draws in a thread may hold a lock at that moment. Within a caller's own, they read all the same."""
+    images, annotations = coco_folder.write(tmp_path / "data", coco_folder.content())
+    copies = [f"copy {number}.png" for number in range(1000)]
+    for number, name in enumerate(copies):
+        Image.new("L", (10 + number % 7, 20)).save(images / name)
+    data = coco_folder.content()
+    data["images"] += [{"id": 1000 + number, "file_name": name} for number, name in enumerate(copies)]
+    annotations.write_text(json.dumps(data))
+    before, running = set(threading.enumerate()), list[set[threading.Thread]]()
+
+    def noting(*arguments: Any) -> ProcessPoolExecutor:
+        running.append(set(threading.enumerate()) - before)
+        return ProcessPoolExecutor(*arguments)
+
+    monkeypatch.setattr(frame, "_MANY", 1000)
+    monkeypatch.setattr(frame.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(frame, "ProcessPoolExecutor", noting)
+    sizes = CocoDetection(images, annotations).sizes
+    assert running == [set()]
+    assert sizes[3:].tolist() == [[20, 10 + number % 7] for number in range(1000)]
+    shutil.rmtree(tmp_path / "cache")
+    with Progress(console=Console(file=io.StringIO(), force_terminal=True), refresh_per_second=1000):
+        again = CocoDetection(images, annotations).sizes
+    assert len(running) == len(made) == 2
+    assert np.array_equal(again, sizes)

@@ -1,7 +1,6 @@
 """What annotation tools write: read where its meaning is certain, refused with the evidence where it is probably wrong."""
 
 import copy
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -13,12 +12,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
+from coco_folder import HEIGHT, WIDTH, content, open_with, write
 from smca.datasets import AnnotationOptions, CocoDetection, SyntheticShapes
 
-SPEC: Any = importlib.util.spec_from_file_location("coco_folder", Path(__file__).with_name("coco_folder.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-content, write, open_with = shared.content, shared.write, shared.open_with
 Data = dict[str, Any]
 
 
@@ -42,7 +38,7 @@ def polygon(box: list[float]) -> list[list[float]]:
 
 def mask_of(box: list[float], compressed: bool) -> Any:
     x, y, w, h = (round(v) for v in box)
-    mask = np.zeros((shared.HEIGHT, shared.WIDTH), dtype=np.uint8, order="F")
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
     mask[y : y + h, x : x + w] = 1
     if compressed:
         encoded = rle.encode(mask)

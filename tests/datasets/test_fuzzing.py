@@ -7,7 +7,6 @@ SMCA_FUZZ_CASES says how many are tried: some in every test run, always the same
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import json
 import math
@@ -26,12 +25,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import coco_folder
 from smca.datasets import AnnotationOptions, CocoDetection
 
-SPEC: Any = importlib.util.spec_from_file_location("coco_folder", Path(__file__).with_name("coco_folder.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-HEIGHT, WIDTH = shared.HEIGHT, shared.WIDTH
+HEIGHT, WIDTH = coco_folder.HEIGHT, coco_folder.WIDTH
 Data = dict[str, Any]
 
 CASES = int(os.environ.get("SMCA_FUZZ_CASES", "150"))
@@ -306,7 +303,7 @@ def require_nothing_lost(dataset: CocoDetection, expected: Expected) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Images and the place of an annotation file."""
-    images, annotations = shared.write(tmp_path_factory.mktemp("fuzzing"), shared.content())
+    images, annotations = coco_folder.write(tmp_path_factory.mktemp("fuzzing"), coco_folder.content())
     return images, annotations
 
 
@@ -326,7 +323,7 @@ def test_annotation_files(
     encoding: str,
     options: AnnotationOptions,
 ) -> None:
-    data = shared.content()
+    data = coco_folder.content()
     exporter(data)
     for change in changes:
         edited(data, change)
@@ -350,7 +347,7 @@ def test_annotation_files(
 
 def test_the_simple_reader_misses_what_is_lost(folder: tuple[Path, Path]) -> None:
     """A box that is read and not served, and one that is served and was not written, are seen."""
-    content = json.dumps(shared.content()).encode()
+    content = json.dumps(coco_folder.content()).encode()
     folder[1].write_bytes(content)
     dataset, expected = CocoDetection(*folder), read(content)
     require_nothing_lost(dataset, expected)
@@ -414,7 +411,7 @@ heads = st.tuples(  # where sizes, depths and offsets are
 )
 def test_pictures(folder: tuple[Path, Path], kind: str, damage: list[Any], options: AnnotationOptions) -> None:
     images, annotations = folder
-    content, data = PICTURES[kind], shared.content()
+    content, data = PICTURES[kind], coco_folder.content()
     for cut in damage:
         content = damaged(content, cut)
     annotations.write_text(json.dumps(data))

@@ -1,6 +1,5 @@
 """CocoDetection's images: what is read, cached and converted, and the errors for files that are damaged or missing."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,16 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from coco_folder import HEIGHT, WIDTH, content, open_with, write
 from smca.datasets import AnnotationOptions, Augmentation, Augmented, CocoDetection
 from smca.datasets.cache import ImageCache
 from smca.datasets.images import MAX_PIXELS, read_header, read_image, to_rgb
 
-# tests/ is no package, so what several files share is loaded by its path.
-SPEC: Any = importlib.util.spec_from_file_location("coco_folder", Path(__file__).with_name("coco_folder.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-content, write, open_with = shared.content, shared.write, shared.open_with
-HEIGHT, WIDTH = shared.HEIGHT, shared.WIDTH
 PILLOW_LIMIT = Image.MAX_IMAGE_PIXELS
 
 

@@ -1,24 +1,20 @@
 """Several folders as one data set."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import coco_folder
 from smca.datasets import CocoDetection, Joined, SyntheticShapes
 from smca.datasets.table import table_of
 
-SPEC: Any = importlib.util.spec_from_file_location("coco_folder", Path(__file__).with_name("coco_folder.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-
 
 def test_images_and_annotations_of_all_parts_under_new_ids(tmp_path: Path) -> None:
-    first = CocoDetection(*shared.write(tmp_path / "first", shared.content()))
-    second = shared.open_with(tmp_path / "second", lambda data: data["images"].pop())  # c.png, which has no box
+    first = CocoDetection(*coco_folder.write(tmp_path / "first", coco_folder.content()))
+    second = coco_folder.open_with(tmp_path / "second", lambda data: data["images"].pop())  # c.png, which has no box
     joined = Joined([first, second])
     assert len(joined) == 5
     samples = [joined[index] for index in range(5)]
@@ -60,12 +56,12 @@ def test_a_class_is_unused_if_no_part_uses_it(tmp_path: Path) -> None:
 
         return change
 
-    parts = [shared.open_with(tmp_path / str(label), without(label)) for label in (90, 21)]
+    parts = [coco_folder.open_with(tmp_path / str(label), without(label)) for label in (90, 21)]
     assert [part.report.unused_classes for part in parts] == [("ant", "zebra"), ("ant", "bee")]
     assert Joined(parts).report == dataclasses.replace(Joined(parts).report, unused_classes=("ant",))
 
 
 def test_parts_have_the_same_categories(tmp_path: Path) -> None:
-    first = CocoDetection(*shared.write(tmp_path / "first", shared.content()))
+    first = CocoDetection(*coco_folder.write(tmp_path / "first", coco_folder.content()))
     with pytest.raises(ValueError, match=r"first and the further annotations .* only in first: .*'7:ant'"):
         Joined([first, SyntheticShapes(2)])

@@ -9,7 +9,6 @@ name and ".steps", has a byte for each step that was taken in it.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -23,10 +22,7 @@ import torch
 
 from smca.gpu import train
 from smca.gpu.training.log import RunLog
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
+from tiny_run import tiny
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "between the optimiser and the average": (train, "update_average"),
@@ -40,7 +36,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 
 def config_of(output: str, workers: int) -> Any:
     """Three epochs of six steps, with all that draws random numbers or has a state of its own; a checkpoint after every step."""
-    run = shared.tiny(Path(output), epochs=3, workers=workers, batch_size=2, checkpoint_every=0.0, restartable=True)
+    run = tiny(Path(output), epochs=3, workers=workers, batch_size=2, checkpoint_every=0.0, restartable=True)
     return dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, dropout=0.1),

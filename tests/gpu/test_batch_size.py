@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,7 @@ from smca.datasets import Augmentation
 from smca.gpu import train
 from smca.gpu.training import batch_size
 from smca.gpu.training.setup import Run, set_up
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than the rest."""
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
+from tiny_run import tiny
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -21,11 +20,8 @@ from smca.gpu.config import ModelConfig
 from smca.gpu.evaluation import warnings_of
 from smca.gpu.evaluation.fit import Resize, find_in_settings
 from smca.gpu.presets import PRESETS
+from tiny_run import tiny
 
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-tiny_run: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tiny_run)
-tiny = tiny_run.tiny
 BCCD = Path(__file__).resolve().parents[3] / "shared" / "data" / "bccd"
 CLASSES = (Category(1, "cell"), Category(2, "dot"))
 AUGMENTATION = Augmentation(short_sides=(100,), max_size=200)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,29 +54,28 @@ def test_output_survives_its_terminal(encoding: str, model_dir: Path, tmp_path: 
     """predict prints an arrow; evaluate says in its error what the model's classes are."""
     Image.new("RGB", (40, 40)).save(tmp_path / "寿司.png")
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "NO_COLOR": "1"}
-    done = subprocess.run(
-        [
-            *SMCA,
-            "predict",
-            str(model_dir),
-            str(tmp_path / "寿司.png"),
-            "--output",
-            str(tmp_path / "out"),
-            "--threshold",
-            "0",
-        ],
-        env=environment,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode(encoding, "replace")
-    assert " objects in 1 images " in done.stdout.decode(encoding)
-    assert "line" not in done.stderr.decode(encoding), "what a class name lacks is said without code"
-    done = subprocess.run(
-        [*SMCA, "evaluate", str(model_dir), "--workers", "0"], env=environment, capture_output=True, check=False
-    )
-    assert done.returncode == 1
-    said = done.stderr.decode(encoding)
+    predicts = [
+        "predict",
+        str(model_dir),
+        str(tmp_path / "寿司.png"),
+        "--output",
+        str(tmp_path / "out"),
+        "--threshold",
+        "0",
+    ]
+    evaluates = ["evaluate", str(model_dir), "--workers", "0"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
+    with (
+        subprocess.Popen([*SMCA, *predicts], **pipes) as predict,
+        subprocess.Popen([*SMCA, *evaluates], **pipes) as evaluate,
+    ):
+        out, err = predict.communicate()
+        _, refused = evaluate.communicate()
+    assert predict.returncode == 0, err.decode(encoding, "replace")
+    assert " objects in 1 images " in out.decode(encoding)
+    assert "line" not in err.decode(encoding), "what a class name lacks is said without code"
+    assert evaluate.returncode == 1
+    said = refused.decode(encoding)
     assert "are not those of synthetic" in said
     assert "红细胞" not in said
     assert ("círculo" in said) == (encoding == "cp1252")

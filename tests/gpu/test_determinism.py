@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,7 @@ from smca.gpu import train
 from smca.gpu.training import determinism
 from smca.gpu.training.determinism import deterministic
 from smca.gpu.training.resume import differences, settings_of
-
-# tests/ is no package, so what several files share is loaded by its path.
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
+from tiny_run import tiny
 
 
 def test_a_run_takes_deterministic_operations_only_and_leaves_the_process_as_it_was(
@@ -34,8 +29,7 @@ def test_a_run_takes_deterministic_operations_only_and_leaves_the_process_as_it_
         of_all(*arguments)
 
     monkeypatch.setattr(train, "seed_step", noting)
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
-    train.train(shared.tiny(tmp_path, max_steps=1, deterministic=True))
+    train.train(tiny(tmp_path, max_steps=1, deterministic=True))
     assert seen == [(True, True, False)]
     assert os.environ[determinism.CUBLAS] == ":4096:8"
     assert not torch.are_deterministic_algorithms_enabled()
@@ -70,6 +64,6 @@ def test_an_operation_that_has_no_such_form_is_named() -> None:
 
 
 def test_a_run_does_not_change_it_unasked_when_it_goes_on(tmp_path: Path) -> None:
-    plain = shared.tiny(tmp_path)
+    plain = tiny(tmp_path)
     changed = differences(settings_of(plain), settings_of(dataclasses.replace(plain, deterministic=True)))
     assert changed == ["--deterministic is True, was False"]

@@ -80,6 +80,7 @@ def test_another_loss_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert run(script(tmp_path, "Another loss term"), "counting", monkeypatch) > plain + 0.01
 
 
+@pytest.mark.usefixtures("pictures")
 def test_another_dataset_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.util
 import os
 import resource
 import shutil
@@ -21,14 +20,12 @@ from safetensors.torch import load_file
 from smca.datasets import CocoDetection, SyntheticShapes
 from smca.gpu import train
 from smca.gpu.files import load_checkpoint
-from smca.gpu.training import lock
+from smca.gpu.loss import NonFiniteError
+from smca.gpu.training import lock, resume
 from smca.gpu.training.lock import LOCK_FILE, only_run_in
 from smca.gpu.training.log import RunLog, read_metrics
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
+from smca.gpu.training.setup import set_up
+from tiny_run import tiny
 
 
 def require_same_run(got: Path, expected: Path) -> None:
@@ -42,14 +39,6 @@ def require_same_run(got: Path, expected: Path) -> None:
         for folder in (got, expected)
     ]
     assert lines[0] == lines[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_pictures() -> Iterator[None]:
-    """They take longer than these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_run", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +91,7 @@ def test_a_disk_that_is_full_at_every_write(data: Path, whole: Path, tmp_path: P
     """One after the other: each file is named, what was there stays, and the run goes on from there."""
     config = tiny(tmp_path, data=str(data), restartable=True)
     moments: list[tuple[Any, str, int, int, str]] = [
-        (train, "save_checkpoint", 2, 1_000_000, r"checkpoint\.pt"),
+        (resume, "save_checkpoint", 2, 1_000_000, r"checkpoint\.pt"),
         (train.SMCADETR, "save_pretrained", 1, 1_000_000, r"model_last/model\.safetensors"),
         (train.SMCADETR, "save_pretrained", 2, 1_000_000, r"model/model\.safetensors"),
         (RunLog, "_write_metrics", 2, 10, r"metrics\.jsonl"),
@@ -281,3 +270,26 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: p
     message = "without locks .No locks available.: take care that no other run"
     with pytest.warns(UserWarning, match=message), only_run_in(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize("names", [("decoder.layers.1.linear2.bias",), ("backbone.", "decoder.layers.1.linear2.bias")])
+def test_a_gradient_that_is_not_finite_is_named_though_all_are_clipped(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the first and the last of those that were so when the backward pass ended."""
+    spoilt: list[str] = []
+
+    def spoiling(*arguments: Any) -> Any:
+        run = set_up(*arguments)
+        for name, parameter in run.model.named_parameters():
+            if name.startswith(names):
+                spoilt.append(name)
+                parameter.register_hook(lambda gradient: gradient * (torch.nan if run.step == 1 else 1))
+        return run
+
+    monkeypatch.setattr(train, "set_up", spoiling)
+    with pytest.raises(NonFiniteError) as caught:
+        train.train(tiny(tmp_path))
+    others = f" (nor are those of {len(spoilt) - 1} more; the last is {spoilt[-1]})" if len(spoilt) > 1 else ""
+    assert f"the gradient of {spoilt[0]} is not finite{others}, though the loss is. Image" in str(caught.value)
+    assert (len(spoilt) > 1) == (len(names) > 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,14 @@ from smca.gpu import train
 from smca.gpu.presets import PRESETS
 from smca.gpu.training import batch_size, fast_run
 from smca.gpu.training.log import read_metrics
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
+from tiny_run import tiny
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.usefixtures("pictures")
 def test_all_that_a_run_does_is_done_once_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,8 +59,6 @@ def test_all_that_a_run_does_is_done_once_beside_it(
 def test_what_stands_in_the_way_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
-
     def no_memory(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny_run
 from smca.gpu import train
 from smca.gpu.config import RunConfig
 from smca.gpu.loss import NonFiniteError, SetCriterion
@@ -19,15 +19,10 @@ from smca.gpu.training import guard, setup
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.log import read_metrics
 
-# tests/ is no package, so what several files share is loaded by its path.
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-
 
 def tiny(output: Path, **changes: Any) -> RunConfig:
     """Two steps in each epoch, in float16, which a CPU computes slowly; with Muon, AdamW and an average."""
-    run: RunConfig = shared.tiny(output)
+    run: RunConfig = tiny_run.tiny(output)
     run = dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, image_short_side=32, image_max_size=32, decoder_layers=1),
@@ -39,12 +34,6 @@ def tiny(output: Path, **changes: Any) -> RunConfig:
         eval_every=10,
     )
     return dataclasses.replace(run, **changes)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would take longer than the training."""
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:

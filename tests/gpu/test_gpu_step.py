@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from smca.datasets import Batch, Targets
 from smca.gpu.benchmark.cases import Work, autocast, smca_detector, trained_by_adamw
 from smca.gpu.training.bad_step import Step
 from smca.gpu.training.guard import FiniteCheck
-from smca.gpu.training.optimizer import update_average
+from smca.gpu.training.optimizer import clip_gradient, update_average
 
 STEPS, WARM_UP = 4, 2
 """The first steps compile kernels and make the optimiser's state, and may wait."""
@@ -62,7 +61,7 @@ def losses(
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(terms["loss"]).backward()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        norm = clip_gradient(model.parameters(), 0.1)
         check.record(terms, norm, Step([host]), optimizer)
         optimizer.step()
         scaler.update()

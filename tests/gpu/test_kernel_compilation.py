@@ -3,7 +3,7 @@
     python tests/gpu/test_kernel_compilation.py     one line of JSON per kernel: registers, spills and shared memory
 
 What is compiled is what ``fused_attention`` launches, with its arguments: Triton's driver is replaced by one that only names a
-target, and its launch by its warm-up. In a process of its own: in the others of a test run, kernels are interpreted.
+target, and its launch by its warm-up. In processes of their own: in the others of a test run, kernels are interpreted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ import torch
 
 SHARED_LIMIT = 99 * 2**10
 """Bytes that a block may ask for on any GPU from compute capability 8.0 on (163 KiB on 8.0, 227 KiB on 9.0)."""
+
+PROCESSES = 2
+"""That share the cases in a test."""
 
 # (compute capability, d, dtype, mask): every row of the block sizes, every dtype, with mask and without.
 CASES = (
@@ -96,9 +99,13 @@ def compile_case(capability: int, d: int, dtype: torch.dtype, mask: bool) -> lis
 def test_kernels_compile_and_fit() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: pip install triton")
-    ran = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    kernels = [json.loads(line) for line in ran.stdout.splitlines()]
+    commands = [[sys.executable, __file__, str(number)] for number in range(PROCESSES)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    kernels = []
+    for process in [subprocess.Popen(command, **pipes) for command in commands]:
+        out, said = process.communicate()
+        assert process.returncode == 0, said[-4000:]
+        kernels += [json.loads(line) for line in out.splitlines()]
     assert len(kernels) == 3 * len(CASES)
     for kernel in kernels:
         assert kernel["shared_bytes"] <= SHARED_LIMIT, kernel
@@ -111,6 +118,6 @@ if __name__ == "__main__":
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # nothing is logged for a kernel that comes from a cache
-        for case in CASES:
+        for case in CASES[int(sys.argv[1]) :: PROCESSES] if sys.argv[1:] else CASES:
             for compiled in compile_case(*case):
                 print(json.dumps(compiled), flush=True)

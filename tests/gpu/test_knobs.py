@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,10 +21,7 @@ from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.setup import set_up
 from smca.gpu.training.stop import Stop
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
+from tiny_run import tiny
 
 ROOT = Path(__file__).parents[2]
 ROW = re.compile(r"^\| `--(\S+)` \| (.+) \| `(\S+)::(\S+)` \|$", re.MULTILINE)
@@ -90,7 +86,7 @@ def losses(*changes: tuple[str, Any]) -> tuple[float, ...]:
         "optim.lr": 4e-3,
         "optim.backbone-lr": 4e-3,
     }
-    base = shared.tiny(Path("nowhere"), batch_size=2, checkpoint_every=math.inf)
+    base = tiny(Path("nowhere"), batch_size=2, checkpoint_every=math.inf)
     config = changed(changed(base, smaller), dict(changes))
     run = set_up(config, 0, 1, None, None, None)
     with pytest.MonkeyPatch.context() as patch:
@@ -160,7 +156,7 @@ def test_without_a_change_the_losses_are_the_same() -> None:
 
 def test_how_data_are_loaded_is_a_setting(tmp_path: Path) -> None:
     def loaders(**changes: Any) -> tuple[Any, Any, Any]:
-        run = set_up(shared.tiny(tmp_path, **changes), 0, 1, None, None, None)
+        run = set_up(tiny(tmp_path, **changes), 0, 1, None, None, None)
         return run.loader, run.val_loader, run.train_data
 
     for workers in (0, 1):
@@ -174,9 +170,7 @@ def test_how_data_are_loaded_is_a_setting(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("short", "longest", "expected"), [(48, 64, (48, 48)), (96, 80, (80, 80))])
 def test_images_have_a_size_at_evaluation(short: int, longest: int, expected: tuple[int, int], tmp_path: Path) -> None:
-    config = changed(
-        shared.tiny(tmp_path), {"model.image-max-size": longest, "model.image-short-side": min(short, longest)}
-    )
+    config = changed(tiny(tmp_path), {"model.image-max-size": longest, "model.image-short-side": min(short, longest)})
     run = set_up(config, 0, 1, None, None, None)
     assert next(iter(run.val_loader)).images.shape[-2:] == expected
 
@@ -186,13 +180,13 @@ def test_held_out_images_have_an_annotation_file_of_their_own(tmp_path: Path) ->
         SyntheticShapes(count, 1, image_size=64).export_coco(tmp_path, split)  # type: ignore[arg-type]
     other = SyntheticShapes(2, 7, image_size=64)
     other.export_coco(tmp_path / "other", "val")
-    config = shared.tiny(tmp_path / "run", data=str(tmp_path), val_json=tmp_path / "other/annotations/val.json")
+    config = tiny(tmp_path / "run", data=str(tmp_path), val_json=tmp_path / "other/annotations/val.json")
     run = set_up(config, 0, 1, None, None, None)
     assert (len(run.train_data), run.val_report.images) == (4, 2)
 
 
 def test_evaluations_are_as_far_apart_as_asked(tmp_path: Path) -> None:
-    run = set_up(shared.tiny(tmp_path, epochs=5, eval_every=2), 0, 1, None, None, None)
+    run = set_up(tiny(tmp_path, epochs=5, eval_every=2), 0, 1, None, None, None)
     planned = []
     for epoch in range(1, 6):
         run.epoch, run.step = epoch, 3 * epoch
@@ -206,7 +200,7 @@ def test_several_folders_are_trained_on(tmp_path: Path) -> None:
         for split in ("train", "val"):
             SyntheticShapes(3 + number, number, image_size=64).export_coco(folder, split)
     run = set_up(
-        changed(shared.tiny(tmp_path), {"data": str(folders[0]), "more-data": (str(folders[1]),)}),
+        changed(tiny(tmp_path), {"data": str(folders[0]), "more-data": (str(folders[1]),)}),
         0,
         1,
         None,
@@ -220,7 +214,7 @@ def test_several_folders_are_trained_on(tmp_path: Path) -> None:
 def test_the_built_in_data_are_settings(tmp_path: Path) -> None:
     changes = {"image-size": 48, "train-images": 9, "val-images": 5, "max-objects": 2, "min-side": 0.3, "max-side": 0.4}
     run = set_up(
-        changed(shared.tiny(tmp_path), {f"synthetic.{name}": value for name, value in changes.items()}),
+        changed(tiny(tmp_path), {f"synthetic.{name}": value for name, value in changes.items()}),
         0,
         1,
         None,
@@ -230,7 +224,7 @@ def test_the_built_in_data_are_settings(tmp_path: Path) -> None:
     assert (len(run.train_data), len(run.val_data), run.train_data[0].image.shape[:2]) == (9, 5, (48, 48))
     boxes = [annotation["bbox"] for annotation in run.train_data.ground_truth()["annotations"]]
     assert run.most_objects == 2
-    usual = set_up(shared.tiny(tmp_path), 0, 1, None, None, None).train_data.ground_truth()["annotations"]
+    usual = set_up(tiny(tmp_path), 0, 1, None, None, None).train_data.ground_truth()["annotations"]
     sides = [
         [(w * h) ** 0.5 / size for _, _, w, h in found]
         for found, size in ((boxes, 48), ([a["bbox"] for a in usual], 64))

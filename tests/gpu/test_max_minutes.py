@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import types
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,7 @@ import pytest
 
 from smca.gpu import train
 from smca.gpu.training.log import read_metrics
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than the rest."""
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
+from tiny_run import tiny
 
 
 def without_times(line: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +34,8 @@ def test_a_run_in_pieces_of_one_step_learns_what_the_whole_run_does(
         said = " ".join(capsys.readouterr().out.split())
         ended = f"ended at step {step} of 4: 1e-06 minutes are over (--max-minutes); `smca train … --resume` goes on"
         assert (ended in said) == (step < 4)
+        assert ("done: AP" in said) == (step == 4)
+        assert (f"ended after {step} of 4 steps: AP" in said) == (step < 4)
         assert (pieces / "model/model.safetensors").is_file()
     lines = read_metrics(pieces / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +21,7 @@ from smca.gpu.presets import PRESETS
 from smca.gpu.training.log import read_metrics
 from smca.gpu.training.muon import Muon, fast_dtype, matrices_of, orthogonalize
 from smca.gpu.training.optimizer import make_optimizer, set_learning_rates
-
-# tests/ is no package, so what several files share is loaded by its path.
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
+from tiny_run import tiny
 
 Array = NDArray[np.float64]
 CPU = torch.device("cpu")

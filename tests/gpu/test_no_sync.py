@@ -28,7 +28,7 @@ from smca.gpu.training import guard
 from smca.gpu.training.bad_step import Step
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.muon import Muon, matrices_of
-from smca.gpu.training.optimizer import update_average
+from smca.gpu.training.optimizer import clip_gradient, update_average
 
 READS_A_VALUE = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
 
@@ -98,7 +98,7 @@ def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch
         outputs = model(images, mask if padded else None, targets)
         terms = criterion(outputs, targets)
         terms["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        norm = clip_gradient(model.parameters(), 0.1)
         torch.stack([*terms.values(), norm]).isfinite().all()
         update_average(model, model, 0.9)
     assert watch.operations > 500
@@ -136,7 +136,7 @@ def test_a_scaled_step_never_waits() -> None:
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(layer.parameters(), 0.1)
+            norm = clip_gradient(layer.parameters(), 0.1)
             optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
             layer.bias.grad = None
             optimizer.step()
@@ -210,7 +210,7 @@ class Small(nn.Module):
         check.raise_if_not_finite()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+        norm = clip_gradient(self.parameters(), 0.1)
         shown = loss * torch.nan if spoil == "loss" else loss
         check.record({"class/0": shown, "loss": loss}, norm, Step([batch_of(image_id)]), self.optimizer)
         self.optimizer.step()

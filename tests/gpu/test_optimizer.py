@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from dataclasses import replace
@@ -18,13 +17,14 @@ from smca.gpu.config import BackboneConfig, ModelConfig, OptimConfig, RunConfig
 from smca.gpu.files import load_checkpoint, save_checkpoint
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS, tiny_resnet
-from smca.gpu.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates, update_average
-
-# tests/ is no package, so what several files share is loaded by its path.
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
+from smca.gpu.training.optimizer import (
+    clip_gradient,
+    learning_rate_factor,
+    make_optimizer,
+    set_learning_rates,
+    update_average,
+)
+from tiny_run import tiny
 
 
 def model_of(**changes: Any) -> SMCADETR:
@@ -301,3 +301,24 @@ def test_the_multi_scale_presets(name: str) -> None:
         for name in ("strides", "encoder_layers", "cross_level_blocks", "encoder", "backbone")
     }
     assert replace(single, output=run.output, model=replace(single.model, **levels)) == run, "nothing else differs"
+
+
+@pytest.mark.parametrize("value", [1e-3, 5.0, 3e38, math.inf])
+def test_gradients_are_clipped_as_torch_does(value: float) -> None:
+    mine, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    for layer in (mine, theirs):
+        for parameter in layer.parameters():
+            parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
+        layer.weight.grad[1, 2] = value  # type: ignore[index]
+    assert torch.equal(clip_gradient(mine.parameters(), 0.1), nn.utils.clip_grad_norm_(theirs.parameters(), 0.1))
+    for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_norm_that_is_nan_leaves_the_other_gradients_as_they_are() -> None:
+    layer = nn.Linear(3, 2)
+    layer.weight.grad = torch.ones(2, 3)
+    layer.bias.grad = torch.tensor([1.0, math.nan])
+    assert clip_gradient(layer.parameters(), 0.1).isnan()
+    assert layer.weight.grad.isfinite().all()
+    assert layer.bias.grad.isfinite().tolist() == [True, False]

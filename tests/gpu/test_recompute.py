@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,7 @@ from smca.gpu.model.recompute import recompute
 from smca.gpu.model.synced_norm import synchronize_norms
 from smca.gpu.presets import tiny_resnet
 from smca.gpu.training.resume import settings_of
-
-# tests/ is no package, so what several files share is loaded by its path.
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
+from tiny_run import tiny
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "resnet": dict(tiny_resnet(2, 2).options),
@@ -150,11 +145,10 @@ def test_nothing_is_computed_anew_where_no_gradient_is_wanted(monkeypatch: pytes
         assert torch.equal(model(torch.ones(1, 3, 64, 64))["logits"], expected)
 
 
-def test_a_run_is_the_same_and_may_go_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_the_same_and_may_go_on_without(tmp_path: Path) -> None:
     """With norms that learn, and an average of the weights, which stays a network of its own."""
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
-    optim = dataclasses.replace(shared.tiny(tmp_path).optim, ema_decay=0.9)
-    plain = shared.tiny(tmp_path / "plain", max_steps=2, optim=optim)
+    optim = dataclasses.replace(tiny(tmp_path).optim, ema_decay=0.9)
+    plain = tiny(tmp_path / "plain", max_steps=2, optim=optim)
     every = ("backbone", "encoder", "decoder")
     anew = dataclasses.replace(plain, output=tmp_path / "anew", gradient_checkpointing=every)
     weights = [(train.train(config) / "model.safetensors").read_bytes() for config in (plain, anew)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -23,10 +22,8 @@ from smca.gpu.model import SMCADETR
 from smca.gpu.training import guard
 from smca.gpu.training.bad_step import Origin
 from smca.gpu.training.replay import replay
+from tiny_run import tiny
 
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
 NAME = "decoder.layers.0.linear"
 
 
@@ -46,7 +43,7 @@ def too_steep(model: SMCADETR) -> None:
 
 def stopped(folder: Path, spoil: Callable[[SMCADETR], None], criterion: Any = None) -> Path:
     """Train in steps of two parts, with dropout, and spoil the weights before the fifth; the file that is left."""
-    config = shared.tiny(folder, accumulate=2)
+    config = tiny(folder, accumulate=2)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
     models = []
 

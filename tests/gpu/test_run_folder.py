@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -22,21 +21,12 @@ from safetensors.torch import load_file
 
 from smca.datasets import AnnotationOptions, SyntheticShapes
 from smca.gpu import train
-from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import detect, evaluate_detections, evaluation_loader
 from smca.gpu.model import SMCADETR
 from smca.gpu.training.log import read_metrics
 from smca.gpu.training.resume import differences, settings_of
 from smca.gpu.training.stop import StoppedError
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-
-
-def tiny(output: Path, **changes: Any) -> RunConfig:
-    run: RunConfig = shared.tiny(output, **changes)
-    return run
+from tiny_run import tiny
 
 
 def files(folder: Path) -> set[str]:

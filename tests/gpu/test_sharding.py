@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,9 @@ from smca.gpu.shards import (
     take_sharded,
     write_shards,
 )
+from smca.gpu.training import guard
 from smca.gpu.training import optimizer as training_optimizer
-from smca.gpu.training.optimizer import make_optimizer, update_average
+from smca.gpu.training.optimizer import clip_gradient, make_optimizer, update_average
 from smca.gpu.training.sharding import adding_up, local, shard, sharded_like, unsharded, whole, whole_weights
 
 CPU = torch.device("cpu")
@@ -72,7 +74,7 @@ def steps_with(
                 outputs = model(IMAGES[images_of(part)])
                 loss = outputs["logits"].square().mean() + outputs["boxes"].sin().mean()
                 (loss / len(PARTS)).backward()
-        norms.append(whole(nn.utils.clip_grad_norm_(model.parameters(), 0.05)))
+        norms.append(whole(clip_gradient(model.parameters(), 0.05)))
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, model, 0.5)
@@ -268,3 +270,14 @@ def test_folders_take_turns(tmp_path: Path) -> None:
     assert [len(list((tmp_path / name).iterdir())) for name in SHARDS_FOLDERS] == [1, 1, 0]
     remove_others(tmp_path, {SHARDS_FOLDERS[1]})
     assert [path.name for path in tmp_path.iterdir()] == [SHARDS_FOLDERS[1]]
+
+
+def test_a_process_whose_part_of_the_gradients_is_finite_does_not_call_it_an_overflow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = torch.nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    assert guard._bad_gradient(layer, math.inf) == "the norm of the gradient is inf: it overflows"
+    monkeypatch.setattr(guard, "local", torch.clone)
+    said = "the norm of the gradient is nan: it overflows, or what another process has of the gradients is not finite"
+    assert guard._bad_gradient(layer, math.nan) == said

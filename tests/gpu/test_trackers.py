@@ -15,18 +15,7 @@ import torch
 
 from smca.gpu import train
 from smca.gpu.training.log import RunLog
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than the rest."""
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
-
+from tiny_run import tiny
 
 Points = dict[int, dict[str, float]]
 

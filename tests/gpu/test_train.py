@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import runpy
 import subprocess
@@ -26,18 +25,14 @@ from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.log import read_metrics
-
-# tests/ is no package, so what several files share is loaded by its path.
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
+from tiny_run import tiny
 
 
 def weights_of(model_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(model_dir / "model.safetensors")
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_dir = train.train(tiny(tmp_path, optim=dataclasses.replace(tiny(tmp_path).optim, ema_decay=0.9)))
     for name in ("checkpoint.pt", "metrics.jsonl", "curves.png", "predictions.png", "model/config.json"):
@@ -284,6 +279,7 @@ def test_more_objects_than_queries_is_said(tmp_path: Path, capsys: pytest.Captur
     )
 
 
+@pytest.mark.usefixtures("pictures")
 def test_bccd_trains(tmp_path: Path) -> None:
     root = Path(__file__).parents[3] / "shared" / "data" / "bccd"
     if not root.is_dir():

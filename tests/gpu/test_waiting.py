@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,7 @@ import pytest
 from smca.datasets import Sample, SyntheticShapes
 from smca.gpu import train
 from smca.gpu.training.log import RunLog, read_metrics
-
-SPEC: Any = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-shared: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shared)
-tiny = shared.tiny
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than the rest."""
-    monkeypatch.setattr(train, "draw_run", lambda *_: None)
+from tiny_run import tiny
 
 
 class Slow(SyntheticShapes):

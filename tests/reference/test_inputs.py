@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from reference_model_in_torch import VALID_SIZES, Config, random_features, random_params
 from smca.reference.model import forward
 from smca.reference.parameters import parameter_shapes
-
-# tests/ is no package, so what several files share is loaded by its path.
-SHARED = Path(__file__).with_name("reference_model_in_torch.py")
-SPEC: Any = importlib.util.spec_from_file_location("reference_model_in_torch", SHARED)
-shared: Any = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = shared  # dataclasses look their module up
-SPEC.loader.exec_module(shared)
-Config, random_params, random_features = shared.Config, shared.random_params, shared.random_features
-VALID_SIZES = shared.VALID_SIZES
 
 
 def test_wrong_parameters_are_named() -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from reference_model_in_torch import (
+    MULTI_SCALE,
+    OTHER_LEVELS,
+    SINGLE_SCALE,
+    VALID_SIZES,
+    Config,
+    assert_same,
+    channels_of,
+    config_id,
+    in_torch,
+    random_features,
+    random_params,
+)
 from smca.reference.decoder import spatial_prior
 from smca.reference.encoder import encoder_block
 from smca.reference.layers import sigmoid
@@ -19,16 +29,7 @@ from smca.reference.model import forward
 from smca.reference.parameters import parameter_shapes
 from smca.reference.position import Grid, key_padding_mask, sine_position_encoding
 
-# tests/ is no package, so what several files share is loaded by its path.
-SHARED = Path(__file__).with_name("reference_model_in_torch.py")
-SPEC: Any = importlib.util.spec_from_file_location("reference_model_in_torch", SHARED)
-shared: Any = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = shared  # dataclasses look their module up
-SPEC.loader.exec_module(shared)
-Config, in_torch, assert_same, config_id = shared.Config, shared.in_torch, shared.assert_same, shared.config_id
-random_params, random_features, channels_of = shared.random_params, shared.random_features, shared.channels_of
-VALID_SIZES = shared.VALID_SIZES
-ALL_CONFIGS = shared.SINGLE_SCALE + shared.MULTI_SCALE + shared.OTHER_LEVELS
+ALL_CONFIGS = SINGLE_SCALE + MULTI_SCALE + OTHER_LEVELS
 SOME_CONFIGS = ALL_CONFIGS[::7]
 
 
