@@ -40,12 +40,16 @@ class Loader(DataLoader[Any]):
                     batch = next(batches)
             except StopIteration:
                 return
-            except (RuntimeError, ConnectionError, EOFError) as error:
+            except Exception as error:
                 said = str(error).strip()
-                if self.num_workers and not (isinstance(error, RuntimeError) or said.startswith("Caught")):
+                if isinstance(error, ConnectionError | EOFError) and self.num_workers and not said.startswith("Caught"):
                     # It died while it sent a batch, and was not yet known to be dead.
                     said = f"DataLoader worker ended while it sent a batch ({said or type(error).__name__})"
-                if not said.startswith("DataLoader"):  # one of the data's own
+                if not (isinstance(error, RuntimeError | ConnectionError | EOFError) and said.startswith("DataLoader")):
+                    # One of the data's own. Its traceback keeps the iterator, which, once it is found to be garbage, can no longer
+                    # tell its processes to end, and would wait for each of them for seconds.
+                    if self.num_workers:
+                        batches._shutdown_workers()  # type: ignore[attr-defined]
                     raise
                 raise ValueError(f"no batch of images came: {said}. {_advice(self.num_workers)}") from error
             yield batch

@@ -369,6 +369,7 @@ def main(argv: list[str] | None = None) -> None:
         if group == "data":
             measure_data(args, repeats, deadline, gpu, report)
         elif group == "index":
+            args.output.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=args.output) as folder:
                 report.add_record(group, *measure_index(args.index_images, Path(folder), print))
         elif group == "profile":

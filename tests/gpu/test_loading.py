@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import signal
 import time
@@ -80,7 +82,12 @@ def test_a_process_that_is_killed_while_it_sends_is_named_too(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_the_data_stays_what_it_is(workers: int) -> None:
+    children = multiprocessing.active_children()
     with pytest.raises(RuntimeError, match="a number that cannot be read"):
         read("raise", workers)
     with pytest.raises(ConnectionError, match="a number that is elsewhere"):
         read("ask", workers)
+    start = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - start < 4  # no process is left to be waited for
+    assert not set(multiprocessing.active_children()) - set(children)
