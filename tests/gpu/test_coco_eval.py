@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -275,38 +278,71 @@ def test_nothing_hidden_nothing_said() -> None:
     assert evaluate_detections(truth(), []).notes == ()
 
 
-@pytest.mark.parametrize("most", [5, 130])
-def test_the_numbers_are_pycocotools_own(most: int, tmp_path: Path) -> None:
-    """Of a file as pycocotools reads it: with crowds, objects beyond the border, without area, and more than 100 in an image."""
-    rng = np.random.default_rng(most)
-    boxes = [
-        (
-            int(rng.integers(1, 4)),
-            int(rng.choice([3, 7])),
-            tuple((rng.uniform(-30, 400, 4) * [1, 1, 0.5, 0.5]).tolist()),
-        )
-        for _ in range(3 * most)
+def pycocotools_numbers(ground_truth: dict[str, Any], found: list[dict[str, Any]]) -> tuple[list[float], Any]:
+    """The twelve, −1 where there is none, and the precision by class."""
+    coco = COCO()
+    coco.dataset = copy.deepcopy(ground_truth)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(found)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats.tolist(), evaluation.eval["precision"][:, :, :, 0, 2].mean((0, 1))
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    objects=st.sampled_from([1, 3, 20, 130, 330]),
+    images=st.lists(st.integers(-5, 2**40), min_size=1, max_size=4, unique=True),
+    scores=st.sampled_from([1, 3, 1_000_000]),
+    crowds=st.sampled_from([0.0, 0.1, 0.6]),
+    near=st.sampled_from([0.0, 4.0, 30.0]),
+    copies=st.sampled_from([0, 1, 2]),
+)
+@example(seed=5, objects=15, images=[1, 2, 3], scores=1_000_000, crowds=0.1, near=4.0, copies=1)
+@example(seed=130, objects=390, images=[1, 2, 3], scores=1_000_000, crowds=0.1, near=4.0, copies=1)
+@settings(max_examples=60, deadline=None)
+def test_the_numbers_are_pycocotools_own(
+    seed: int, objects: int, images: list[int], scores: int, crowds: float, near: float, copies: int
+) -> None:
+    """To 1e-12: with crowds, objects beyond the border, without area, or whose area is not their box's, equal scores, and more than
+    100 objects and detections of a class in an image."""
+    rng = np.random.default_rng(seed)
+    boxes = rng.uniform(-30, 400, (objects, 4)) * [1, 1, 0.5, 0.5]
+    annotations = [
+        {
+            "id": number,
+            "image_id": images[rng.integers(len(images))],
+            "category_id": int(rng.choice([3, 7])),
+            "bbox": box.tolist(),
+            "area": float(box[2] * box[3] * rng.choice([1.0, 1.0, 0.3])),
+            "iscrowd": int(rng.random() < crowds),
+        }
+        for number, box in enumerate(boxes, start=1)
     ]
-    ground_truth = truth(*boxes, images=3)  # type: ignore[arg-type]
-    for number, annotation in enumerate(ground_truth["annotations"], start=1):
-        annotation.update(id=number, iscrowd=int(rng.random() < 0.1))
+    sizes = {"width": 640, "height": 480}
+    categories = [*CATEGORIES, {"id": 90, "name": "found, and never there"}]
+    ground_truth = {
+        "images": [{"id": i, **sizes} for i in images],
+        "categories": categories,
+        "annotations": annotations,
+    }
     found = [
-        detection(
-            a["image_id"],
-            a["category_id"],
-            tuple((np.array(a["bbox"]) + rng.normal(0, 4, 4)).tolist()),
-            float(rng.random()),
-        )
-        for a in ground_truth["annotations"]
-        if rng.random() < 0.9
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"] if rng.random() < 0.9 else int(rng.choice([3, 7, 90])),
+            "bbox": (np.array(a["bbox"]) + rng.normal(0, near, 4)).tolist(),
+            "score": float(rng.integers(1, scores + 1) / scores),
+        }
+        for a in annotations * copies
     ]
-    file = tmp_path / "truth.json"
-    file.write_text(json.dumps(ground_truth))
-    coco = COCO(str(file))
-    evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(found)), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
+    if not found:  # pycocotools cannot read an empty list
+        found = [{"image_id": images[0], "category_id": 90, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.5}]
+    expected, by_class = pycocotools_numbers(ground_truth, found)
     metrics = evaluate_detections(ground_truth, found)
     ours = [getattr(metrics, field.name) for field in dataclasses.fields(CocoMetrics)[:12]]
-    assert [-1.0 if math.isnan(value) else value for value in ours] == evaluation.stats.tolist()
+    assert [-1.0 if math.isnan(value) else value for value in ours] == pytest.approx(expected, abs=1e-12)
+    assert [-1.0 if math.isnan(ap) else ap for ap, _ in metrics.per_class.values()] == pytest.approx(
+        by_class, abs=1e-12
+    )
