@@ -109,21 +109,21 @@ def evaluate_detections(ground_truth: Mapping[str, Any], detections: Sequence[Ma
     _check_detections(ground_truth, detections)
     truth = _truth_entries(ground_truth)
     crowded = _crowded_images(truth)
-    evaluation = COCOeval_faster(
-        _index(ground_truth, truth), _index(ground_truth, _result_entries(detections)), "bbox", print_function=_silent
-    )
-    if crowded:  # the best hundred are matched as they would be without the others
-        evaluation.params.maxDets = [*evaluation.params.maxDets, max(crowded.values())]
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
+    indices = _index(ground_truth, truth), _index(ground_truth, _result_entries(detections))
+    evaluation = _evaluate(indices, COUNTED)
     numbers = {name: _defined(value) for name, value in zip(_MEANING, evaluation.stats[:12], strict=True)}
-    notes = [*_notes_of_crowded(crowded, evaluation), *_notes_of_boxes(ground_truth, truth)]
+    notes = [*_notes_of_crowded(crowded, indices), *_notes_of_boxes(ground_truth, truth)]
     return CocoMetrics(**numbers, per_class=_per_class(ground_truth, evaluation), notes=tuple(notes))
 
 
-def _silent(*_: object) -> None:
-    """In place of printing progress and a summary."""
+def _evaluate(indices: tuple[COCO, COCO], counted: int) -> COCOeval_faster:
+    """Ground truth and detections compared, with up to so many detections per image and class; summed up."""
+    evaluation = COCOeval_faster(*indices, "bbox", print_function=lambda *_: None)
+    evaluation.params.maxDets = [1, 10, counted]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation
 
 
 def _crowded_images(truth: Sequence[Mapping[str, Any]]) -> dict[Any, int]:
@@ -135,12 +135,13 @@ def _crowded_images(truth: Sequence[Mapping[str, Any]]) -> dict[Any, int]:
     return crowded
 
 
-def _notes_of_crowded(crowded: Mapping[Any, int], evaluation: COCOeval_faster) -> list[str]:
+def _notes_of_crowded(crowded: Mapping[Any, int], indices: tuple[COCO, COCO]) -> list[str]:
     if not crowded:
         return []
-    every = _mean_precision(evaluation, index=-1)
+    most = max(crowded.values())
+    every = _defined(_evaluate(indices, most).stats[0])
     return [
-        f"{_count(len(crowded), 'image has', 'images have')} more than {COUNTED} objects of a class, {max(crowded.values())} at "
+        f"{_count(len(crowded), 'image has', 'images have')} more than {COUNTED} objects of a class, {most} at "
         f"most, and COCO counts {COUNTED} detections per image and class: the others are missed by rule. With as many as there "
         f"are objects, AP is {_number(every).strip()}"
     ]
@@ -178,13 +179,6 @@ def _notes_of_boxes(ground_truth: Mapping[str, Any], truth: Sequence[Mapping[str
 
 def _count(number: int, one: str, several: str) -> str:
     return f"{number:,} {one if number == 1 else several}"
-
-
-def _mean_precision(evaluation: COCOeval_faster, index: int) -> float:
-    """AP over all thresholds, classes and sizes, with the `index`-th of the numbers of detections."""
-    precision = evaluation.eval["precision"][:, :, :, 0, index]
-    defined = precision[precision > -1]
-    return float(defined.mean()) if defined.size else math.nan
 
 
 def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> COCO:

@@ -99,6 +99,7 @@ def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
+@torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average ← decay·average + (1 − decay)·model; whole numbers (batch counters) are copied."""
     states = average.state_dict().values(), model.state_dict().values()

@@ -302,6 +302,7 @@ def pycocotools_numbers(ground_truth: dict[str, Any], found: list[dict[str, Any]
 )
 @example(seed=5, objects=15, images=[1, 2, 3], scores=1_000_000, crowds=0.1, near=4.0, copies=1)
 @example(seed=130, objects=390, images=[1, 2, 3], scores=1_000_000, crowds=0.1, near=4.0, copies=1)
+@example(seed=0, objects=330, images=[0], scores=1, crowds=0.0, near=0.0, copies=1)
 @settings(max_examples=60, deadline=None)
 def test_the_numbers_are_pycocotools_own(
     seed: int, objects: int, images: list[int], scores: int, crowds: float, near: float, copies: int
