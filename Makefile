@@ -43,7 +43,7 @@ demo: setup  ## train on the built-in data and evaluate: minutes on a laptop; re
 	$(BIN)/smca train demo --output runs/demo --overwrite
 
 test: setup  ## run the tests and the conformance suite
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: setup  ## check style, formatting and types
 	$(BIN)/ruff check

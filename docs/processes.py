@@ -91,7 +91,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         script = folder / "train.py"
-        script.write_text(AS_TRAINED if as_trained else IN_FLOAT64)
+        script.write_text(AS_TRAINED if as_trained else IN_FLOAT64, encoding="utf-8")
         for number, (row, parts) in enumerate(rows.items()):
             trained(script, folder / str(number), parts, 2 if "2 threads" in row else 1)
             losses = [line["loss"] for line in read_metrics(folder / str(number) / "metrics.jsonl")]

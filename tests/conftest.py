@@ -21,14 +21,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On several processes (``--dist loadgroup``) the tests of a file stay together, since they share what is costly to make; but
-    for the conformance suite, whose tests share nothing."""
-    for item in items:
-        if item.path.name != "test_suite.py":
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # examples are small: more threads only wait for each other
