@@ -43,7 +43,7 @@ from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
 from smca.gpu.training.bad_step import Step
 from smca.gpu.training.batch_size import find_batch_size, found_message
-from smca.gpu.training.determinism import deterministic
+from smca.gpu.training.determinism import deterministic, without_denormals
 from smca.gpu.training.fast_run import prepare, report, shortened
 from smca.gpu.training.lock import only_run_in
 from smca.gpu.training.log import RunLog
@@ -103,6 +103,7 @@ def train(
     with (
         Stop() as stop,
         deterministic(config.deterministic),
+        without_denormals(),
         process_group() as (rank, world),
         only_run_in(config.output) if rank == 0 else nullcontext(),
     ):

@@ -17,6 +17,7 @@ from smca.gpu.evaluation import pick_device
 from smca.gpu.loss import NonFiniteError, SetCriterion, boxes_per_process
 from smca.gpu.model import SMCADETR
 from smca.gpu.training.bad_step import BadStep, Facts, load_bad_step
+from smca.gpu.training.determinism import without_denormals
 from smca.gpu.training.order import seed_step
 from smca.gpu.training.setup import HALVES, Criterion, completed
 
@@ -46,11 +47,10 @@ def replay(path: Path, *, device: str = "auto", criterion: Criterion | None = No
             f"{path}: the run had a loss of its own, {cut(origin.criterion)}, which the file cannot hold: from Python, call "
             "smca.gpu.training.replay.replay(path, criterion=…) with it"
         )
-    torch.set_flush_denormal(True)  # as in training
     model = _model(bad, path, on)
     _introduce(bad, model, on)
     trace = _Trace(model)
-    with trace:
+    with trace, without_denormals():
         numbers = _step_again(bad, model, on, criterion or SetCriterion(origin.config.loss), trace)
     before = bad.terms if bad.norm is None else {**bad.terms, _NORM: bad.norm}
     print(f"\n{'':24}{'then':>14}{'now':>14}")

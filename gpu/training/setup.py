@@ -186,9 +186,6 @@ def set_up(
             "fsdp: expected several processes to divide the model over, got one: start them with torchrun, or leave it out"
         )
     _seed(config.seed)
-    # A narrow Gaussian leaves attention weights too small for the usual format, with which a CPU computes far more slowly.
-    torch.set_flush_denormal(True)
-
     # Data; the model's classes follow from it.
     named = partial(open_split, synthetic=config.synthetic, options=config.annotations, cache=config.cache_images)
     if train_data is None:

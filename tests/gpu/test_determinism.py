@@ -34,6 +34,24 @@ def test_a_run_takes_deterministic_operations_only_and_leaves_the_process_as_it_
     assert os.environ[determinism.CUBLAS] == ":4096:8"
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.deterministic
+    assert not flushes()
+
+
+def flushes() -> bool:
+    """Whether the smallest numbers are taken for 0."""
+    least = torch.tensor(1e-310, dtype=torch.float64)
+    return bool((least * 2 == 0).item())
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_smallest_numbers_are_0_in_a_run_and_then_as_before(before: bool) -> None:
+    torch.set_flush_denormal(before)
+    try:
+        with determinism.without_denormals():
+            assert flushes()
+        assert flushes() is before
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_nothing_is_switched_on_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
