@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -23,3 +25,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # examples are small: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    """No test, and nothing that it calls, leaves the process computing otherwise: the tests after it would depend on it."""
+    before = computes()
+    yield
+    after = computes()
+    if after != before:
+        torch.set_flush_denormal(False)
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_dtype(torch.float32)
+    assert after == before
+
+
+def computes() -> dict[str, object]:
+    """What holds for the whole process of how it computes."""
+    return {
+        "flushes the smallest numbers to 0": 5e-324 * float("1") == 0,
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "float32 matrix products": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+    }

@@ -165,7 +165,6 @@ def recipe_step_case(preset: str, beyond: int, work: Work, decoder_layers: int |
     model_config = replace(run.model, **changes)
 
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)  # as in training
     with torch.device(work.device):
         model = SMCADETR(model_config).to(work.device)
     model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -20,6 +20,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from smca.gpu.benchmark.cases import Case, Step
+from smca.gpu.training.determinism import without_denormals
 
 Values = dict[str, dict[str, Tensor]]
 """Mode → name → tensor: the values by which cases are compared."""
@@ -121,6 +122,7 @@ def measure_apart(part: Part, repeats: int, threads: int, progress: Progress) ->
     return runs
 
 
+@without_denormals()  # as in training
 def _serve(build: Callable[[], Case], threads: int, pipe: Connection) -> None:
     """In a process of its own: build the case, then do what is asked until told to stop."""
     torch.set_num_threads(threads)
@@ -180,6 +182,7 @@ def peak_mib() -> float:
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
+@without_denormals()  # as in training
 def measure_together(part: Part, repeats: int, device: str, deadline: float) -> dict[str, Run]:
     """All cases in this process: each built and warmed up, then all in turn, mode after mode.
 

@@ -31,6 +31,7 @@ from smca.gpu.benchmark.measure import timed
 from smca.gpu.benchmark.report import PARTS
 from smca.gpu.loss import criterion as criterion_module
 from smca.gpu.model import decoder as decoder_module
+from smca.gpu.training.determinism import without_denormals
 
 Where = tuple[str, str]
 """Part and direction, "forward" or "backward"; what has no backward pass is all "forward"."""
@@ -84,6 +85,7 @@ class _Border(torch.autograd.Function):
         return (None, None, None, *grads)
 
 
+@without_denormals()  # as in training
 def profile_step(preset: str, work: Work, repeats: int, stem: Path, threads: int | None = None) -> dict[str, Any]:
     """Profile our training step, including gradient clipping, AdamW and the transfer of images from the host.
 
