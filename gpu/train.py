@@ -385,12 +385,12 @@ def _stopped_message(run: Run, error: StoppedError) -> str:
 
 def _announce(run: Run, log: RunLog) -> None:
     """What is about to be trained, on what."""
-    config, world = run.config, run.world
+    config, world, threads = run.config, run.world, torch.get_num_threads()
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     log.say(f"training images: {run.train_report}\nheld-out images: {run.val_report}")
     log.say(
         f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(run.batches)} steps per epoch, "
-        f"{run.total_steps} in all · {run.device} · {world} process{'es' * (world > 1)} · {torch.get_num_threads()} threads"
+        f"{run.total_steps} in all · {run.device} · {world} process{'es' * (world > 1)} · {threads} thread{'s' * (threads > 1)}"
     )
     for warning in warnings_of(config, run.train_table, run.val_table, run.train_data.categories):
         log.say(f"warning: {warning}")

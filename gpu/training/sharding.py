@@ -7,13 +7,15 @@ functions here also take what is not divided, and leave it as it is.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +39,14 @@ def shard(model: SMCADETR, device: torch.device, world: int) -> None:
         if any(True for _ in layer.parameters()):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    atexit.register(_let_go, mesh)
+
+
+def _let_go(mesh: DeviceMesh) -> None:
+    """End the threads of the group of processes, which PyTorch's caches keep through `mesh` when the group is destroyed: one that
+    still holds a tensor when Python ends would bring down a process that has done everything (SIGABRT)."""
+    getattr(mesh, "_pg_registry", {}).clear()
+    gc.collect()  # the layers keep the group, too
 
 
 def local(tensor: Tensor) -> Tensor:

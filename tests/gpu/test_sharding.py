@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import dataclasses
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,7 @@ def steps_with(
 
 def _process(rank: int, folder: str) -> None:
     """What the tests below look at, into files of `folder`."""
+    atexit.register(_note_threads, Path(folder, f"threads.{rank}"))  # what is registered later is called earlier
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     for name in ("adamw", "muon"):
@@ -116,6 +119,11 @@ def _process(rank: int, folder: str) -> None:
         write_shards(Path(folder, "nowhere"), tensors)
     assert "Traceback" not in str(error.value)
     distributed.destroy_process_group()
+
+
+def _note_threads(file: Path) -> None:
+    names = (Path(task, "comm").read_text() for task in Path("/proc/self/task").glob("*"))
+    file.write_text("".join(sorted(names)))
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +160,15 @@ def test_a_divided_model_learns_as_the_whole_one(folder: Path, optimizer: str) -
             assert torch.allclose(first[name][key], value, rtol=0, atol=1e-10), key
             moved = max(moved, float((value - start[key]).abs().max()))
         assert moved > 1e-4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the names of threads")
+def test_no_thread_of_the_processes_group_outlives_its_program(folder: Path) -> None:
+    """One that holds a tensor when Python ends aborts the process."""
+    for rank in range(2):
+        threads = (folder / f"threads.{rank}").read_text().split()
+        assert threads
+        assert not [name for name in threads if "gloo" in name]
 
 
 def test_each_process_has_half_of_it(folder: Path, optimizer: str) -> None:
