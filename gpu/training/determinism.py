@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from smca.gpu.config_json import cut
 
@@ -60,3 +62,30 @@ def without_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(flushed)
+
+
+def arrange_gradients(parallel: DistributedDataParallel) -> None:
+    """Let every start of a run sum gradients over the processes in the same order.
+
+    DDP puts all gradients into one bucket for its first backward pass, and from the second on into several, by their arrival. Where
+    an element lies decides in which order three processes and more sum it, so a resumed run would round its first step otherwise
+    than the uninterrupted run does. The first pass is therefore one of zeros, without the network.
+    """
+    network = parallel.module
+    parallel.module = _Zeros(network)
+    try:
+        parallel().backward()
+    finally:
+        parallel.module = network
+    network.zero_grad(set_to_none=True)
+
+
+class _Zeros(nn.Module):
+    """0, with a gradient of 0 for each parameter that is trained."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self) -> Tensor:
+        return torch.stack([(p * 0).sum() for p in self.network.parameters() if p.requires_grad]).sum()

@@ -30,6 +30,7 @@ from smca.gpu.model import SMCADETR
 from smca.gpu.model.recompute import recompute
 from smca.gpu.model.synced_norm import synchronize_norms
 from smca.gpu.training.bad_step import Origin
+from smca.gpu.training.determinism import arrange_gradients
 from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.optimizer import make_optimizer
 from smca.gpu.training.order import GlobalBatches
@@ -236,6 +237,8 @@ def set_up(
         # A loss of one's own may leave outputs unused, and with them parameters.
         devices = [device] if device.type == "cuda" else None
         parallel = DistributedDataParallel(model, devices, find_unused_parameters=own_criterion)
+        if device.type == "cpu" or config.deterministic:
+            arrange_gradients(parallel)
     rebuilt = dataclasses.replace(config.model, backbone=model.backbone.resolved(config.model.backbone))
     name = getattr(criterion, "__qualname__", type(criterion).__qualname__) if own_criterion else None
     origin = Origin(dataclasses.replace(config, model=rebuilt), rank, world, device.type, name)
