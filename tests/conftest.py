@@ -1,4 +1,5 @@
-"""Options of pytest for the suite: ``pytest conformance --implementation package.module:Class --profile ci``."""
+"""Options of pytest for the suite: ``pytest conformance --implementation package.module:Class --profile ci``; and what every test
+must leave as it was."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from smca.conformance.runner import PROFILES
+from smca.gpu.training.determinism import flushes_denormals
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,18 +34,13 @@ def _process_as_it_was() -> Iterator[None]:
     """No test, and nothing that it calls, leaves the process computing otherwise: the tests after it would depend on it."""
     before = computes()
     yield
-    after = computes()
-    if after != before:
-        torch.set_flush_denormal(False)
-        torch.use_deterministic_algorithms(False)
-        torch.set_default_dtype(torch.float32)
-    assert after == before
+    assert computes() == before
 
 
 def computes() -> dict[str, object]:
     """What holds for the whole process of how it computes."""
     return {
-        "flushes the smallest numbers to 0": 5e-324 * float("1") == 0,
+        "flushes the smallest numbers to 0": flushes_denormals(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "default dtype": torch.get_default_dtype(),
         "float32 matrix products": torch.get_float32_matmul_precision(),

@@ -51,12 +51,17 @@ def deterministic(wanted: bool) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
+def flushes_denormals() -> bool:
+    """Whether this process takes numbers too small for the usual format for 0."""
+    least = 5e-324
+    return least * 1.0 == 0.0
+
+
 @contextmanager
 def without_denormals() -> Iterator[None]:
     """Within it, numbers too small for the usual format are 0, and afterwards as before: a narrow Gaussian leaves such attention
     weights, with which a CPU computes far more slowly."""
-    least = 5e-324
-    flushed = least * 1.0 == 0.0
+    flushed = flushes_denormals()
     torch.set_flush_denormal(True)
     try:
         yield
@@ -69,8 +74,11 @@ def arrange_gradients(parallel: DistributedDataParallel) -> None:
 
     DDP puts all gradients into one bucket for its first backward pass, and from the second on into several, by their arrival. Where
     an element lies decides in which order three processes and more sum it, so a resumed run would round its first step otherwise
-    than the uninterrupted run does. The first pass is therefore one of zeros, without the network.
+    than the uninterrupted run does. The first pass is therefore one of zeros, without the network. (DDP that looks for unused
+    parameters keeps its one arrangement: nothing is done.)
     """
+    if parallel.find_unused_parameters:
+        return
     network = parallel.module
     parallel.module = _Zeros(network)
     try:

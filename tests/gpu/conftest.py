@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from torch import distributed
 
 from smca.gpu import train
 from smca.gpu.pictures.run import draw_run
@@ -22,3 +24,11 @@ def _no_pictures() -> Iterator[None]:
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are drawn after all."""
     monkeypatch.setattr(train, "draw_run", draw_run)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[None]:
+    """This process takes part in a job, alone."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()

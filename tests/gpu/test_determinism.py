@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from smca.gpu import train
@@ -90,21 +90,25 @@ def test_a_run_does_not_change_it_unasked_when_it_goes_on(tmp_path: Path) -> Non
     assert changed == ["--deterministic is True, was False"]
 
 
-def test_gradients_have_their_place_before_the_first_step(tmp_path: Path) -> None:
-    """One process that takes part in a job: nothing but the place is changed."""
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        model[2].bias.requires_grad_(False)
-        before = copy.deepcopy(model.state_dict())
-        parallel = DistributedDataParallel(model)
-        determinism.arrange_gradients(parallel)
-        assert parallel.module is model
-        assert all(p.grad is None for p in model.parameters())
-        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-        parallel(torch.rand(5, 3)).square().sum().backward()
-        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-        parallel(torch.rand(5, 3))  # which says what held in the pass before
-        assert parallel._get_ddp_logging_data()["has_rebuilt_buckets"]
-    finally:
-        distributed.destroy_process_group()
+@pytest.mark.usefixtures("job")
+def test_gradients_have_their_place_before_the_first_step() -> None:
+    """Nothing but the place is changed."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[2].bias.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    parallel = DistributedDataParallel(model)
+    determinism.arrange_gradients(parallel)
+    assert parallel.module is model
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    parallel(torch.rand(5, 3)).square().sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    parallel(torch.rand(5, 3))  # which says what held in the pass before
+    assert parallel._get_ddp_logging_data()["has_rebuilt_buckets"]
+
+
+@pytest.mark.usefixtures("job")
+def test_where_gradients_keep_their_place_no_pass_is_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel = DistributedDataParallel(nn.Linear(3, 4), find_unused_parameters=True)
+    monkeypatch.setattr(parallel, "forward", lambda: pytest.fail("a pass was taken"))
+    determinism.arrange_gradients(parallel)

@@ -137,7 +137,7 @@ def assert_alike(one: Path, other: Path) -> None:
     weights = [load_file(folder / "model_last/model.safetensors") for folder in (one, other)]
     for name, value in weights[0].items():
         # Where a gradient is next to nothing, rounding decides what Adam makes of it, in a few numbers of many.
-        assert (value - weights[1][name]).abs().float().mean() < 1e-5, name
+        assert (value - weights[1][name]).abs().float().mean() < 1e-6 * int(PROCESSES), name
 
 
 def test_a_divided_model_takes_the_steps_of_a_whole_one(short: Path, longer: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from smca.datasets import Targets
@@ -125,15 +125,12 @@ def test_all_parts_at_once_and_in_bfloat16() -> None:
         require_same_step(model, ("backbone", "encoder", "decoder"), 0.5)
 
 
-def test_processes_that_share_norms_and_gradients_take_the_same_step(tmp_path: Path) -> None:
-    """One process that takes part in a job: what it shares, it shares again where it computes anew."""
+@pytest.mark.usefixtures("job")
+def test_processes_that_share_norms_and_gradients_take_the_same_step() -> None:
+    """What they share, they share again where they compute anew."""
     model = network(tiny_resnet(1, 1))
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        synchronize_norms(model, torch.device("cpu"))
-        require_same_step(model, ("backbone", "encoder", "decoder"), 0.5, wrap=DistributedDataParallel)
-    finally:
-        distributed.destroy_process_group()
+    synchronize_norms(model, torch.device("cpu"))
+    require_same_step(model, ("backbone", "encoder", "decoder"), 0.5, wrap=DistributedDataParallel)
 
 
 def test_nothing_is_computed_anew_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
