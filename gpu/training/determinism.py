@@ -80,20 +80,21 @@ def arrange_gradients(parallel: DistributedDataParallel) -> None:
     if parallel.find_unused_parameters:
         return
     network = parallel.module
-    parallel.module = _Zeros(network)
+    parallel.module = _Weights(network)
     try:
-        parallel().backward()
+        weights = parallel()
     finally:
         parallel.module = network
+    torch.autograd.backward(weights, [torch.zeros_like(p) for p in network.parameters() if p.requires_grad])
     network.zero_grad(set_to_none=True)
 
 
-class _Zeros(nn.Module):
-    """0, with a gradient of 0 for each parameter that is trained."""
+class _Weights(nn.Module):
+    """All parameters of a network that are trained."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self) -> Tensor:
-        return torch.stack([(p * 0).sum() for p in self.network.parameters() if p.requires_grad]).sum()
+    def forward(self) -> list[Tensor]:
+        return [p.view_as(p) for p in self.network.parameters() if p.requires_grad]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +93,25 @@ def test_a_run_does_not_change_it_unasked_when_it_goes_on(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("job")
 def test_gradients_have_their_place_before_the_first_step() -> None:
-    """Nothing but the place is changed."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    """Nothing but the place is changed, and PyTorch has nothing to say of it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    model.to(memory_format=torch.channels_last)
     model[2].bias.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     parallel = DistributedDataParallel(model)
-    determinism.arrange_gradients(parallel)
+    torch.set_warn_always(True)  # not once only
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            determinism.arrange_gradients(parallel)
+    finally:
+        torch.set_warn_always(False)
     assert parallel.module is model
     assert all(p.grad is None for p in model.parameters())
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    parallel(torch.rand(5, 3)).square().sum().backward()
+    parallel(torch.rand(5, 3, 2, 2)).square().sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-    parallel(torch.rand(5, 3))  # which says what held in the pass before
+    parallel(torch.rand(5, 3, 2, 2))  # which says what held in the pass before
     assert parallel._get_ddp_logging_data()["has_rebuilt_buckets"]
 
 
