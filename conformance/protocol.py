@@ -21,7 +21,8 @@ T targets.
     generalized_box_iou(boxes1 [n, 4], boxes2 [m, 4], *, dtype) → [n, m], boxes as xyxy
     set_loss(logits [M, B, N, K], boxes [M, B, N, 4], targets, weights, *, dtype) → {"class/0": …, "loss": …}
     set_loss_vjp(the same) → gradients of "loss" with respect to logits and boxes
-    forward(params, features, valid_sizes, config, *, dtype) → {"logits": [M, B, N, K], "boxes": [M, B, N, 4]}
+    forward(params, features, valid_sizes, config, *, dtype) → {"logits": [M, B, N, K], "boxes": [M, B, N, 4]}; with
+        padded_size=(height, width) in pixels as well where config.padding_cells is "nearest"
     forward_vjp(grad_logits, grad_boxes, *as forward, dtype) → gradient of every entry of params, by name
 
 and of what goes beyond the paper (docs/method.md §8):

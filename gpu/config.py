@@ -20,6 +20,10 @@ EncoderKind = Literal["attention", "conv"]
 PriorScale = Literal["fixed", "single", "independent"]
 PriorHeads = Literal["shared", "independent"]
 PriorUnit = Literal["pixels", "box"]
+PriorState = Literal["attended", "entering"]
+PositionEncoding = Literal["centers", "detr"]
+PaddingCells = Literal["covered", "nearest"]
+Initialization = Literal["spread", "published"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 QueryInit = Literal["random", "grid", "anchors", "selected"]
 
@@ -102,10 +106,13 @@ class ModelConfig:
     """Whether each attention head has a Gaussian of its own, or all heads share one."""
     scale_selection: bool = True
     """With several levels: each query weighs the levels by a softmax it predicts; False weighs all alike."""
-    prior_sigma_px: float = 64.0
+    prior_sigma_px: float | tuple[float, ...] = 64.0
     """Standard deviation of the Gaussian before training, in pixels of the network's input: about half the side of a
-    typical object, the same at every level. The paper's β in cells² follows from it, β = 2·(prior_sigma_px / stride)²
-    (64 px at stride 32: β = 8)."""
+    typical object; one number for all levels, or one for each. The paper's β in cells² follows from it, β = 2·(prior_sigma_px /
+    stride)² (64 px at stride 32: β = 8)."""
+    prior_state: PriorState = "attended"
+    """Which state of a query its Gaussians are made of: that after the layer's self-attention, so that it knows of the others
+    ("attended"), or that which enters the layer ("entering"), as in the authors' code."""
     query_init: QueryInit = "random"
     """Where the queries start: anywhere ("random"), or spread over the image ("grid"), their positions and, with
     cross_attention="smca", their reference centres. Beyond the paper (docs/method.md §8): on a learned box per query, from which
@@ -121,6 +128,15 @@ class ModelConfig:
     denoising_groups: int = 0
     """Groups of noised ground-truth boxes that are queries as well in training, each with a positive and a negative one per object
     (with query_init "anchors" or "selected"); 0 = none."""
+    position_encoding: PositionEncoding = "centers"
+    """Where a cell is, in its sine encoding: at its centre in the unpadded image ("centers"), or its number among the cells that
+    are not padded, as in DETR's code ("detr")."""
+    padding_cells: PaddingCells = "covered"
+    """Which cells are padding: those that no pixel of the image is in ("covered"), or those whose nearest pixel in the padded batch
+    is padding, as in DETR's code ("nearest")."""
+    initialization: Initialization = "spread"
+    """What the transformer's weights start from: heads that look to different sides and boxes around their reference ("spread"), or
+    what the authors' code draws ("published"; docs/deviations.md lists the differences)."""
     pre_norm: bool = False
     """Layer norm before each block rather than after it: trains faster from scratch."""
     image_short_side: int = 800
@@ -145,8 +161,21 @@ class ModelConfig:
         )
         self._check_levels()
         self._check_boxes_of_queries()
+        if self.initialization == "published":
+            for name, published in (("query_init", "random"), ("dense_head", False)):
+                require(
+                    getattr(self, name) == published,
+                    f"model.{name}",
+                    'left at its default with initialization="published", which says nothing of it',
+                    getattr(self, name),
+                )
         require(0.0 <= self.dropout < 1.0, "model.dropout", "in [0, 1)", self.dropout)
-        require(self.prior_sigma_px > 0, "model.prior_sigma_px", "positive", self.prior_sigma_px)
+        if isinstance(self.prior_sigma_px, tuple):
+            expected = f"one number, or one for each of the {len(self.strides)} levels"
+            require(
+                len(self.prior_sigma_px) == len(self.strides), "model.prior_sigma_px", expected, self.prior_sigma_px
+            )
+        require(min(self.sigma_of_levels) > 0, "model.prior_sigma_px", "positive", self.prior_sigma_px)
         require(min(self.pixel_std) > 0, "model.pixel_std", "positive", self.pixel_std)
         require(
             self.hidden_dim % self.num_heads == 0 and self.hidden_dim % 4 == 0,
@@ -233,6 +262,12 @@ class ModelConfig:
     def has_anchors(self) -> bool:
         """Whether a query has a box from the start, from which its position is made."""
         return self.query_init in ("anchors", "selected")
+
+    @property
+    def sigma_of_levels(self) -> tuple[float, ...]:
+        """Standard deviation of the Gaussian before training on each level, in pixels."""
+        sigma = self.prior_sigma_px
+        return sigma if isinstance(sigma, tuple) else (sigma,) * len(self.strides)
 
     @property
     def head_dim(self) -> int:

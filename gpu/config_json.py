@@ -29,7 +29,8 @@ def read_json(kind: type[T], text: str, source: str) -> T:
     """Build a dataclass from the JSON text of its fields; fields that are not named take their defaults.
 
     Args:
-        kind: a dataclass whose fields are declared as int, float, str, bool, Literal, X | None, tuple, Mapping or a dataclass.
+        kind: a dataclass whose fields are declared as int, float, str, bool, Literal, X | None, tuple, X | tuple, Mapping or a
+            dataclass.
         text: a JSON object.
         source: name of the file, with which every error begins.
 
@@ -70,7 +71,11 @@ def _value(kind: Any, value: Any, source: str, where: str) -> Any:
         return _dataclass(kind, value, source, where)
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return None if value is None else _value(next(a for a in args if a is not type(None)), value, source, where)
+        if value is None and type(None) in args:
+            return None
+        kinds = [a for a in args if a is not type(None)]
+        lists = [a for a in kinds if get_origin(a) is tuple]
+        return _value(lists[0] if lists and isinstance(value, list) else kinds[0], value, source, where)
     if origin is tuple:
         endless = args[-1] is Ellipsis
         if not isinstance(value, list) or not (endless or len(value) == len(args)):

@@ -101,7 +101,13 @@ def smca_r50() -> RunConfig:
     """SMCA as published: ResNet-50, stride 32, 300 queries, 6 + 6 layers, 50 epochs (arXiv 2101.07448)."""
     return RunConfig(
         output=Path("runs/smca_r50"),
-        model=ModelConfig(backbone=RESNET50),
+        model=ModelConfig(
+            backbone=RESNET50,
+            prior_state="entering",
+            position_encoding="detr",
+            padding_cells="nearest",
+            initialization="published",
+        ),
         optim=OptimConfig(
             lr=1e-4, backbone_lr=1e-5, weight_decay=1e-4, clip_norm=0.1, schedule="step", drop_epoch=(40,)
         ),
@@ -119,8 +125,13 @@ def fast_r50() -> RunConfig:
         dense_head=True,
         box_refinement=True,
         prior_unit="box",
+        prior_sigma_px=64.0,
         denoising_groups=2,
         dropout=0.0,
+        prior_state="attended",
+        position_encoding="centers",
+        padding_cells="covered",
+        initialization="spread",
     )
     optim = replace(run.optim, optimizer="muon", lr=2e-4, backbone_lr=2e-5, schedule="wsd")
     optim = replace(optim, warmup_steps=1000, ema_decay=0.9997)
@@ -135,8 +146,9 @@ def detr_r50() -> RunConfig:
 
 def smca_r50_multiscale() -> RunConfig:
     """Multi-scale SMCA as published: strides 16, 32, 64; five encoder layers, the middle one crosses levels."""
-    levels = {"strides": (16, 32, 64), "encoder_layers": 5, "cross_level_blocks": (2,)}
-    return with_model(smca_r50(), "smca_r50_multiscale", **levels)
+    levels = {"strides": (16, 32, 64), "prior_sigma_px": (32 * 2**0.5, 64.0, 64 * 2**0.5), "cross_level_blocks": (2,)}
+    run = with_model(smca_r50(), "smca_r50_multiscale", encoder_layers=5, feedforward_dim=1024, **levels)
+    return replace(run, batch_size=8)
 
 
 def smca_r50_multiscale_conv() -> RunConfig:

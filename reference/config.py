@@ -8,6 +8,9 @@ CHOICES = {
     "prior_scale": ("fixed", "single", "independent"),
     "prior_heads": ("independent", "shared"),
     "prior_unit": ("pixels", "box"),
+    "prior_state": ("attended", "entering"),
+    "position_encoding": ("centers", "detr"),
+    "padding_cells": ("covered", "nearest"),
     "query_init": ("random", "grid", "anchors", "selected"),
 }
 
@@ -51,8 +54,18 @@ class ModelConfig:
     """"fixed" (r = 1), "single" (one r for both axes) or "independent" (one for each axis)."""
     prior_heads: str = "independent"
     """"independent" (offset and scale for each head and level) or "shared" (one of each per level, for all heads)."""
-    prior_sigma_px: float = 64.0
-    """Standard deviation of the Gaussian at r = 1, in pixels of the network's input, in every level. β = 2·(this/stride)²."""
+    prior_sigma_px: float | tuple[float, ...] = 64.0
+    """Standard deviation of the Gaussian at r = 1, in pixels of the network's input: in every level, or one for each.
+    β = 2·(this/stride)². Published for strides of 16, 32, 64: (√2·32, 64, √2·64), neither one width nor one β."""
+    prior_state: str = "attended"
+    """O is made of a query after its layer's self-attention ("attended"), or as it enters the layer ("entering"), as in
+    the authors' code."""
+    position_encoding: str = "centers"
+    """Where a cell is, in the sine encoding: at its centre in the unpadded image ("centers"); or its number among the
+    cells that are not padded, as in DETR's code ("detr")."""
+    padding_cells: str = "covered"
+    """Which cells are padded: those that no pixel of the image is in ("covered"); or those whose nearest pixel of the
+    padded image is padding, as in DETR's code ("nearest")."""
     scale_selection: bool = True
     """Each query weighs the levels by a head of its own (True), or every level weighs 1/J (False)."""
     query_init: str = "random"
@@ -84,10 +97,22 @@ class ModelConfig:
                 f"{self.hidden_dim}. Every head gets the same number of channels, and the position encoding a quarter "
                 "each for sine and cosine of y and x."
             )
-        if not self.prior_sigma_px > 0:
+        if isinstance(self.prior_sigma_px, tuple) and len(self.prior_sigma_px) != len(self.strides):
+            raise ValueError(
+                f"config.prior_sigma_px: expected one number of pixels, or one for each of {len(self.strides)} levels, got "
+                f"{self.prior_sigma_px}."
+            )
+        sigmas = self.prior_sigma_px if isinstance(self.prior_sigma_px, tuple) else (self.prior_sigma_px,)
+        if not all(sigma > 0 for sigma in sigmas):
             raise ValueError(f"config.prior_sigma_px: expected a number of pixels > 0, got {self.prior_sigma_px}.")
         _check_boxes_of_queries(self)
         _check_levels(self)
+
+
+def sigma_of_levels(config: ModelConfig) -> tuple[float, ...]:
+    """Standard deviation of the Gaussian at r = 1 on each level, in pixels."""
+    sigma = config.prior_sigma_px
+    return sigma if isinstance(sigma, tuple) else (sigma,) * len(config.strides)
 
 
 def uses_prior(config: ModelConfig) -> bool:

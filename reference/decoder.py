@@ -11,12 +11,11 @@ is
                      O = state_norm(t + p)
                      y = norm2(t);   t = t + X(y + p, x + pos, x);   t = t + ffn(norm3(t))
 
-With SMCA, X is modulated by one Gaussian per query, head i and level j, made from the query's state O (method.md §1, §3):
+In the authors' code O is made first, of the t that enters the layer (`prior_state="entering"`).
+
+With SMCA, X is modulated by one Gaussian per query, head i and level j, made from the query's state O (`prior` (D3) to (D5)):
 
     (D2) ref    = [ĉ_x, ĉ_y, 0, 0],   ĉ = center_head(O of the first layer) (+ query_center)      logits, for all layers
-    (D3) c_ij   = σ(ref_xy)·(w_j, h_j) + offset_ij(O)        in cells; (w_j, h_j): the unpadded image in cells of level j
-    (D4) r_ij   = scale head(O)                              1 / relative scale; 1 if fixed; one, or one per axis
-    (D5) λ_ij   = 2·r_ij²/β_j = (r_ij·stride_j/σ_px)²        β_j = 2·(σ_px/stride_j)²: σ_px is the prior's width in pixels
     (D6) α      = softmax over levels of level_head(O)       one for all heads (method.md §4); 1/J without scale selection
     (D7) X_i    = Σ_j α_j·smca_attention(q_i, k_ij, v_ij, c_ij, λ_ij)        λ = 0, and ref = 0 at first, if "dense"
 
@@ -35,12 +34,10 @@ four numbers in every layer, there is no center_head, and p and t are made of it
 
     (D10) ref = query_anchor, or as selected (`dense_head` (H6));   t = query_content at first
     (D11) p   = sine(σ(ref)_xy) + box_position([sine(σ(ref)_xy), sine(σ(ref)_wh)])      sine: `position` (P6)
-    (D12) with prior_unit="box", in cells of level j and with side_j = σ(ref)_wh·(w_j, h_j), (D3) and (D5) become
-          c_ij = σ(ref_xy)·(w_j, h_j) + side_j·offset_ij(O)        λ_ij = (r_ij / max(0.3·side_j, ½))²
 
 Position and prior take ref as given: no gradient passes through them to it (query_anchor learns from the boxes that
 are predicted from it, (D8)). A query whose box is known can then look as far as that box reaches. Sources: DAB-DETR,
-arXiv 2201.12329, section 4, for (D10), (D11) and, in its "modulated attention", the idea of (D12).
+arXiv 2201.12329, section 4, for (D10) and (D11).
 """
 
 from collections.abc import Sequence
@@ -64,11 +61,7 @@ from smca.reference.layers import (
     split_heads,
 )
 from smca.reference.position import Grid, sine_encoding_of_pairs
-
-SIGMA_OF_SIDE = 0.3
-"""Standard deviation of a Gaussian at r = 1, as a fraction of the box's side: (D12)."""
-LEAST_SIGMA = 0.5
-"""The same in cells, at least: nothing can be told apart within a cell."""
+from smca.reference.prior import spatial_prior
 
 
 class FurtherQueries(NamedTuple):
@@ -115,13 +108,15 @@ def decoder(
         name = f"decoder.layers.{index}"
         query_position = position_of_queries(reference_logits, params, config)  # p
 
+        state = t + query_position
         y = layer_norm(t, params, f"{name}.norm1") if config.pre_norm else t
         q = k = y + query_position
         t = t + multi_head_attention(q, k, y, params, f"{name}.self_attn", config.num_heads, sees=sees)
         if not config.pre_norm:
             t = layer_norm(t, params, f"{name}.norm1")
 
-        state = t + query_position
+        if config.prior_state == "attended":
+            state = t + query_position
         if uses_prior(config) or selects_scales(config):
             state = layer_norm(state, params, f"{name}.state_norm")  # O
         if uses_prior(config) and index == 0 and not has_anchors(config):
@@ -192,55 +187,6 @@ def initial_center_logits(state: FloatArray, params: Params, config: ModelConfig
     return center_logits
 
 
-def spatial_prior(
-    state: FloatArray,
-    reference_logits: FloatArray,
-    grids: Sequence[Grid],
-    params: Params,
-    name: str,
-    config: ModelConfig,
-) -> list[tuple[FloatArray, FloatArray]]:
-    """Centre and precision of every query's Gaussians. Equations (D3), (D4), (D5), (D12); method.md §1, §3, §4 and §8.
-
-    Args:
-        state: O, [B, N, C].
-        reference_logits: [B, N, 4]; width and height matter only with prior_unit="box".
-        grids: the J levels.
-        params, name: `name`.prior.offset_head and, unless fixed, `name`.prior.scale_head. Their outputs are, in this
-            order, [g, J, 2] and [g, J, 1 or 2]: head first, then level, then x and y; g = h, or 1 if heads share.
-        config: as configured.
-
-    Returns:
-        For each level center_xy [B, h, N, 2] in cells and precision_xy [B, h, N, 2] in cells⁻². Precisions of 0, and no
-        parameter is read, if there is no prior.
-    """
-    batch, queries, _ = state.shape
-    if not uses_prior(config):
-        none = np.zeros((batch, config.num_heads, queries, 2))
-        return [(none, none)] * len(grids)
-
-    groups = 1 if config.prior_heads == "shared" else config.num_heads
-    each = (batch, queries, groups, len(grids))
-    offset_xy = linear(state, params, f"{name}.prior.offset_head").reshape(*each, 2)
-    if config.prior_scale == "fixed":
-        inverse_scale = np.ones((*each, 1))  # (D4)
-    else:
-        inverse_scale = linear(state, params, f"{name}.prior.scale_head").reshape(*each, -1)
-
-    priors = []
-    for j, grid in enumerate(grids):
-        extent = grid.valid_cells[:, None, ::-1]  # (w_j, h_j) [B, 1, 2]
-        unit_xy, sigma_xy = np.array(1.0), np.array(config.prior_sigma_px / grid.stride)  # in cells
-        if config.prior_unit == "box":  # (D12)
-            unit_xy = (sigmoid(reference_logits[..., 2:]) * extent)[:, :, None, :]  # [B, N, 1, 2]
-            sigma_xy = np.maximum(SIGMA_OF_SIDE * unit_xy, LEAST_SIGMA)
-        center_xy = (sigmoid(reference_logits[..., :2]) * extent)[:, :, None, :]  # [B, N, 1, 2]
-        center_xy = center_xy + unit_xy * offset_xy[:, :, :, j]  # (D3) [B, N, g, 2]
-        precision_xy = (inverse_scale[:, :, :, j] / sigma_xy) ** 2  # (D5) [B, N, g, 1 or 2]
-        priors.append((_for_heads(center_xy, config.num_heads), _for_heads(precision_xy, config.num_heads)))
-    return priors
-
-
 def scale_selection(state: FloatArray, params: Params, name: str, config: ModelConfig) -> FloatArray:
     """How much each query takes from each level. Equation (D6); paper, "SMCA with multi-scale visual features".
 
@@ -290,9 +236,3 @@ def cross_attention(
         levels.append(Level(k, v, center_xy, precision_xy, grid.size, grid.key_padding_mask))
     attended = multi_scale_smca_attention(q, levels, level_weights)
     return linear(merge_heads(attended), params, f"{name}.out_proj")
-
-
-def _for_heads(values: FloatArray, num_heads: int) -> FloatArray:
-    """[B, N, h or 1, 2 or 1] → [B, h, N, 2]: one value serves all heads, or both axes."""
-    batch, queries = values.shape[:2]
-    return np.broadcast_to(values, (batch, queries, num_heads, 2)).transpose(0, 2, 1, 3)

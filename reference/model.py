@@ -1,9 +1,9 @@
 """From a backbone's features to class logits and boxes.
 
-    (M1) (h_j, w_j) = valid size / stride_j, padding_j               the image in cells of level j (`position` (P1), (P2))
+    (M1) (h_j, w_j) = valid size / stride_j, padding_j               the image in cells (`position` (P1), (P2) or (P7))
     (M2) x_j = input_proj_j(features_j)                              1 × 1 convolution: a linear map of each cell
     (M3) x_j = input_proj_j(x_{j−1})                                 levels beyond the backbone's: 3 × 3, stride 2
-    (M4) pos_j = sine encoding of the cells (`position` (P3) to (P5))  + level_embed_j, where attention mixes several levels
+    (M4) pos_j = sine encoding of the cells (`position` (P3) to (P5), (P8))  + level_embed_j, where attention mixes several levels
     (M5) x = encoder (`encoder`)
     (M6) logits, boxes = decoder (`decoder`)
     (M7) cells = dense head (`dense_head`), and the best cells are where the decoder's queries start    beyond the paper
@@ -29,7 +29,13 @@ from smca.reference.dense_head import dense_head, select_queries
 from smca.reference.encoder import encoder
 from smca.reference.layers import Params, cells_of_map, convolution, sigmoid, zero_padded
 from smca.reference.parameters import checked_parameters, parameter_shapes
-from smca.reference.position import Grid, key_padding_mask, sine_position_encoding
+from smca.reference.position import (
+    Grid,
+    counted_position_encoding,
+    key_padding_mask,
+    nearest_padding_mask,
+    sine_position_encoding,
+)
 
 
 def forward(
@@ -38,6 +44,7 @@ def forward(
     valid_sizes: npt.ArrayLike,
     config: ModelConfig,
     further: FurtherQueries | None = None,
+    padded_size: tuple[int, int] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """The model in evaluation mode. Equations (M1) to (M7).
 
@@ -48,6 +55,8 @@ def forward(
         valid_sizes: [B, 2], (height, width) of the unpadded images in pixels of the network's input.
         config: as configured.
         further: queries beside the model's own, as training has them with denoising_groups > 0.
+        padded_size: (height, width) in pixels that all images were padded to; None = to be treated as if each were alone.
+            Read with padding_cells="nearest" only.
 
     Returns:
         "logits" [M, B, N, K] and "boxes" [M, B, N, 4] (cxcywh in [0, 1] of the unpadded image), M decoder layers, the
@@ -65,7 +74,8 @@ def forward(
     sizes = [(each.shape[2], each.shape[3]) for each in maps]
     while len(sizes) < len(config.strides):
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))  # what a stride of 2 leaves
-    grids = _grids(np.asarray(valid_sizes, dtype=np.float64), len(maps[0]), sizes, weights, config)  # (M1), (M4)
+    valid = np.asarray(valid_sizes, dtype=np.float64)
+    grids = _grids(valid, len(maps[0]), sizes, weights, config, padded_size)  # (M1), (M4)
     memory = encoder(project(maps, grids, weights), grids, weights, config)  # (M5)
     cells = dense_head(memory, grids, weights) if config.dense_head else None  # (M7)
     selected = None
@@ -105,7 +115,12 @@ def project(features: Sequence[FloatArray], grids: Sequence[Grid], params: Param
 
 
 def _grids(
-    valid_sizes: FloatArray, batch: int, sizes: Sequence[tuple[int, int]], params: Params, config: ModelConfig
+    valid_sizes: FloatArray,
+    batch: int,
+    sizes: Sequence[tuple[int, int]],
+    params: Params,
+    config: ModelConfig,
+    padded_size: tuple[int, int] | None,
 ) -> list[Grid]:
     """(M1) and (M4), with a check that images and maps belong together: [B, 2] pixels → where the cells of each level are."""
     require_shape("valid_sizes", valid_sizes, (batch, 2), "Give (height, width) in pixels, one row per image.")
@@ -121,8 +136,15 @@ def _grids(
                 f"a stride of {stride} (level {j}) can hold, got {valid_sizes[image].tolist()}. Check the order, the "
                 "unit and config.strides."
             )
-        position = sine_position_encoding(size, valid_cells, config.hidden_dim)
+        if config.padding_cells == "nearest" and padded_size is not None:
+            padding = nearest_padding_mask(valid_sizes, padded_size, size)
+        else:
+            padding = key_padding_mask(valid_cells, size)
+        if config.position_encoding == "detr":
+            position = counted_position_encoding(padding, size, config.hidden_dim)
+        else:
+            position = sine_position_encoding(size, valid_cells, config.hidden_dim)
         if embeds_levels(config):
             position = position + params["level_embed"][j]
-        grids.append(Grid(size, stride, valid_cells, key_padding_mask(valid_cells, size), position))
+        grids.append(Grid(size, stride, valid_cells, padding, position))
     return grids

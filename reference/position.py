@@ -10,10 +10,19 @@ For an image whose unpadded part is H_px × W_px pixels, and a level with a stri
     (P5) encoding = [ f_0(u_y) … f_{C/2−1}(u_y), f_0(u_x) … f_{C/2−1}(u_x) ]  y first
     (P6) the same of any two numbers in 0–1: u = 2π·(first, second), second first
 
+DETR's code, and the authors', which is made of it, do (P2) and (P3) otherwise (`padding_cells`, `position_encoding`).
+With a map of H × W cells for a batch of images padded to H_all × W_all pixels:
+
+    (P7) the cell in column i and row j is padded if ⌊i·W_all/W⌋ ≥ W_px or ⌊j·H_all/H⌋ ≥ H_px       its nearest pixel is
+    (P8) u_x = 2π·(cells from 0 to i of row j that are not padded) / (those of the whole row + 10⁻⁶)
+         u_y = 2π·(cells from 0 to j of column i that are not padded) / (those of the whole column + 10⁻⁶)
+
+(P7) is (P2) where the padded size is a multiple of the stride, and for an image alone. (P8) puts a cell at its far edge, and
+makes whole cells of the image.
+
 Source of the encoding: DETR, appendix "Spatial positional encoding", with coordinates normalised by the unpadded
-image. DETR's code counts cells from 1, which puts a cell at its far edge; here it is at its centre, as everywhere else
-in this package. One place in an image has one encoding, then, in every level; a learned embedding tells levels apart
-in the encoder (`model` (M4)).
+image; in (P3) a cell is at its centre, as everywhere else in this package. One place in an image has one encoding, then,
+in every level; a learned embedding tells levels apart in the encoder (`model` (M4)).
 """
 
 from typing import NamedTuple
@@ -56,6 +65,51 @@ def key_padding_mask(valid_cells: FloatArray, size: tuple[int, int]) -> BoolArra
     row_padded = np.arange(height) >= valid_cells[:, :1]  # [B, H]
     column_padded = np.arange(width) >= valid_cells[:, 1:]  # [B, W]
     return (row_padded[:, :, None] | column_padded[:, None, :]).reshape(-1, height * width)
+
+
+def nearest_padding_mask(valid_sizes: FloatArray, padded_size: tuple[int, int], size: tuple[int, int]) -> BoolArray:
+    """[B, H·W], True where the pixel that is nearest to a cell, as DETR's code has it, is padding. Equation (P7).
+
+    Args:
+        valid_sizes: [B, 2], (height, width) of the unpadded images in pixels.
+        padded_size: (height, width) of the padded images in pixels.
+        size: (H, W) of the map.
+
+    An image 25 pixels wide beside one of 65, on three cells: they read pixels 0, 21 and 43. The second, at a stride of 32,
+    holds nothing of the image, and still counts:
+
+    >>> nearest_padding_mask(np.array([[32.0, 25.0]]), (32, 65), (1, 3)).astype(int).tolist()
+    [[0, 0, 1]]
+    """
+    height, width = size
+    row_padded = np.arange(height) * padded_size[0] // height >= valid_sizes[:, :1]  # [B, H]
+    column_padded = np.arange(width) * padded_size[1] // width >= valid_sizes[:, 1:]  # [B, W]
+    return (row_padded[:, :, None] | column_padded[:, None, :]).reshape(-1, height * width)
+
+
+def counted_position_encoding(padding_mask: BoolArray, size: tuple[int, int], channels: int) -> FloatArray:
+    """The encoding of every cell as DETR's code has it. Equations (P8), (P4), (P5).
+
+    Args:
+        padding_mask: [B, H·W], True = padded.
+        size: (H, W) of the map.
+        channels: C, a multiple of 4.
+
+    Returns:
+        [B, H·W, C], row-major; finite in padded cells too.
+
+    Of two cells side by side, u_x is π and 2π, so the x half, (sin, cos), is (0, −1) and (0, 1):
+
+    >>> (counted_position_encoding(np.zeros((1, 2), bool), (1, 2), 4)[0, :, 2:].round(5) + 0.0).tolist()
+    [[0.0, -1.0], [0.0, 1.0]]
+    """
+    shown = ~padding_mask.reshape(-1, *size)  # [B, H, W]
+    halves = []
+    for axis in (1, 2):  # y first
+        counts = np.cumsum(shown, axis=axis)
+        whole = counts.max(axis=axis, keepdims=True)
+        halves.append(_waves(2 * np.pi * counts / (whole + 1e-6), channels // 2))  # (P8) [B, H, W, C/2]
+    return np.concatenate(halves, axis=-1).reshape(len(shown), size[0] * size[1], channels)
 
 
 def sine_position_encoding(size: tuple[int, int], valid_cells: FloatArray, channels: int) -> FloatArray:

@@ -51,12 +51,18 @@ def test_same_name_same_order(name: str) -> None:
 
 
 def test_a_configuration_of_the_specification_is_one_of_the_model() -> None:
-    """Same names, same defaults: the published model."""
+    """Same names, same defaults; the published model differs from them in conventions alone."""
     published = vars(SpecifiedConfig())
     model = ModelConfig(**published)
     assert {name: getattr(model, name) for name in published} == published
     assert ModelConfig() == model
-    assert smca_r50().model == replace(model, backbone=smca_r50().model.backbone)
+    conventions = {
+        "prior_state": "entering",
+        "position_encoding": "detr",
+        "padding_cells": "nearest",
+        "initialization": "published",
+    }
+    assert smca_r50().model == replace(model, backbone=smca_r50().model.backbone, **conventions)  # type: ignore[arg-type]
 
 
 def test_the_contract_is_among_them() -> None:

@@ -78,8 +78,8 @@ class Oracle:
     def set_loss(self, logits: Array, boxes: Array, targets: Any, weights: Mapping[str, float], *, dtype: str) -> Any:
         return self.losses.set_loss({"logits": logits, "boxes": boxes}, targets, weights)
 
-    def forward(self, *arguments: Any, dtype: str) -> Any:
-        return self.model.forward(*arguments)
+    def forward(self, *arguments: Any, dtype: str, padded_size: tuple[int, int] | None = None) -> Any:
+        return self.model.forward(*arguments, padded_size=padded_size)
 
     anchored_forward = forward
 

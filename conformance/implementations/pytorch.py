@@ -212,10 +212,19 @@ class TorchModel(TorchAttention):
         assert all(name.startswith("backbone.") for name in missing.missing_keys), missing.missing_keys
         return model
 
-    def forward(self, params: Any, features: Any, valid_sizes: Array, config: Any, *, dtype: str) -> dict[str, Array]:
+    def forward(
+        self,
+        params: Any,
+        features: Any,
+        valid_sizes: Array,
+        config: Any,
+        *,
+        dtype: str,
+        padded_size: tuple[int, int] | None = None,
+    ) -> dict[str, Array]:
         model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
         with torch.no_grad():
-            outputs = model.detect([self._tensor(x, dtype) for x in features], sizes)
+            outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, padded_size=padded_size)
         return {name: numpy_of(value) for name, value in outputs.items()}
 
     def anchored_forward(

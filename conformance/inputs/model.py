@@ -34,6 +34,14 @@ class ModelArrays(NamedTuple):
     config: ModelConfig
 
     @property
+    def padded_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels that the images of the batch were padded to, for a configuration that reads it."""
+        if self.config.padding_cells != "nearest":
+            return None
+        height, width = self.valid_sizes.max(0).tolist()
+        return int(height), int(width)
+
+    @property
     def levels_given(self) -> int:
         """Maps that come from the backbone."""
         return len(self.features)
@@ -116,6 +124,8 @@ _LISTED: list[tuple[Options, Sizes]] = [
     ([("strides", (4, 8, 16, 32)), ("pre_norm", True), ("box_refinement", True)], ODD),
     ([("strides", (8, 16)), ("encoder", "conv"), ("prior_heads", "shared")], ((5, 5),)),
     ([("num_heads", 1), ("encoder", "conv"), ("encoder_layers", 0), ("decoder_layers", 1)], ((70, 7),)),
+    ([("prior_state", "entering"), ("position_encoding", "detr"), ("padding_cells", "nearest")], ((33, 13), (9, 47))),
+    ([LEVELS, ("prior_sigma_px", (5.0, 7.0, 20.0)), ("position_encoding", "detr"), ("padding_cells", "nearest")], ODD),
 ]
 
 CONFIGURATIONS = [ModelInputs(tuple(options), sizes, seed) for seed, (options, sizes) in enumerate(_LISTED)]
@@ -139,6 +149,9 @@ def model_inputs(draw: st.DrawFn, /, **fixed: Any) -> ModelInputs:
         "scale_selection": st.booleans(),
         "query_init": st.sampled_from(["random", "grid"]),
         "box_refinement": st.booleans(),
+        "prior_state": st.sampled_from(["attended", "entering"]),
+        "position_encoding": st.sampled_from(["centers", "detr"]),
+        "padding_cells": st.sampled_from(["covered", "nearest"]),
     }
     options: dict[str, Any] = {}
     for name, values in (usual | fixed).items():

@@ -15,7 +15,7 @@ ANCHORED: list[Mutant] = [
          "query_position = position_of_queries(reference_logits, params, config)  # p",
          "query_position = query_position if index else position_of_queries(reference_logits, params, config)"),
         ("prior in units of the height for the width", "reference", "decoder", "unit_xy = (sigmoid(reference_logits[..., 2:]) * extent)", "unit_xy = (sigmoid(reference_logits[..., :1:-1]) * extent)"),
-        ("prior narrower than half a cell", "reference", "decoder", "LEAST_SIGMA = 0.5", "LEAST_SIGMA = 0.0001"),
+        ("prior narrower than half a cell", "reference", "prior", "LEAST_SIGMA = 0.5", "LEAST_SIGMA = 0.0001"),
         ("offset in pixels with a prior in boxes", "reference", "decoder", "center_xy + unit_xy * offset_xy", "center_xy + 1.0 * offset_xy"),
         ("further queries seen by the others", "reference", "decoder", "joined[:, :num_queries, :num_queries] = True", "joined[:, :num_queries, :] = True"),
         ("further queries see the others", "reference", "decoder", "joined[:, num_queries:, num_queries:] = sees", "joined[:, num_queries:, num_queries:] = sees\n    joined[:, num_queries:, :num_queries] = True"),

@@ -25,17 +25,24 @@ WHOLE = ("float64", "float32")
 PERTURBATION = 2.0**-30
 
 
-def forward(impl: Any, x: ModelArrays, dtype: str) -> dict[str, Array]:
-    outputs = impl.forward(x.params, x.features, x.valid_sizes, x.config, dtype=dtype)
+def forward(impl: Any, x: ModelArrays, dtype: str, padded_size: tuple[int, int] | None = None) -> dict[str, Array]:
+    batch = {} if padded_size is None else {"padded_size": padded_size}
+    outputs = impl.forward(x.params, x.features, x.valid_sizes, x.config, dtype=dtype, **batch)
     return {name: np.asarray(outputs[name], dtype=np.float64) for name in NAMES}
 
 
-def bounds(x: ModelArrays, seed: int, dtype: str, expected: dict[str, Array] | None = None) -> dict[str, Array]:
+def bounds(
+    x: ModelArrays,
+    seed: int,
+    dtype: str,
+    expected: dict[str, Array] | None = None,
+    padded_size: tuple[int, int] | None = None,
+) -> dict[str, Array]:
     """u · the condition number, measured: how far the oracle's answer moves when every parameter and every feature is
     moved by a relative amount, of random sign, per unit of that amount; times the number of layers, each of which rounds.
     `expected`: the oracle's answer, if it is known.
     """
-    rng, expected = np.random.default_rng(seed), expected or oracle.forward(*x)
+    rng, expected = np.random.default_rng(seed), expected or oracle.forward(*x, padded_size=padded_size)
     moved = {name: np.zeros(()) for name in NAMES}
     for _ in range(2):
 
@@ -43,7 +50,8 @@ def bounds(x: ModelArrays, seed: int, dtype: str, expected: dict[str, Array] | N
             return values * (1 + PERTURBATION * rng.choice([-1, 1], values.shape))
 
         params = {name: nudge(value) for name, value in x.params.items()}
-        nudged = oracle.forward(params, [nudge(f) for f in x.features], x.valid_sizes, x.config)
+        features = [nudge(f) for f in x.features]
+        nudged = oracle.forward(params, features, x.valid_sizes, x.config, padded_size=padded_size)
         for name in NAMES:
             # The largest entry per image: a single entry may happen not to move.
             change = np.abs(nudged[name] - expected[name]).max(axis=(0, 2, 3), keepdims=True) / PERTURBATION
@@ -71,8 +79,9 @@ def compare(
 )
 def model_equals_the_oracle(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
-    expected = oracle.forward(*x)
-    compare(forward(impl, x, dtype), expected, bounds(x, recipe.seed, dtype, expected), judge)
+    size = x.padded_size
+    expected = oracle.forward(*x, padded_size=size)
+    compare(forward(impl, x, dtype, size), expected, bounds(x, recipe.seed, dtype, expected, size), judge)
 
 
 @property_of(

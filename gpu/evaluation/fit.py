@@ -152,11 +152,12 @@ def _remedies(factor: float, model: ModelConfig, augmentation: Augmentation) -> 
 def _prior(sides: FloatArray, model: ModelConfig) -> Iterator[Finding]:
     if model.prior_unit != "pixels" or model.cross_attention != "smca":
         return
-    typical, sigma = float(np.median(sides)), model.prior_sigma_px
-    if not _NARROW * typical <= sigma <= _WIDE * typical:
+    typical, sigmas = float(np.median(sides)), model.sigma_of_levels
+    starts = " to ".join(f"{sigma:g}" for sigma in sorted({min(sigmas), max(sigmas)}))
+    if max(sigmas) < _NARROW * typical or min(sigmas) > _WIDE * typical:
         text = (
             f"half of the objects are less than {typical:.0f} pixels across after the resize, and the prior starts with a standard "
-            f"deviation of {sigma:g}: set --model.prior-sigma-px {max(1, round(_GOOD * typical))} or so"
+            f"deviation of {starts}: set --model.prior-sigma-px {max(1, round(_GOOD * typical))} or so"
         )
         yield Finding("prior-width", "note", "train", text)
 

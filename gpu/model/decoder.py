@@ -126,6 +126,7 @@ class Decoder(nn.Module):
         dim = config.hidden_dim
         self.num_queries, self.query_init = config.num_queries, config.query_init
         self.box_refinement, self.has_anchors = config.box_refinement, config.has_anchors
+        self.prior_state, self.initialization = config.prior_state, config.initialization
         # Queries: learned positions, with reference centres from the first layer's state; or boxes, and what is made of them.
         self.query_position = self.center_head = self.query_center = None
         self.query_anchor = self.query_content = self.box_position = self.label_embed = None
@@ -154,6 +155,9 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the initial values that matter; everything else is Xavier-uniform (docs/deviations.md)."""
+        if self.initialization == "published":
+            self._reset_as_published()
+            return
         points_xy = spread_points(self.num_queries)
         if self.query_position is not None and self.query_init == "grid":
             self.query_position.copy_(sine_encoding_of_pairs(points_xy, self.query_position.shape[1]))
@@ -187,6 +191,17 @@ class Decoder(nn.Module):
                 nn.init.zeros_(layer.level_head.weight)
                 nn.init.zeros_(layer.level_head.bias)
 
+    def _reset_as_published(self) -> None:
+        """What the authors' code draws: heads as PyTorch does by itself, not Xavier's; no ring of offsets, no first box."""
+        assert self.query_position is not None
+        nn.init.normal_(self.query_position)
+        for head in (self.class_head, *(layer for mlp in self.box_heads for layer in cast(MLP, mlp).layers)):
+            cast(nn.Linear, head).reset_parameters()
+        set_class_prior(self.class_head)
+        for layer in cast("list[DecoderLayer]", self.layers):
+            if layer.prior is not None:
+                layer.prior.reset_parameters()
+
     def forward(
         self,
         memory: Tensor,
@@ -218,8 +233,9 @@ class Decoder(nn.Module):
         states, refined = [], []
         for index, layer in enumerate(cast("list[DecoderLayer]", self.layers)):
             position = self._position(reference_logits)
+            entering = t
             t = layer.attend_queries(t, position, sees)
-            state = layer.state(t, position)
+            state = layer.state(entering if self.prior_state == "entering" else t, position)
             if index == 0 and self.center_head is not None and state is not None:
                 center_logits = in_full_precision(self.center_head, state).to(dtype)
                 if self.query_center is not None:

@@ -31,8 +31,13 @@ from smca.gpu.model.denoising import FurtherQueries, draw_noise, noised_queries
 from smca.gpu.model.dense_head import DenseHead, select_queries
 from smca.gpu.model.detections import Detections, decode
 from smca.gpu.model.encoder import Encoder
-from smca.gpu.model.layers import Grid
-from smca.gpu.model.position import sine_position_encoding
+from smca.gpu.model.layers import Attention, Grid
+from smca.gpu.model.position import (
+    counted_position_encoding,
+    covered_padding_mask,
+    nearest_padding_mask,
+    sine_position_encoding,
+)
 
 
 class SMCADETR(nn.Module):
@@ -60,10 +65,16 @@ class SMCADETR(nn.Module):
         self.dense_head = DenseHead(config) if config.dense_head else None
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
-        for module in (self.encoder, self.decoder, self.dense_head):
-            for parameter in module.parameters() if module is not None else ():
+        for part in (self.encoder, self.decoder, self.dense_head):
+            for parameter in part.parameters() if part is not None else ():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
+        if config.initialization == "published":
+            if self.level_embed is not None:
+                nn.init.normal_(self.level_embed)
+            for module in self.modules():
+                if isinstance(module, Attention):
+                    module.reset_as_published()
         self.decoder.reset_parameters()
         if self.dense_head is not None:
             self.dense_head.reset_parameters()
@@ -105,9 +116,10 @@ class SMCADETR(nn.Module):
             )
             return self.detect(self.backbone(pixels), valid_sizes, further, padded=False)
         valid_sizes = valid_sizes_of(padding_mask)
+        if not self.training:
+            return self.detect(self.backbone.each_alone(pixels, valid_sizes), valid_sizes, further)
         # In training, where nothing may wait for the device, the backbone sees the padding.
-        features = self.backbone(pixels) if self.training else self.backbone.each_alone(pixels, valid_sizes)
-        return self.detect(features, valid_sizes, further)
+        return self.detect(self.backbone(pixels), valid_sizes, further, padded_size=(height, width))
 
     def normalize(self, images: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Pixels in the backbone's input range; padding becomes 0, whatever it held."""
@@ -122,6 +134,7 @@ class SMCADETR(nn.Module):
         further: FurtherQueries | None = None,
         *,
         padded: bool = True,
+        padded_size: tuple[int, int] | None = None,
     ) -> dict[str, Tensor]:
         """The part that ``smca.reference.model.forward`` specifies: backbone features to logits and boxes.
 
@@ -130,6 +143,8 @@ class SMCADETR(nn.Module):
             valid_sizes: [B, 2] (height, width) of the unpadded images in pixels of the network's input.
             further: queries beside the model's own.
             padded: False promises that no cell is padding, so that masks are not needed.
+            padded_size: (height, width) in pixels that all images were padded to; None = to be treated as if each were alone.
+                Read with padding_cells="nearest" only.
         """
         # Positions and boxes stay in at least float32 under autocast; in a float64 model all is float64.
         valid_sizes = valid_sizes.to(self.decoder.norm.weight.dtype)
@@ -140,10 +155,14 @@ class SMCADETR(nn.Module):
             level_map = projection(features[level] if level < len(features) else level_map)
             size = (level_map.shape[-2], level_map.shape[-1])
             valid_cells = valid_sizes / stride
-            mask = _key_padding_mask(valid_cells, size) if padded else None  # [B, H, W]
+            mask = self._padding_of_cells(valid_sizes, stride, size, padded_size) if padded else None  # [B, H, W]
             if mask is not None:
                 level_map = level_map.masked_fill(mask[:, None], 0.0)
-            pos = sine_position_encoding(size, valid_cells, self.config.hidden_dim)
+            if self.config.position_encoding == "detr":
+                known = valid_cells.new_zeros(len(valid_cells), *size, dtype=torch.bool) if mask is None else mask
+                pos = counted_position_encoding(known.flatten(1), size, self.config.hidden_dim, dtype=valid_cells.dtype)
+            else:
+                pos = sine_position_encoding(size, valid_cells, self.config.hidden_dim)
             grids.append(Grid(size, valid_cells, None if mask is None else mask.flatten(1)))
             tokens.append(level_map.flatten(2).transpose(1, 2))
             positions.append(pos if self.level_embed is None else pos + self.level_embed[level])
@@ -161,6 +180,14 @@ class SMCADETR(nn.Module):
         if further is not None:
             outputs |= {"further_logits": logits[:, :, n:], "further_boxes": boxes[:, :, n:]}
         return {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n], **outputs}
+
+    def _padding_of_cells(
+        self, valid_sizes: Tensor, stride: int, size: tuple[int, int], padded_size: tuple[int, int] | None
+    ) -> Tensor:
+        """Which cells of a level are padding: [B, H, W] bool."""
+        if self.config.padding_cells == "covered" or padded_size is None:
+            return covered_padding_mask(valid_sizes / stride, size)
+        return nearest_padding_mask(valid_sizes, padded_size, size)
 
     @torch.inference_mode()
     def predict(
@@ -289,11 +316,3 @@ def valid_sizes_of(padding_mask: Tensor) -> Tensor:
     """[B, H, W] bool, True = padded → [B, 2] (height, width) of the unpadded images in pixels."""
     valid = ~padding_mask
     return torch.stack([valid[:, :, 0].sum(1), valid[:, 0, :].sum(1)], dim=-1)
-
-
-def _key_padding_mask(valid_cells: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, H, W] bool: a cell is padding if it holds no pixel of the image."""
-    height, width = size
-    rows = torch.arange(height, device=valid_cells.device) >= valid_cells[:, :1]
-    columns = torch.arange(width, device=valid_cells.device) >= valid_cells[:, 1:]
-    return rows[:, :, None] | columns[:, None, :]

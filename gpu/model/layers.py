@@ -136,6 +136,15 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
+    @torch.no_grad()
+    def reset_as_published(self) -> None:
+        """Draw q, k and v as PyTorch's own attention does, as one matrix [3C, C] whose Xavier bound is lower; biases 0."""
+        dim = self.q_proj.in_features
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.uniform_(projection.weight, -math.sqrt(6 / (4 * dim)), math.sqrt(6 / (4 * dim)))
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.zeros_(projection.bias)
+
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """query [B, N, C], key and value [B, L, C] → q [B, h, N, d], k and v [B, h, L, d]."""
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)

@@ -25,6 +25,40 @@ def sine_position_encoding(size: tuple[int, int], valid_cells: Tensor, channels:
     return torch.cat([rows, columns], dim=-1).flatten(1, 2)
 
 
+def counted_position_encoding(
+    padding_mask: Tensor, size: tuple[int, int], channels: int, *, dtype: torch.dtype
+) -> Tensor:
+    """Encoding [B, H·W, channels] of the cells of a map as DETR's code has it: of how many cells that are not padding there are up
+    to a cell in its column and row, over all that there are, plus 10⁻⁶. padding_mask [B, H·W] bool, True = padded."""
+    shown = (~padding_mask).reshape(-1, *size).to(dtype)
+    halves = []
+    for axis in (1, 2):  # y first
+        # Images lie in the top left corner: their cells are counted without a sum over cells, which on a GPU has no fixed order.
+        whole = shown.sum(axis, keepdim=True)
+        shape = [1, -1, 1] if axis == 1 else [1, 1, -1]
+        number = torch.arange(1, shown.shape[axis] + 1, device=shown.device).to(dtype).view(shape)
+        halves.append(_waves(torch.minimum(number, whole) / (whole + 1e-6), channels // 2))
+    return torch.cat(halves, dim=-1).flatten(1, 2)
+
+
+def covered_padding_mask(valid_cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, H, W] bool: a cell is padding if it holds no pixel of the image; valid_cells [B, 2] = (h, w) of that in cells."""
+    height, width = size
+    rows = torch.arange(height, device=valid_cells.device) >= valid_cells[:, :1]
+    columns = torch.arange(width, device=valid_cells.device) >= valid_cells[:, 1:]
+    return rows[:, :, None] | columns[:, None, :]
+
+
+def nearest_padding_mask(valid_sizes: Tensor, padded_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """[B, H, W] bool: a cell is padding if its nearest pixel is, as DETR's code has it; valid_sizes [B, 2] and padded_size are
+    (height, width) of the images without and with their padding, in pixels."""
+    rows, columns = (
+        torch.arange(cells, device=valid_sizes.device) * padded_size[axis] // cells >= valid_sizes[:, axis, None]
+        for axis, cells in enumerate(size)
+    )
+    return rows[:, :, None] | columns[:, None, :]
+
+
 def sine_encoding_of_pairs(pairs: Tensor, channels: int) -> Tensor:
     """Encoding [..., channels] of pairs [..., 2] in 0–1: of a point (x, y) that of a cell with its centre there, of a size (w, h)
     likewise."""

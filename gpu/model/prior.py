@@ -29,25 +29,32 @@ class Prior(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.unit = config.prior_unit
+        self.unit, self.published = config.prior_unit, config.initialization == "published"
         self.gaussians = 1 if config.prior_heads == "shared" else config.num_heads
-        # λ at r = 1 on each level, in its cells⁻²: 2/β. The same width in pixels on all of them.
-        self.unit_precision = [(stride / config.prior_sigma_px) ** 2 for stride in config.strides]
+        # λ at r = 1 on each level, in its cells⁻²: 2/β.
+        self.unit_precision = [
+            (stride / sigma) ** 2 for stride, sigma in zip(config.strides, config.sigma_of_levels, strict=True)
+        ]
         outputs = self.gaussians * len(config.strides)
         self.offset_head = nn.Linear(config.hidden_dim, outputs * 2)
         axes = _AXES[config.prior_scale]
         self.scale_head = nn.Linear(config.hidden_dim, outputs * axes) if axes else None
 
     def reset_parameters(self) -> None:
-        """Start the heads as Gaussians of r = 1 on a ring of radius 1σ around the reference centre, whatever the query.
+        """Start the heads as Gaussians of r = 1 on a ring of radius 1σ around the reference centre, whatever the query; or, as
+        published, wherever Xavier's random weights put them.
 
         Values carry no position, so only the difference between heads that look to different sides tells a query where in its
         neighbourhood the object lies; with all heads on the same spot, that difference has to be learned first. (With one
         Gaussian for all heads there is no ring: it starts on the centre.)
         """
-        nn.init.zeros_(self.offset_head.weight)
-        nn.init.zeros_(self.offset_head.bias)
-        if self.gaussians > 1:
+        if self.published:
+            with torch.no_grad():
+                self.offset_head.bias.add_(0.5)  # the authors' cells are at (i, j), half a cell from their centres
+        else:
+            nn.init.zeros_(self.offset_head.weight)
+            nn.init.zeros_(self.offset_head.bias)
+        if self.gaussians > 1 and not self.published:
             angle = torch.arange(self.gaussians) * (2 * math.pi / self.gaussians)
             sigma = torch.tensor(self.unit_precision)[:, None] ** -0.5
             if self.unit == "box":

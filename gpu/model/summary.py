@@ -42,8 +42,8 @@ def summarize(config: ModelConfig) -> str:
         lines.append(_row(name, parameters, macs))
     lines.append(_row("all", list(model.parameters()), counter.get_total_flops() / 2))
     lines.append(f"one image of {height}×{width} px; torch.utils.flop_counter, two operations = one multiply-add")
-    for stride in config.strides:
-        beta = 2 * (config.prior_sigma_px / stride) ** 2
+    for stride, sigma in zip(config.strides, config.sigma_of_levels, strict=True):
+        beta = 2 * (sigma / stride) ** 2
         width_of_prior = f", β = {beta:.3g} cells²" if config.prior_unit == "pixels" else ""
         lines.append(f"level of stride {stride}: {-(-height // stride)}×{-(-width // stride)} cells{width_of_prior}")
     return "\n".join(lines)

@@ -106,9 +106,22 @@ def assert_same(got: dict[str, Any], want: dict[str, Any], atol: float = 1e-11) 
         np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=atol, err_msg=name)
 
 
-def in_torch(params: Any, features: Any, valid_sizes: Any, config: ModelConfig) -> dict[str, Any]:
+def detr_mask_and_coordinates(valid_sizes: Any, padded_size: Any, size: Any) -> tuple[Any, Any, Any]:
+    """Padding [B, H, W] and coordinates (y, x) in 0–1 of a map as DETR has them, from a mask of pixels."""
+    pixels = torch.ones(len(valid_sizes), *padded_size)
+    for mask, (height, width) in zip(pixels, valid_sizes.tolist(), strict=True):
+        mask[: int(height), : int(width)] = 0
+    pad = functional.interpolate(pixels[:, None], size=tuple(size))[:, 0].bool()
+    counts = [(~pad).double().cumsum(axis) for axis in (1, 2)]
+    return pad, *(count / (count.amax(1 + axis, keepdim=True) + 1e-6) for axis, count in enumerate(counts))
+
+
+def in_torch(
+    params: Any, features: Any, valid_sizes: Any, config: ModelConfig, padded_size: Any = None
+) -> dict[str, Any]:
     """The model, from multi_head_attention_forward with the prior as an additive mask, conv2d and interpolate."""
     p = {key: torch.from_numpy(value) for key, value in params.items()}
+    sigmas = len(config.prior_sigma_px) if isinstance(config.prior_sigma_px, tuple) else 1
     c, heads, strides, levels = config.hidden_dim, config.num_heads, config.strides, range(len(config.strides))
 
     def lin(x: Any, name: str) -> Any:
@@ -146,6 +159,9 @@ def in_torch(params: Any, features: Any, valid_sizes: Any, config: ModelConfig) 
         pad = ((ys - 0.5)[None, :, None] >= size_px[:, :1, None]) | ((xs - 0.5)[None, None] >= size_px[:, 1:, None])
         pos_y = waves(ys / size_px[:, :1] * 2 * torch.pi)[:, :, None].expand(-1, -1, size[1], -1)
         pos_x = waves(xs / size_px[:, 1:] * 2 * torch.pi)[:, None].expand(-1, size[0], -1, -1)
+        if padded_size is not None:
+            pad, detr_y, detr_x = detr_mask_and_coordinates(np.asarray(valid_sizes), padded_size, size)
+            pos_y, pos_x = waves(detr_y * 2 * torch.pi), waves(detr_x * 2 * torch.pi)
         embed = p["level_embed"][j] if "level_embed" in p else torch.zeros(c, dtype=torch.float64)
         weight, bias = p[f"input_proj.{j}.weight"], p[f"input_proj.{j}.bias"]
         if j < len(features):
@@ -203,7 +219,7 @@ def in_torch(params: Any, features: Any, valid_sizes: Any, config: ModelConfig) 
     reference = torch.zeros(*query.shape[:2], 4, dtype=torch.float64)
     all_logits, all_boxes = [], []
     for i in range(config.decoder_layers):
-        n = f"decoder.layers.{i}"
+        n, entering = f"decoder.layers.{i}", t
         if config.pre_norm:
             y = norm(t, f"{n}.norm1")
             t = t + attend(y + query, y + query, y, f"{n}.self_attn")
@@ -211,7 +227,7 @@ def in_torch(params: Any, features: Any, valid_sizes: Any, config: ModelConfig) 
             t = norm(t + attend(t + query, t + query, t, f"{n}.self_attn"), f"{n}.norm1")
         selects = config.scale_selection and len(strides) > 1
         if config.cross_attention == "smca" or selects:
-            o = norm(t + query, f"{n}.state_norm")
+            o = norm((t if config.prior_state == "attended" else entering) + query, f"{n}.state_norm")
         biases = [None for _ in levels]
         if config.cross_attention == "smca":
             if i == 0:
@@ -230,7 +246,11 @@ def in_torch(params: Any, features: Any, valid_sizes: Any, config: ModelConfig) 
                     elif config.prior_scale == "independent":
                         r = lin(o, f"{n}.prior.scale_head")[..., 2 * number : 2 * number + 2]
                     c_xy = reference[..., :2].sigmoid() * h_w[j].flip(-1)[:, None] + offset
-                    beta = 2 * (config.prior_sigma_px / strides[j]) ** 2
+                    beta = (
+                        2
+                        * (torch.tensor(config.prior_sigma_px).double().flatten()[min(j, -1 + sigmas)] / strides[j])
+                        ** 2
+                    )
                     squared = (key_xy[j] - c_xy[:, :, None]) ** 2 * (r**2 / beta)[:, :, None]
                     log_g.append(-squared.sum(dim=-1))
                 biases[j] = torch.stack(log_g, dim=1).flatten(0, 1)  # [B·h, N, L]

@@ -22,12 +22,12 @@ from reference_model_in_torch import (
     random_features,
     random_params,
 )
-from smca.reference.decoder import spatial_prior
 from smca.reference.encoder import encoder_block
 from smca.reference.layers import sigmoid
 from smca.reference.model import forward
 from smca.reference.parameters import parameter_shapes
 from smca.reference.position import Grid, key_padding_mask, sine_position_encoding
+from smca.reference.prior import spatial_prior
 
 ALL_CONFIGS = SINGLE_SCALE + MULTI_SCALE + OTHER_LEVELS
 SOME_CONFIGS = ALL_CONFIGS[::7]
@@ -40,6 +40,27 @@ def test_forward_equals_torch(config: Any) -> None:
     assert got["logits"].shape == (3, 3, 6, 3)
     assert got["boxes"].shape == (3, 3, 6, 4)
     assert_same(got, in_torch(params, features, VALID_SIZES, config))
+
+
+@pytest.mark.parametrize("strides", [(32,), (8, 16, 32)])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_forward_equals_torch_in_detrs_conventions(strides: tuple[int, ...], pre_norm: bool) -> None:
+    """Query state, position encoding and padding as in DETR's and the authors' code, and a width for each level."""
+    config = Config(
+        strides=strides,
+        prior_sigma_px=(12.0, 20.0, 50.0)[: len(strides)],
+        prior_state="entering",
+        position_encoding="detr",
+        padding_cells="nearest",
+        pre_norm=pre_norm,
+    )
+    padded_size, valid_sizes = (70, 65), np.array([[70, 40], [33, 65], [24, 22]])
+    params, features = random_params(config), random_features(config, size=padded_size)
+    got = forward(params, features, valid_sizes, config, padded_size=padded_size)
+    assert_same(got, in_torch(params, features, valid_sizes, config, padded_size))
+    for name, usual in (("prior_state", "attended"), ("position_encoding", "centers"), ("padding_cells", "covered")):
+        other = forward(params, features, valid_sizes, replace(config, **{name: usual}), padded_size=padded_size)
+        assert np.abs(other["boxes"] - got["boxes"]).max() > 1e-5, name
 
 
 @pytest.mark.parametrize("config", SOME_CONFIGS, ids=config_id)
