@@ -32,7 +32,7 @@ class Prior(nn.Module):
         self.unit = config.prior_unit
         self.gaussians = 1 if config.prior_heads == "shared" else config.num_heads
         # λ at r = 1 on each level, in its cells⁻²: 2/β. The same width in pixels on all of them.
-        self.unit_precision = [(stride / config.prior_sigma_px) ** 2 for stride in config.strides]
+        self.unit_precision = [(stride / config.prior_sigma_px) ** 2 for stride in config.decoder_strides]
         outputs = self.gaussians * len(config.strides)
         self.offset_head = nn.Linear(config.hidden_dim, outputs * 2)
         axes = _AXES[config.prior_scale]
