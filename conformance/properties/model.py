@@ -118,6 +118,7 @@ def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: J
     into=PROPERTIES,
     dtypes=WHOLE,
     examples_factor=0.25,
+    always=[recipe for recipe in CONFIGURATIONS if ("encoder", "conv") in recipe.options],
 )
 def padded_cells_are_never_read(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)

@@ -12,6 +12,7 @@ The same parameters, exported with ``state_dict()``, drive ``smca.reference.mode
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,10 @@ def check_fit(model: nn.Module, saved: SavedModel) -> None:
     problems = [f"{len(found)} {kind}: {cut(found[0], 150)}" for kind, found in kinds.items() if found]
     if extra and not (missing or differing) and all(name.startswith("backbone.") for name in extra):
         remedy = "An earlier version saved it, with stages of the backbone that are no longer kept: train it anew"
+    elif any(name.endswith(".conv.own.weight") for name in extra) or (
+        not (missing or extra) and all(re.match(r"input_proj\.\d+\.weight is \(", line) for line in differing)
+    ):
+        remedy = "An earlier version saved it, with another convolutional encoder or level beyond the backbone: train it anew"
     elif saved.config_source != saved.weights_source:
         remedy = f"Take {saved.config_source} and the weights from the same run"
     else:

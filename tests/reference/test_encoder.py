@@ -54,11 +54,12 @@ def params_of_the_authors(seed: int = 2) -> dict[str, Any]:
 
 
 def impulse_reaches(
-    level: int, row: int, column: int, strides: Any = STRIDES, mixed: Any = pyramid_exchange, side: int = 64
+    level: int, row: int, column: int, strides: Any = STRIDES, *, authors: bool = False, side: int = 64
 ) -> list[Any]:
     """Where a change of one cell of one level shows after one exchange: a set of (row, column) for each level."""
+    mixed, params = (exchange, params_of_the_authors()) if authors else (pyramid_exchange, params_of())
     grids = grids_of([[side, side]], (side, side), strides)
-    levels, params = cells_of(grids), params_of() if mixed is pyramid_exchange else params_of_the_authors()
+    levels = cells_of(grids)
     before = mixed(levels, grids, params, "a")
     levels[level][0, row * grids[level].size[1] + column] += 1.0
     after = mixed(levels, grids, params, "a")
@@ -148,9 +149,9 @@ def test_pyramid_exchange_takes_maps_that_lack_or_exceed_a_cell() -> None:
 def test_the_authors_exchange_reaches_seven_cells_and_those_of_the_levels_beside() -> None:
     """Levels of 16 × 16, 8 × 8 and 4 × 4 cells, and a cell in the corner: "own" takes it to cells 0 to 3, from there "finer" to the
     coarse cells whose 7 around cell 2a reach 3; "coarser" takes 0 to 3 to 0 to 6, and the stretched map lies over the fine one."""
-    fine, middle, coarse = impulse_reaches(0, 0, 0, mixed=exchange, side=128)
+    fine, middle, coarse = impulse_reaches(0, 0, 0, authors=True, side=128)
     assert (fine, middle, coarse) == (block(range(4), range(4)), block(range(4), range(4)), set())
-    fine, middle, coarse = impulse_reaches(1, 0, 0, mixed=exchange, side=128)
+    fine, middle, coarse = impulse_reaches(1, 0, 0, authors=True, side=128)
     within = range(15)  # fine cell a is coarse 7a/15: up to a = 14 it has a share of coarse cell 6
     assert (fine, middle, coarse) == (block(within, within), block(range(4), range(4)), block(range(4), range(4)))
 

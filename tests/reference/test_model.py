@@ -22,6 +22,7 @@ from reference_model_in_torch import (
     random_features,
     random_params,
 )
+from smca.reference.config import decoder_strides
 from smca.reference.decoder import spatial_prior
 from smca.reference.encoder import encoder_block
 from smca.reference.layers import sigmoid
@@ -278,6 +279,15 @@ def test_one_level_selected_is_the_model_of_that_level(picked: int, cross_attent
             own[key] = params[key]
     got = forward(params, features, VALID_SIZES, config)
     assert_same(got, forward(own, [features[picked]], VALID_SIZES, single))
+
+
+def test_halved_levels_have_positions_of_their_own() -> None:
+    """Strides (8, 48) and the finest halved: nothing of the coarser level tells where the halved cells are."""
+    config = Config(strides=(8, 48), halve_finest=True)
+    assert decoder_strides(config) == (16, 48)
+    params, features = random_params(config), random_features(config)
+    want = in_torch(params, features, VALID_SIZES, config)
+    assert_same(forward(params, features, VALID_SIZES, config), want)
 
 
 def test_without_selection_every_level_weighs_the_same() -> None:
