@@ -16,7 +16,7 @@ from smca.datasets.settings import require
 from smca.gpu.config_json import read_json
 
 CrossAttention = Literal["smca", "dense"]
-EncoderKind = Literal["attention", "conv"]
+EncoderKind = Literal["attention", "conv", "pyramid_conv"]
 PriorScale = Literal["fixed", "single", "independent"]
 PriorHeads = Literal["shared", "independent"]
 PriorUnit = Literal["pixels", "box"]
@@ -77,7 +77,8 @@ class ModelConfig:
     """The feature extractor."""
     strides: tuple[int, ...] = (32,)
     """Pixels of the input per cell of each feature map ("level"), finest first. The backbone must have a stage of each
-    stride; beyond its deepest stage, levels of twice the stride of the one before are made by strided convolutions."""
+    stride; beyond its deepest stage, levels of twice the stride of the one before are made by strided convolutions, the first of
+    them from that stage."""
     hidden_dim: int = 256
     """C, channels of the transformer; a multiple of num_heads and of 4."""
     num_heads: int = 8
@@ -85,13 +86,17 @@ class ModelConfig:
     num_queries: int = 300
     """N, object queries: the most objects that can be found in one image."""
     encoder: EncoderKind = "attention"
-    """What mixes the cells in an encoder layer: self-attention, or depthwise convolutions that also exchange between
-    neighbouring levels ("conv")."""
+    """What mixes the cells in an encoder layer: self-attention; or depthwise convolutions that also exchange between neighbouring
+    levels: the authors' own ("conv", with strides that double from level to level), or beyond the paper "pyramid_conv". To "conv"
+    padding matters, so that in evaluation images of different sizes go through the network one after the other."""
     encoder_layers: int = 6
     """Encoder layers, each with one set of parameters for all levels; 0 hands the projected features to the decoder."""
     cross_level_blocks: tuple[int, ...] = ()
     """Which encoder layers, counted from 0, let the keys of all levels attend to each other; in the others each level attends
     to itself. The published multi-scale encoder has five layers, of which the middle one (2) crosses levels."""
+    halve_finest: bool = False
+    """Behind the encoder, halve the finest level by a strided convolution: what a query looks at has twice its stride. Published
+    with encoder="conv" and strides (8, 16, 32, 64)."""
     decoder_layers: int = 6
     """M, transformer decoder layers; each is supervised."""
     feedforward_dim: int = 2048
@@ -240,13 +245,20 @@ class ModelConfig:
         require(
             not crossing or self.encoder == "attention",
             "model.cross_level_blocks",
-            'empty with encoder="conv", in which every layer exchanges between neighbouring levels',
+            f'empty with encoder="{self.encoder}", in which every layer exchanges between neighbouring levels',
             crossing,
         )
         require(
-            self.encoder == "attention" or all(b % a == 0 for a, b in itertools.pairwise(self.strides)),
+            self.encoder != "conv" or all(b == 2 * a for a, b in itertools.pairwise(self.strides)),
             "model.strides",
-            'multiples of one another with encoder="conv", whose coarse cells cover whole finer ones',
+            'each twice the one before with encoder="conv" (encoder="pyramid_conv" takes multiples of one another, '
+            '"attention" any)',
+            self.strides,
+        )
+        require(
+            self.encoder != "pyramid_conv" or all(b % a == 0 for a, b in itertools.pairwise(self.strides)),
+            "model.strides",
+            'multiples of one another with encoder="pyramid_conv", whose coarse cells cover whole finer ones',
             self.strides,
         )
         if len(self.strides) == 1:
@@ -268,6 +280,11 @@ class ModelConfig:
         """Standard deviation of the Gaussian before training on each level, in pixels."""
         sigma = self.prior_sigma_px
         return sigma if isinstance(sigma, tuple) else (sigma,) * len(self.strides)
+
+    @property
+    def decoder_strides(self) -> tuple[int, ...]:
+        """Pixels per cell of each level that decoder and dense head read."""
+        return (self.strides[0] * (2 if self.halve_finest else 1), *self.strides[1:])
 
     @property
     def head_dim(self) -> int:

@@ -136,7 +136,7 @@ def fast_r50() -> RunConfig:
     optim = replace(run.optim, optimizer="muon", lr=2e-4, backbone_lr=2e-5, schedule="wsd")
     optim = replace(optim, warmup_steps=1000, ema_decay=0.9997)
     loss = LossConfig(classification="matchability")
-    return replace(run, output=Path("runs/fast_r50"), model=model, loss=loss, optim=optim, epochs=12)
+    return replace(run, output=Path("runs/fast_r50"), model=model, loss=loss, optim=optim, epochs=12, batch_size=16)
 
 
 def detr_r50() -> RunConfig:
@@ -145,15 +145,19 @@ def detr_r50() -> RunConfig:
 
 
 def smca_r50_multiscale() -> RunConfig:
-    """Multi-scale SMCA as published: strides 16, 32, 64; five encoder layers, the middle one crosses levels."""
+    """Multi-scale SMCA as published: strides 16, 32, 64; five encoder layers, the middle one crosses levels; batches of 8."""
     levels = {"strides": (16, 32, 64), "prior_sigma_px": (32 * 2**0.5, 64.0, 64 * 2**0.5), "cross_level_blocks": (2,)}
     run = with_model(smca_r50(), "smca_r50_multiscale", encoder_layers=5, feedforward_dim=1024, **levels)
     return replace(run, batch_size=8)
 
 
 def smca_r50_multiscale_conv() -> RunConfig:
-    """The authors' later variant: depthwise convolutions in place of the encoder's attention."""
-    return with_model(smca_r50_multiscale(), "smca_r50_multiscale_conv", encoder="conv", cross_level_blocks=())
+    """The authors' later variant: six layers of depthwise convolutions in the encoder, over strides 8 to 64, the finest halved
+    behind it."""
+    run = smca_r50_multiscale()
+    sigmas = (run.model.sigma_of_levels[0], *run.model.sigma_of_levels)  # two levels of stride 16 reach the decoder
+    levels = {"strides": (8, 16, 32, 64), "prior_sigma_px": sigmas, "cross_level_blocks": ()}
+    return with_model(run, "smca_r50_multiscale_conv", encoder="conv", encoder_layers=6, halve_finest=True, **levels)
 
 
 def smca_r101_multiscale() -> RunConfig:

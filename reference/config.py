@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 CHOICES = {
-    "encoder": ("attention", "conv"),
+    "encoder": ("attention", "conv", "pyramid_conv"),
     "cross_attention": ("smca", "dense"),
     "prior_scale": ("fixed", "single", "independent"),
     "prior_heads": ("independent", "shared"),
@@ -36,12 +36,16 @@ class ModelConfig:
     strides: tuple[int, ...] = (32,)
     """Pixels of the network's input per cell, for each of the J levels, finest first. Published also: (16, 32, 64)."""
     encoder: str = "attention"
-    """"attention", or "conv": depthwise convolutions, with exchange between neighbouring levels in every block."""
+    """"attention"; or depthwise convolutions, with exchange between neighbouring levels in every block: "conv", the
+    authors' own, or beyond the paper "pyramid_conv", to which it is all the same how far an image is padded."""
     encoder_layers: int = 6
     """Blocks of the encoder, ≥ 0; all levels share their parameters."""
     cross_level_blocks: tuple[int, ...] = ()
     """Blocks (from 0) in which the cells of all levels attend to each other; in the others each level attends to itself.
-    Published with three levels: (2,) of 5. Empty for encoder="conv"."""
+    Published with three levels: (2,) of 5. Empty for any other encoder."""
+    halve_finest: bool = False
+    """Behind the encoder, a convolution of stride 2 halves the finest level. Published with encoder="conv" and strides
+    (8, 16, 32, 64): the decoder reads strides 16, 16, 32 and 64."""
     decoder_layers: int = 6
     """M, layers of the decoder, ≥ 1. Each gives logits and boxes."""
     feedforward_dim: int = 2048
@@ -133,10 +137,20 @@ def selects_scales(config: ModelConfig) -> bool:
 def embeds_levels(config: ModelConfig) -> bool:
     """Whether a learned embedding tells the encoder which level a cell is of.
 
-    Only attention in the encoder reads it. In the decoder it would add the same to all logits of a softmax, which is
-    over one level, and so change nothing; convolutions use no position encoding.
+    Only the encoder reads it. In the decoder it adds the same to all logits of a softmax, which is over one level, and
+    so changes nothing; "pyramid_conv" uses no position encoding.
     """
-    return len(config.strides) > 1 and config.encoder == "attention" and config.encoder_layers > 0
+    return len(config.strides) > 1 and config.encoder != "pyramid_conv" and config.encoder_layers > 0
+
+
+def decoder_strides(config: ModelConfig) -> tuple[int, ...]:
+    """Pixels per cell of each level that decoder and dense head read.
+
+    >>> decoder_strides(ModelConfig(strides=(8, 16, 32, 64), encoder="conv", halve_finest=True))
+    (16, 16, 32, 64)
+    """
+    finest = config.strides[0] * (2 if config.halve_finest else 1)
+    return (finest, *config.strides[1:])
 
 
 def _check_boxes_of_queries(config: ModelConfig) -> None:
@@ -162,12 +176,20 @@ def _check_levels(config: ModelConfig) -> None:
             f"config.cross_level_blocks: expected different indices of {config.encoder_layers} encoder_layers, got "
             f"{blocks}."
         )
-    if config.encoder == "conv" and blocks:
+    if config.encoder != "attention" and blocks:
         raise ValueError(
-            f'config.cross_level_blocks: expected () with encoder="conv", which exchanges in every block, got {blocks}.'
+            f'config.cross_level_blocks: expected () with encoder="{config.encoder}", which exchanges in every block, got '
+            f"{blocks}."
         )
-    if config.encoder == "conv" and any(strides[j] % strides[j - 1] for j in range(1, len(strides))):
+    ratios = [strides[j] / strides[j - 1] for j in range(1, len(strides))]
+    if config.encoder == "conv" and any(ratio != 2 for ratio in ratios):
         raise ValueError(
-            f'config.strides: expected multiples of one another with encoder="conv", got {strides}. A coarse cell '
+            f'config.strides: expected each twice the one before with encoder="conv", whose kernels between levels have '
+            f'a stride of 2, got {strides}. encoder="pyramid_conv" takes multiples of one another, encoder="attention" '
+            "any strides."
+        )
+    if config.encoder == "pyramid_conv" and any(ratio % 1 for ratio in ratios):
+        raise ValueError(
+            f'config.strides: expected multiples of one another with encoder="pyramid_conv", got {strides}. A coarse cell '
             'covers whole cells of the next finer level; encoder="attention" takes any strides.'
         )

@@ -2,18 +2,21 @@
 
     (M1) (h_j, w_j) = valid size / stride_j, padding_j               the image in cells (`position` (P1), (P2) or (P7))
     (M2) x_j = input_proj_j(features_j)                              1 × 1 convolution: a linear map of each cell
-    (M3) x_j = input_proj_j(x_{j−1})                                 levels beyond the backbone's: 3 × 3, stride 2
-    (M4) pos_j = sine encoding of the cells (`position` (P3) to (P5), (P8))  + level_embed_j, where attention mixes several levels
+    (M3) x_j = input_proj_j(features_last)                         first level beyond the backbone's: 3 × 3, stride 2
+         x_j = input_proj_j(x_{j−1})                                levels beyond that, likewise
+    (M4) pos_j = encoding of the cells (`position` (P3) to (P5), or (P8))     + level_embed_j, where an encoder reads several levels
     (M5) x = encoder (`encoder`)
-    (M6) logits, boxes = decoder (`decoder`)
-    (M7) cells = dense head (`dense_head`), and the best cells are where the decoder's queries start    beyond the paper
+    (M6) x_0 = halve(x_0)                                          an option: 3 × 3, stride 2, C → C
+    (M7) logits, boxes = decoder (`decoder`)
+    (M8) cells = dense head (`dense_head`), and the best cells are where the decoder's queries start    beyond the paper
 
-A backbone gives a map for each of the first levels. Each level beyond them is made from the level before it (M3), with 0
-in place of padded cells, and has twice its stride. (Of the projected level, C → C. Read from a ResNet-50's last stage,
-2048 → C, this convolution alone would have 4.7 M parameters, more than the published 40 M leave room for.)
+A backbone gives a map for each of the first levels. Of those beyond them, the first is made from the backbone's last map,
+all its channels (2048 → C in a ResNet-50), any further one from the level before it; each has twice the stride of the one
+before. Behind (M6) level 0 has twice its stride, with the cells, the mask and the positions of that stride. Padded cells
+are 0 before (M3) and before (M6).
 
 The parameters are those of the production model's state_dict, by name and shape (`parameters`). Sources: method.md;
-DETR, "DETR architecture"; paper, the whole of its method section.
+DETR, "DETR architecture"; paper, the whole of its method section; (M3) and (M6) the authors' archive.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from smca.reference.arrays import FloatArray, require_shape
-from smca.reference.config import ModelConfig, embeds_levels
+from smca.reference.config import ModelConfig, decoder_strides, embeds_levels
 from smca.reference.decoder import FurtherQueries, decoder
 from smca.reference.dense_head import dense_head, select_queries
 from smca.reference.encoder import encoder
-from smca.reference.layers import Params, cells_of_map, convolution, sigmoid, zero_padded
+from smca.reference.layers import Params, cells_of_map, convolution, map_of_cells, sigmoid, zero_padded
 from smca.reference.parameters import checked_parameters, parameter_shapes
 from smca.reference.position import (
     Grid,
@@ -46,7 +49,7 @@ def forward(
     further: FurtherQueries | None = None,
     padded_size: tuple[int, int] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
-    """The model in evaluation mode. Equations (M1) to (M7).
+    """The model in evaluation mode. Equations (M1) to (M8).
 
     Args:
         params: named and shaped as in `parameters.parameter_shapes`. Keys that begin with "backbone." are ignored.
@@ -65,7 +68,7 @@ def forward(
 
     Raises:
         ValueError: a parameter missing, misshapen or not of this configuration; features or valid sizes of another number
-            or shape; an image that doesn't fit a map.
+            or shape; an image that doesn't fit a map; maps that don't halve with encoder="conv".
     """
     maps = [np.asarray(each, dtype=np.float64) for each in features]
     for j, each in enumerate(maps):
@@ -74,14 +77,18 @@ def forward(
     sizes = [(each.shape[2], each.shape[3]) for each in maps]
     while len(sizes) < len(config.strides):
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))  # what a stride of 2 leaves
+    if config.encoder == "conv":
+        _check_halves(sizes)
     valid = np.asarray(valid_sizes, dtype=np.float64)
     grids = _grids(valid, len(maps[0]), sizes, weights, config, padded_size)  # (M1), (M4)
     memory = encoder(project(maps, grids, weights), grids, weights, config)  # (M5)
-    cells = dense_head(memory, grids, weights) if config.dense_head else None  # (M7)
+    if config.halve_finest:
+        memory, grids = halve(memory, grids, weights, config, padded_size)  # (M6)
+    cells = dense_head(memory, grids, weights) if config.dense_head else None  # (M8)
     selected = None
     if cells is not None and config.query_init == "selected":
         selected = select_queries(cells, grids, config.num_queries)
-    logits, boxes = decoder(memory, grids, weights, config, selected, further)  # (M6)
+    logits, boxes = decoder(memory, grids, weights, config, selected, further)  # (M7)
 
     n = config.num_queries
     outputs: dict[str, npt.NDArray[Any]] = {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n]}
@@ -109,9 +116,46 @@ def project(features: Sequence[FloatArray], grids: Sequence[Grid], params: Param
         if j < len(features):
             maps.append(convolution(features[j], params, f"input_proj.{j}"))  # (M2)
         else:
-            source = zero_padded(maps[-1], grids[j - 1].key_padding_mask)
+            before = features[-1] if j == len(features) else maps[-1]
+            source = zero_padded(before, grids[j - 1].key_padding_mask)
             maps.append(convolution(source, params, f"input_proj.{j}", stride=2))  # (M3)
     return [cells_of_map(x) for x in maps]
+
+
+def halve(
+    memory: Sequence[FloatArray],
+    grids: Sequence[Grid],
+    params: Params,
+    config: ModelConfig,
+    padded_size: tuple[int, int] | None = None,
+) -> tuple[list[FloatArray], list[Grid]]:
+    """The finest level at twice its stride. Equation (M6).
+
+    Args:
+        memory: J arrays [B, L_j, C], the encoder's output.
+        grids: where its cells are.
+        params: halve.
+        config: as configured.
+        padded_size: as of `forward`.
+
+    Returns:
+        What decoder and dense head read in their place: level 0 of ⌈H/2⌉ × ⌈W/2⌉ cells, the others as they were.
+    """
+    source = zero_padded(map_of_cells(memory[0], grids[0].size), grids[0].key_padding_mask)
+    halved = convolution(source, params, "halve", stride=2)
+    size, stride = (halved.shape[2], halved.shape[3]), decoder_strides(config)[0]
+    grid = _grid(grids[0].valid_cells * grids[0].stride, size, stride, 0, params, config, padded_size)
+    return [cells_of_map(halved), *memory[1:]], [grid, *grids[1:]]
+
+
+def _check_halves(sizes: Sequence[tuple[int, int]]) -> None:
+    for j in range(1, len(sizes)):
+        half = (-(-sizes[j - 1][0] // 2), -(-sizes[j - 1][1] // 2))
+        if sizes[j] != half:
+            raise ValueError(
+                f'features[{j}]: expected a map of {half} cells with encoder="conv", half of the {sizes[j - 1]} of the level '
+                f"before it, rounded up, got {sizes[j]}. Other encoders take maps of any sizes."
+            )
 
 
 def _grids(
@@ -136,15 +180,29 @@ def _grids(
                 f"a stride of {stride} (level {j}) can hold, got {valid_sizes[image].tolist()}. Check the order, the "
                 "unit and config.strides."
             )
-        if config.padding_cells == "nearest" and padded_size is not None:
-            padding = nearest_padding_mask(valid_sizes, padded_size, size)
-        else:
-            padding = key_padding_mask(valid_cells, size)
-        if config.position_encoding == "detr":
-            position = counted_position_encoding(padding, size, config.hidden_dim)
-        else:
-            position = sine_position_encoding(size, valid_cells, config.hidden_dim)
-        if embeds_levels(config):
-            position = position + params["level_embed"][j]
-        grids.append(Grid(size, stride, valid_cells, padding, position))
+        grids.append(_grid(valid_sizes, size, stride, j, params, config, padded_size))
     return grids
+
+
+def _grid(
+    valid_sizes: FloatArray,
+    size: tuple[int, int],
+    stride: int,
+    level: int,
+    params: Params,
+    config: ModelConfig,
+    padded_size: tuple[int, int] | None,
+) -> Grid:
+    """(M1) and (M4) of one level."""
+    valid_cells = valid_sizes / stride
+    if config.padding_cells == "nearest" and padded_size is not None:
+        padding = nearest_padding_mask(valid_sizes, padded_size, size)
+    else:
+        padding = key_padding_mask(valid_cells, size)
+    if config.position_encoding == "detr":
+        position = counted_position_encoding(padding, size, config.hidden_dim)
+    else:
+        position = sine_position_encoding(size, valid_cells, config.hidden_dim)
+    if embeds_levels(config):
+        position = position + params["level_embed"][level]
+    return Grid(size, stride, valid_cells, padding, position)

@@ -14,13 +14,17 @@ from smca.reference.arrays import FloatArray, require_shape
 from smca.reference.config import ModelConfig, embeds_levels, has_anchors, selects_scales, uses_prior
 from smca.reference.layers import Params
 
+OURS = ("input_proj.", "level_embed", "encoder.", "halve.", "decoder.", "dense_head.")
+"""How the names of all parameters begin."""
+
 
 def parameter_shapes(config: ModelConfig, channels: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Every parameter that a configuration has, by name, with its shape.
 
     Args:
         config: as configured.
-        channels: C_j, channels of each of the backbone's maps: the first levels. The others are made from the last.
+        channels: C_j, channels of each of the backbone's maps: the first levels. The next one is made from the last map,
+            any further one from the level before it.
 
     Raises:
         ValueError: no map, more maps than levels, or a level beyond the maps without twice the stride.
@@ -43,16 +47,24 @@ def parameter_shapes(config: ModelConfig, channels: Sequence[int]) -> dict[str, 
         for index in range(len(widths) - 1):
             add_linear(f"{name}.layers.{index}", widths[index + 1], widths[index])
 
+    def add_convolution(name: str, in_channels: int, kernel: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (c, in_channels, kernel, kernel), (c,)
+
     for j in range(levels):
-        in_channels = channels[j] if j < len(channels) else c
-        kernel = (1, 1) if j < len(channels) else (3, 3)
-        shapes[f"input_proj.{j}.weight"], shapes[f"input_proj.{j}.bias"] = (c, in_channels, *kernel), (c,)
+        read = channels[j] if j < len(channels) else channels[-1] if j == len(channels) else c
+        add_convolution(f"input_proj.{j}", read, 1 if j < len(channels) else 3)
     if embeds_levels(config):
         shapes["level_embed"] = (levels, c)
 
     for index in range(config.encoder_layers):
         layer = f"encoder.layers.{index}"
         if config.encoder == "conv":
+            add_linear(f"{layer}.conv.in_proj", c, c)
+            exchanged = ["finer", "coarser"] if levels > 1 else []
+            for kernel in [*(f"own.{j}" for j in range(levels)), *exchanged]:
+                add_convolution(f"{layer}.conv.{kernel}", 1, 7)
+            add_linear(f"{layer}.conv.out_proj", c, c)
+        elif config.encoder == "pyramid_conv":
             for taken_from in ("own", "finer", "coarser") if levels > 1 else ("own",):
                 shapes[f"{layer}.conv.{taken_from}.weight"] = (c, 1, 3, 3)
             add_linear(f"{layer}.conv.out_proj", c, c)
@@ -64,6 +76,8 @@ def parameter_shapes(config: ModelConfig, channels: Sequence[int]) -> dict[str, 
         add_linear(f"{layer}.linear2", c, f)
     if config.pre_norm:
         add_norm("encoder.norm")
+    if config.halve_finest:
+        add_convolution("halve", c, 3)
 
     if has_anchors(config):
         shapes["decoder.query_content"] = (config.num_queries, c)
@@ -112,7 +126,7 @@ def checked_parameters(params: Mapping[str, npt.ArrayLike], shapes: dict[str, tu
         ValueError: one that is missing, that has another shape, or that another configuration has.
     """
     for key in params:
-        if key not in shapes and key.startswith(("input_proj.", "level_embed", "encoder.", "decoder.", "dense_head.")):
+        if key not in shapes and key.startswith(OURS):
             raise ValueError(
                 f"params[{key!r}]: expected no such parameter under this configuration, got one of shape "
                 f"{np.shape(params[key])}. Use the configuration that the parameters were made with."

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from smca.conformance.inputs.attention import SEEDS
 from smca.conformance.inputs.matching import random_boxes
-from smca.conformance.inputs.model import LEVELS, ODD, PADDED, ModelArrays, ModelInputs, Options, Sizes
+from smca.conformance.inputs.model import (
+    LEVELS,
+    ODD,
+    PADDED,
+    PADDING_APART,
+    ModelArrays,
+    ModelInputs,
+    Options,
+    Sizes,
+)
 from smca.conformance.tolerances import round_to
 from smca.reference.decoder import FurtherQueries
 from smca.reference.denoising import Noise, draw_noise, noised_queries
@@ -73,11 +82,13 @@ ANCHORS: Options = [("query_init", "anchors")]
 IN_BOXES = ("prior_unit", "box")
 _LISTED: list[tuple[Options, Sizes]] = [
     ([*SELECTED, IN_BOXES, ("box_refinement", True), ("pre_norm", True), ("denoising_groups", 2)], PADDED),
-    ([*SELECTED, IN_BOXES, LEVELS, ("encoder", "conv"), ("denoising_groups", 1)], ODD),
+    ([*SELECTED, IN_BOXES, LEVELS, ("encoder", "pyramid_conv"), ("denoising_groups", 1)], ODD),
     ([*ANCHORS, IN_BOXES, ("prior_scale", "single"), ("denoising_groups", 1), ("dense_head", True)], ODD),
     ([*ANCHORS, LEVELS, ("prior_heads", "shared"), ("box_refinement", True), ("decoder_layers", 3)], PADDED),
     ([*SELECTED, ("cross_attention", "dense"), ("num_queries", 40)], ((12, 30), (37, 61))),
     ([*SELECTED, IN_BOXES, LEVELS, ("num_queries", 9), ("cross_level_blocks", (0,))], ((8, 8), (64, 24))),
+    ([*SELECTED, IN_BOXES, LEVELS, ("halve_finest", True), ("denoising_groups", 1)], ODD),
+    ([*SELECTED, LEVELS, ("encoder", "conv"), ("halve_finest", True)], ((33, 47), (33, 47))),
 ]
 
 CONFIGURATIONS = [
@@ -93,7 +104,8 @@ def anchored_inputs(draw: st.DrawFn, /, **fixed: Any) -> AnchoredInputs:
         "query_init": st.sampled_from(["selected", "anchors"]),
         "prior_unit": st.sampled_from(["box", "pixels"]),
         "strides": st.sampled_from([(8,), (4, 8, 16), (8, 16)]),
-        "encoder": st.sampled_from(["attention", "conv"]),
+        "encoder": st.sampled_from([*PADDING_APART, "conv"]),
+        "halve_finest": st.booleans(),
         "encoder_layers": st.integers(0, 1),
         "cross_attention": st.sampled_from(["smca", "smca", "dense"]),
         "num_queries": st.sampled_from([5, 1, 40]),

@@ -100,6 +100,8 @@ class ModelInputs:
         return f"{changed}; strides {config.strides}; images {self.sizes}; all parameters and features random"
 
 
+PADDING_APART = ["attention", "pyramid_conv"]
+"""Encoders with which an image gives the same however far it is padded; the third masks nothing."""
 LEVELS = ("strides", (4, 8, 16))
 PADDED = ((37, 61), (64, 24), (8, 8))
 ODD = ((33, 47), (17, 47))
@@ -115,17 +117,22 @@ _LISTED: list[tuple[Options, Sizes]] = [
     ([LEVELS, ("encoder_layers", 3), ("cross_level_blocks", (1,))], ODD),
     ([LEVELS, ("encoder_layers", 2), ("cross_level_blocks", (0, 1)), ("cross_attention", "dense")], PADDED),
     ([LEVELS, ("cross_attention", "dense"), ("scale_selection", False), ("pre_norm", True)], ODD),
-    ([LEVELS, ("encoder", "conv"), ("encoder_layers", 2)], ODD),
+    ([LEVELS, ("encoder", "pyramid_conv"), ("encoder_layers", 2)], ODD),
     (
-        [LEVELS, ("encoder", "conv"), ("pre_norm", True), ("query_init", "grid"), ("box_refinement", True)],
+        [LEVELS, ("encoder", "pyramid_conv"), ("pre_norm", True), ("query_init", "grid"), ("box_refinement", True)],
         PADDED,
     ),
+    ([("strides", (4, 8, 16, 32)), ("encoder", "conv"), ("encoder_layers", 2), ("halve_finest", True)], ODD),
+    ([LEVELS, ("encoder", "conv"), ("pre_norm", True), ("cross_attention", "dense")], PADDED),
     ([LEVELS, ("prior_heads", "shared"), ("prior_scale", "single"), ("cross_level_blocks", (0,))], PADDED),
     ([("strides", (4, 8, 16, 32)), ("pre_norm", True), ("box_refinement", True)], ODD),
     ([("strides", (8, 16)), ("encoder", "conv"), ("prior_heads", "shared")], ((5, 5),)),
     ([("num_heads", 1), ("encoder", "conv"), ("encoder_layers", 0), ("decoder_layers", 1)], ((70, 7),)),
     ([("prior_state", "entering"), ("position_encoding", "detr"), ("padding_cells", "nearest")], ((33, 13), (9, 47))),
     ([LEVELS, ("prior_sigma_px", (5.0, 7.0, 20.0)), ("position_encoding", "detr"), ("padding_cells", "nearest")], ODD),
+    ([("encoder", "conv"), ("encoder_layers", 2), ("pre_norm", True)], ODD),
+    ([LEVELS, ("halve_finest", True), ("cross_level_blocks", (0,)), ("prior_scale", "single")], PADDED),
+    ([("strides", (4, 8)), ("encoder", "pyramid_conv"), ("halve_finest", True), ("pre_norm", True)], ODD),
 ]
 
 CONFIGURATIONS = [ModelInputs(tuple(options), sizes, seed) for seed, (options, sizes) in enumerate(_LISTED)]
@@ -137,7 +144,8 @@ def model_inputs(draw: st.DrawFn, /, **fixed: Any) -> ModelInputs:
     """Any configuration of the method, its options and its ablations; `fixed` pins fields of it."""
     usual: dict[str, Any] = {
         "strides": st.sampled_from([(8,), (4, 8, 16), (8, 16), (4, 8), (4, 8, 16, 32)]),
-        "encoder": st.sampled_from(["attention", "conv"]),
+        "encoder": st.sampled_from([*PADDING_APART, "conv"]),
+        "halve_finest": st.booleans(),
         "encoder_layers": st.integers(0, 2),
         "cross_attention": st.sampled_from(["smca", "dense"]),
         "num_heads": st.sampled_from([3, 1]),

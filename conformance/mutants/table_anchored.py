@@ -59,7 +59,7 @@ ANCHORED: list[Mutant] = [
         ("peak among padding", "gpu", "model.dense_head", "rank.masked_fill(cells.padding, -1.0).topk", "rank.topk"),
         ("fewer queries than cells, padding for the rest", "gpu", "model.dense_head", "torch.where(best[..., None] > -1.0, chosen, start[:, :found])", "chosen"),
         ("padded cells hold what the encoder left", "gpu", "model.dense_head", "x = memory if padding is None else memory.masked_fill(padding[..., None], 0.0)", "x = memory"),
-        ("boxes of cells start by their own level's stride", "gpu", "model.dense_head", "stride / config.strides[-1] /", "stride / config.strides[0] / 4 /"),
+        ("boxes of cells start by their own level's stride", "gpu", "model.dense_head", "stride / strides[-1] /", "stride / strides[0] / 4 /"),
         # Production: the losses
         ("padded cells assigned in production", "gpu", "loss.dense_loss", ".all(-1) & real & ~padding[..., None]", ".all(-1) & real"),
         ("padded targets own cells", "gpu", "loss.dense_loss", ".all(-1) & real & ~padding[..., None]", ".all(-1) & ~padding[..., None]"),

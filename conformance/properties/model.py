@@ -8,16 +8,17 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from smca.conformance.inputs.model import CONFIGURATIONS, ModelArrays, ModelInputs, model_inputs
+from smca.conformance.inputs.model import CONFIGURATIONS, PADDING_APART, ModelArrays, ModelInputs, model_inputs
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF
 from smca.reference import model as oracle
+from smca.reference.position import key_padding_mask
 
 Array = npt.NDArray[np.float64]
 
 PROPERTIES: list[Property] = []
 
-MODEL = "method.md §1 to §5; reference/model.py, equations (M1) to (M6), with the decoder's and the encoder's"
+MODEL = "method.md §1 to §5; reference/model.py, equations (M1) to (M7), with the decoder's and the encoder's"
 PADDED = "method.md §2 and §5: padded keys get a logit of −∞; boxes are relative to the unpadded image"
 NAMES = ("logits", "boxes")
 WHOLE = ("float64", "float32")
@@ -87,8 +88,8 @@ def model_equals_the_oracle(impl: Any, recipe: ModelInputs, dtype: str, judge: J
 @property_of(
     "forward.padding_changes_nothing",
     "an image beside a larger one, with NaN in its padded cells, gives the same result as alone",
-    PADDED,
-    model_inputs(),
+    PADDED + ' (with encoder="conv" it does not: reference/encoder_conv.py)',
+    model_inputs(encoder=st.sampled_from(PADDING_APART)),
     into=PROPERTIES,
     dtypes=WHOLE,
     examples_factor=0.25,
@@ -116,6 +117,26 @@ def padding_changes_nothing(impl: Any, recipe: ModelInputs, dtype: str, judge: J
         limits,
         judge,
     )
+
+
+@property_of(
+    "forward.padded_cells_are_never_read",
+    "what the features hold in padded cells, NaN included, changes nothing",
+    PADDED + "; reference/encoder_conv.py, equation (C1)",
+    model_inputs(),
+    into=PROPERTIES,
+    dtypes=WHOLE,
+    examples_factor=0.25,
+    always=[recipe for recipe in CONFIGURATIONS if ("encoder", "conv") in recipe.options],
+)
+def padded_cells_are_never_read(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    hidden = []
+    for feature, stride in zip(x.features, x.config.strides, strict=False):
+        mask = key_padding_mask(x.valid_sizes / stride, (feature.shape[2], feature.shape[3]))
+        hidden.append(np.where(mask.reshape(-1, 1, *feature.shape[2:]), np.nan, feature))
+    limits = {name: 2 * value for name, value in bounds(x, recipe.seed, dtype).items()}
+    compare(forward(impl, x._replace(features=hidden), dtype), forward(impl, x, dtype), limits, judge)
 
 
 @property_of(

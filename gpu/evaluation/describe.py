@@ -40,12 +40,14 @@ def class_table(tables: Mapping[str, AnnotationTable], categories: Sequence[Cate
     ]
     for label in order[:_CLASSES_SHOWN].tolist():
         counts = [f"{column[label]:,}" for pair in columns for column in pair]
-        rows.append([shortened(categories[label].name, 30), *counts, _spread(sides[labels == label], model.strides[0])])
+        rows.append(
+            [shortened(categories[label].name, 30), *counts, _spread(sides[labels == label], model.decoder_strides[0])]
+        )
     if len(categories) > 1:
         totals = [
             f"{n:,}" for pair, t in zip(columns, tables.values(), strict=True) for n in (pair[0].sum(), len(t.sizes))
         ]
-        rows.append(["all", *totals, _spread(sides, model.strides[0])])
+        rows.append(["all", *totals, _spread(sides, model.decoder_strides[0])])
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     lines = [
         "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -72,9 +74,9 @@ def _spread(sides: FloatArray, stride: int) -> str:
 
 def settings_in_words(table: AnnotationTable, preset: str, model: ModelConfig) -> str:
     """What the data are held against."""
-    under = np.mean(Resize.of(model).sides(table) < model.strides[0]) if len(table.objects) else 0.0
+    under = np.mean(Resize.of(model).sides(table) < model.decoder_strides[0]) if len(table.objects) else 0.0
     return (
         f"settings of {preset}: {model.num_queries} queries for {table.objects_per_image.max()} objects at most in an image · "
         f"images resized to {model.image_short_side} pixels on the shorter side, {model.image_max_size} at most · cells of "
-        f"{', '.join(map(str, model.strides))} pixels, {under:.1%} of the objects smaller than the finest"
+        f"{', '.join(map(str, model.decoder_strides))} pixels, {under:.1%} of the objects smaller than the finest"
     )

@@ -158,7 +158,7 @@ def _learning_rate(history: Sequence[Mapping[str, Any]], optim: OptimConfig) -> 
 
 def _under_a_cell(config: RunConfig, val: AnnotationTable, categories: Sequence[Category]) -> Iterator[str]:
     sides = Resize.of(config.model).sides(val)
-    if len(sides) and np.mean(sides < config.model.strides[0]) >= _MOST:
+    if len(sides) and np.mean(sides < config.model.decoder_strides[0]) >= _MOST:
         found = find_in_settings(val, categories, config.model, config.augmentation)
         yield from (f"of the held-out images, {each.text}" for each in found if each.kind == "objects-under-a-cell")
 

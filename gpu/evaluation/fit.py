@@ -110,7 +110,7 @@ def _cells(
     model: ModelConfig,
     augmentation: Augmentation,
 ) -> Iterator[Finding]:
-    stride = model.strides[0]
+    stride = model.decoder_strides[0]
     small = sides < stride
     share = float(small.mean())
     labels = table.labels[table.objects]

@@ -46,7 +46,8 @@ class DenseHead(nn.Module):
         self.class_head = nn.Linear(dim, config.num_classes)
         self.box_head = MLP(dim, dim, 4)
         # Boxes start in proportion to the cells, at the usual size in the coarsest level.
-        sides = [stride / config.strides[-1] / (1 + math.exp(-START_SIZE_LOGIT)) for stride in config.strides]
+        strides = config.decoder_strides
+        sides = [stride / strides[-1] / (1 + math.exp(-START_SIZE_LOGIT)) for stride in strides]
         self.start_size_logits = [math.log(side / (1 - side)) for side in sides]
 
     def reset_parameters(self) -> None:

@@ -1,6 +1,7 @@
 """SMCA-DETR: images in, class logits and boxes out.
 
     images → backbone → one projection per level → encoder → decoder (Gaussian-modulated cross-attention) → heads
+                                                           (→ the finest level halved)
 
     model = SMCADETR.from_pretrained("runs/demo/model")
     detections = model.predict([PIL.Image.open("photo.jpg")])
@@ -11,6 +12,7 @@ The same parameters, exported with ``state_dict()``, drive ``smca.reference.mode
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,9 @@ from smca.gpu.model.denoising import FurtherQueries, draw_noise, noised_queries
 from smca.gpu.model.dense_head import DenseHead, select_queries
 from smca.gpu.model.detections import Detections, decode
 from smca.gpu.model.encoder import Encoder
-from smca.gpu.model.layers import Attention, Grid
-from smca.gpu.model.position import (
-    counted_position_encoding,
-    covered_padding_mask,
-    nearest_padding_mask,
-    sine_position_encoding,
-)
+from smca.gpu.model.layers import Attention, Grid, map_of_tokens, split_levels, tokens_of_map
+from smca.gpu.model.levels import Extent, halved, projected, projections
+from smca.gpu.model.position import counted_position_encoding, sine_position_encoding
 
 
 class SMCADETR(nn.Module):
@@ -57,19 +55,22 @@ class SMCADETR(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config.backbone, config.strides, download=download)
-        self.input_proj = _projections(self.backbone.channels, config)
-        # Only the encoder's attention reads it: in the decoder it would add the same to all keys of a softmax.
-        levels, read = len(config.strides), config.encoder == "attention" and config.encoder_layers > 0
+        self.input_proj = projections(self.backbone.channels, config)
+        # Only the encoder reads it: in the decoder it adds the same to all keys of a softmax, which changes nothing.
+        levels, read = len(config.strides), config.encoder != "pyramid_conv" and config.encoder_layers > 0
         self.level_embed = nn.Parameter(torch.zeros(levels, config.hidden_dim)) if levels > 1 and read else None
         self.encoder, self.decoder = Encoder(config), Decoder(config, attention_backend)
+        dim = config.hidden_dim
+        self.halve = nn.Conv2d(dim, dim, kernel_size=3, stride=2, padding=1) if config.halve_finest else None
         self.dense_head = DenseHead(config) if config.dense_head else None
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
-        for part in (self.encoder, self.decoder, self.dense_head):
+        published = config.initialization == "published"
+        for part in (self.encoder, None if published else self.halve, self.decoder, self.dense_head):
             for parameter in part.parameters() if part is not None else ():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        if config.initialization == "published":
+        if published:
             if self.level_embed is not None:
                 nn.init.normal_(self.level_embed)
             for module in self.modules():
@@ -99,7 +100,8 @@ class SMCADETR(nn.Module):
             "logits" [M, B, N, K], one sigmoid per class; "boxes" [M, B, N, 4] (cx, cy, w, h) in 0–1 of the unpadded image;
             both after each of the M decoder layers, the last layer last. With noised queries, "further_logits" and
             "further_boxes" likewise. With a dense head "cell_logits" [B, ΣL, K], "cell_boxes" and "cell_anchors" [B, ΣL, 4]
-            (cxcywh, likewise) and "cell_padding" [B, ΣL] bool, of the cells of all levels.
+            (cxcywh, likewise) and "cell_padding" [B, ΣL] bool, of the cells of all levels. Not so with encoder="conv" in evaluation
+            mode: then of an image in a padded batch there are "logits" and "boxes" alone.
         """
         further = None
         if self.training and self.config.denoising_groups and targets is not None:
@@ -117,6 +119,8 @@ class SMCADETR(nn.Module):
             return self.detect(self.backbone(pixels), valid_sizes, further, padded=False)
         valid_sizes = valid_sizes_of(padding_mask)
         if not self.training:
+            if self.config.encoder == "conv":
+                return self._each_size_alone(pixels, valid_sizes)
             return self.detect(self.backbone.each_alone(pixels, valid_sizes), valid_sizes, further)
         # In training, where nothing may wait for the device, the backbone sees the padding.
         return self.detect(self.backbone(pixels), valid_sizes, further, padded_size=(height, width))
@@ -126,6 +130,20 @@ class SMCADETR(nn.Module):
         scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
         pixels = (images.to(self.pixel_mean.dtype) * scale - self.pixel_mean) / self.pixel_std
         return pixels if padding_mask is None else pixels.masked_fill(padding_mask[:, None], 0.0)
+
+    def _each_size_alone(self, pixels: Tensor, valid_sizes: Tensor) -> dict[str, Tensor]:
+        """Images of one size together, without their padding, on which an encoder that masks nothing would depend. Waits for the
+        device."""
+        rows_of: dict[tuple[int, int], list[int]] = {}
+        for row, (height, width) in enumerate(valid_sizes.tolist()):
+            rows_of.setdefault((int(height), int(width)), []).append(row)
+        parts = [
+            self.detect(self.backbone(pixels[rows, :, :height, :width]), valid_sizes[rows], padded=False)
+            for (height, width), rows in rows_of.items()
+        ]
+        order = [row for rows in rows_of.values() for row in rows]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return {name: torch.cat([part[name] for part in parts], dim=1)[:, back] for name in ("logits", "boxes")}
 
     def detect(
         self,
@@ -148,26 +166,20 @@ class SMCADETR(nn.Module):
         """
         # Positions and boxes stay in at least float32 under autocast; in a float64 model all is float64.
         valid_sizes = valid_sizes.to(self.decoder.norm.weight.dtype)
-        grids, tokens, positions = [], [], []
-        level_map = features[0]
-        for level, (projection, stride) in enumerate(zip(self.input_proj, self.config.strides, strict=True)):
-            # A level that the backbone lacks comes from the one before it, whose padded cells are zero by then.
-            level_map = projection(features[level] if level < len(features) else level_map)
-            size = (level_map.shape[-2], level_map.shape[-1])
-            valid_cells = valid_sizes / stride
-            mask = self._padding_of_cells(valid_sizes, stride, size, padded_size) if padded else None  # [B, H, W]
-            if mask is not None:
-                level_map = level_map.masked_fill(mask[:, None], 0.0)
-            if self.config.position_encoding == "detr":
-                known = valid_cells.new_zeros(len(valid_cells), *size, dtype=torch.bool) if mask is None else mask
-                pos = counted_position_encoding(known.flatten(1), size, self.config.hidden_dim, dtype=valid_cells.dtype)
-            else:
-                pos = sine_position_encoding(size, valid_cells, self.config.hidden_dim)
-            grids.append(Grid(size, valid_cells, None if mask is None else mask.flatten(1)))
-            tokens.append(level_map.flatten(2).transpose(1, 2))
-            positions.append(pos if self.level_embed is None else pos + self.level_embed[level])
-        x, pos = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
+        nearest = self.config.padding_cells == "nearest"
+        extent = Extent(valid_sizes, padded, padded_size if nearest else None)
+        maps, grids = projected(features, self.input_proj, self.config.strides, extent)
+        x = torch.cat([tokens_of_map(level_map) for level_map in maps], dim=1)
+        positions = [self._position(level, grid) for level, grid in enumerate(grids)]
+        pos = torch.cat(positions, dim=1)
         memory = self.encoder(x, pos, grids)
+        if self.halve is not None:
+            finest, *others = split_levels(memory, grids)
+            half, grids[0] = halved(
+                map_of_tokens(finest, grids[0]), grids[0], self.halve, self.config.decoder_strides[0], extent
+            )
+            memory = torch.cat([tokens_of_map(half), *others], dim=1)
+            pos = torch.cat([self._position(0, grids[0]), *positions[1:]], dim=1)
         outputs, selected = {}, None
         if self.dense_head is not None:
             cells = self.dense_head(memory, grids)
@@ -181,13 +193,17 @@ class SMCADETR(nn.Module):
             outputs |= {"further_logits": logits[:, :, n:], "further_boxes": boxes[:, :, n:]}
         return {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n], **outputs}
 
-    def _padding_of_cells(
-        self, valid_sizes: Tensor, stride: int, size: tuple[int, int], padded_size: tuple[int, int] | None
-    ) -> Tensor:
-        """Which cells of a level are padding: [B, H, W] bool."""
-        if self.config.padding_cells == "covered" or padded_size is None:
-            return covered_padding_mask(valid_sizes / stride, size)
-        return nearest_padding_mask(valid_sizes, padded_size, size)
+    def _position(self, level: int, grid: Grid) -> Tensor:
+        """[B, L, C], what tells a level's cells their place."""
+        channels = self.config.hidden_dim
+        if self.config.position_encoding == "detr":
+            mask, dtype = grid.key_padding_mask, grid.valid_cells.dtype
+            if mask is None:
+                mask = grid.valid_cells.new_zeros(len(grid.valid_cells), grid.cells, dtype=torch.bool)
+            pos = counted_position_encoding(mask, grid.size, channels, dtype=dtype)
+        else:
+            pos = sine_position_encoding(grid.size, grid.valid_cells, channels)
+        return pos if self.level_embed is None else pos + self.level_embed[level]
 
     @torch.inference_mode()
     def predict(
@@ -290,6 +306,10 @@ def check_fit(model: nn.Module, saved: SavedModel) -> None:
     problems = [f"{len(found)} {kind}: {cut(found[0], 150)}" for kind, found in kinds.items() if found]
     if extra and not (missing or differing) and all(name.startswith("backbone.") for name in extra):
         remedy = "An earlier version saved it, with stages of the backbone that are no longer kept: train it anew"
+    elif any(name.endswith(".conv.own.weight") for name in extra) or (
+        not (missing or extra) and all(re.match(r"input_proj\.\d+\.weight is \(", line) for line in differing)
+    ):
+        remedy = "An earlier version saved it, with another convolutional encoder or level beyond the backbone: train it anew"
     elif saved.config_source != saved.weights_source:
         remedy = f"Take {saved.config_source} and the weights from the same run"
     else:
@@ -302,14 +322,6 @@ def check_fit(model: nn.Module, saved: SavedModel) -> None:
 def _described(layout: tuple[tuple[int, ...], bool]) -> str:
     shape, floats = layout
     return str(shape) if floats else f"{shape} of whole numbers"
-
-
-def _projections(channels: Sequence[int], config: ModelConfig) -> nn.ModuleList:
-    """From each level's features to C channels: a 1×1 convolution. A level that the backbone lacks is made from the projected
-    level before it by a 3×3 convolution of stride 2."""
-    dim, missing = config.hidden_dim, len(config.strides) - len(channels)
-    own = [nn.Conv2d(width, dim, kernel_size=1) for width in channels]
-    return nn.ModuleList([*own, *(nn.Conv2d(dim, dim, kernel_size=3, stride=2, padding=1) for _ in range(missing))])
 
 
 def valid_sizes_of(padding_mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The encoder: image features mix, within a level or across levels (docs/method.md §4).
 
-One set of parameters per layer serves all levels, so a single level is simply the case J = 1.
+One set of parameters per layer serves all levels (but for the kernels "own" of encoder="conv"), so a single level is simply the
+case J = 1.
 
 Shape letters: B images, C channels, J levels, ΣL cells of all levels, one level after another.
 """
@@ -12,62 +13,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from smca.gpu.config import ModelConfig
+from smca.gpu.model.encoder_conv import Exchange, PyramidExchange
 from smca.gpu.model.layers import Attention, Grid, feed_forward_block, joint_padding_mask, plain_attention, split_levels
-
-
-class Exchange(nn.Module):
-    """Each level takes from itself and from its two neighbours, by depthwise convolutions that all levels share.
-
-    Cells of neighbouring levels correspond by index from the top left corner, so nothing depends on how much padding a batch gives
-    an image, and maps need not nest.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        dim = config.hidden_dim
-        self.strides = config.strides
-
-        def depthwise() -> nn.Conv2d:
-            return nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
-
-        several = len(config.strides) > 1
-        self.own = depthwise()
-        self.finer = depthwise() if several else None
-        self.coarser = depthwise() if several else None
-        self.out_proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """x [B, ΣL, C] → [B, ΣL, C]."""
-        maps = [_map_of_tokens(tokens, grid) for tokens, grid in zip(split_levels(x, grids), grids, strict=True)]
-        mixed = []
-        for level, grid in enumerate(grids):
-            y = self.own(maps[level])
-            if self.finer is not None and level > 0:
-                ratio = self.strides[level] // self.strides[level - 1]
-                fine = functional.conv2d(maps[level - 1], self.finer.weight, stride=ratio, padding=1, groups=y.shape[1])
-                y = y + _fit(fine, grid.size)
-            if self.coarser is not None and level + 1 < len(grids):
-                ratio = self.strides[level + 1] // self.strides[level]
-                coarse = self.coarser(maps[level + 1])
-                y = y + _fit(coarse.repeat_interleave(ratio, dim=2).repeat_interleave(ratio, dim=3), grid.size)
-            mixed.append(y.flatten(2).transpose(1, 2))
-        return cast(Tensor, self.out_proj(torch.cat(mixed, dim=1)))
-
-
-def _map_of_tokens(tokens: Tensor, grid: Grid) -> Tensor:
-    """[B, L, C] → [B, C, H, W], padded cells 0."""
-    if grid.key_padding_mask is not None:
-        tokens = tokens.masked_fill(grid.key_padding_mask[..., None], 0.0)
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid.size)
-
-
-def _fit(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, H', W'] → [B, C, H, W]: cells beyond `size` dropped, missing ones 0, on the right and below."""
-    x = x[:, :, : size[0], : size[1]]
-    return functional.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
 
 
 class EncoderLayer(nn.Module):
@@ -78,7 +27,9 @@ class EncoderLayer(nn.Module):
         self.pre_norm = config.pre_norm
         self.crosses_levels = crosses_levels
         self.self_attn = Attention(config) if config.encoder == "attention" else None
-        self.conv = Exchange(config) if config.encoder == "conv" else None
+        self.conv: Exchange | PyramidExchange | None = None
+        if config.encoder != "attention":
+            self.conv = Exchange(config) if config.encoder == "conv" else PyramidExchange(config)
         self.norm1, self.norm2 = nn.LayerNorm(config.hidden_dim), nn.LayerNorm(config.hidden_dim)
         self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, config.hidden_dim)
@@ -93,6 +44,8 @@ class EncoderLayer(nn.Module):
         return cast(Tensor, self.norm2(x + feed_forward_block(x, self.linear1, self.linear2, self.dropout)))
 
     def _mix(self, x: Tensor, pos: Tensor, grids: Sequence[Grid]) -> Tensor:
+        if isinstance(self.conv, Exchange):
+            return cast(Tensor, self.conv(x, pos, grids))
         if self.conv is not None:
             return cast(Tensor, self.conv(x, grids))  # a convolution knows its neighbours: no position encoding
         assert self.self_attn is not None

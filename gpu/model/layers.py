@@ -50,6 +50,22 @@ def split_levels(tokens: Tensor, grids: Sequence[Grid], dim: int = 1) -> tuple[T
     return torch.split(tokens, [grid.cells for grid in grids], dim=dim)
 
 
+def map_of_tokens(tokens: Tensor, grid: Grid) -> Tensor:
+    """Of one level: [B, L, C] → [B, C, H, W]."""
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid.size)
+
+
+def tokens_of_map(x: Tensor) -> Tensor:
+    """Of one level: [B, C, H, W] → [B, L, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def zero_padding(x: Tensor, grid: Grid) -> Tensor:
+    """A level's map [B, C, H, W] with 0 in its padded cells, whatever they hold."""
+    mask = grid.key_padding_mask
+    return x if mask is None else x.masked_fill(mask.reshape(-1, 1, *grid.size), 0.0)
+
+
 def joint_padding_mask(grids: Sequence[Grid]) -> Tensor | None:
     """The levels' padding masks one after another: [B, ΣL] bool, or None."""
     masks = [grid.key_padding_mask for grid in grids if grid.key_padding_mask is not None]

@@ -32,9 +32,8 @@ class Prior(nn.Module):
         self.unit, self.published = config.prior_unit, config.initialization == "published"
         self.gaussians = 1 if config.prior_heads == "shared" else config.num_heads
         # λ at r = 1 on each level, in its cells⁻²: 2/β.
-        self.unit_precision = [
-            (stride / sigma) ** 2 for stride, sigma in zip(config.strides, config.sigma_of_levels, strict=True)
-        ]
+        levels = zip(config.decoder_strides, config.sigma_of_levels, strict=True)
+        self.unit_precision = [(stride / sigma) ** 2 for stride, sigma in levels]
         outputs = self.gaussians * len(config.strides)
         self.offset_head = nn.Linear(config.hidden_dim, outputs * 2)
         axes = _AXES[config.prior_scale]

@@ -31,7 +31,8 @@ def summarize(config: ModelConfig) -> str:
     for parameter in trained:
         parameter.requires_grad_(True)
     counts = counter.get_flop_counts()
-    parts = ["backbone", "input_proj", "encoder", "decoder", *(["dense_head"] if config.dense_head else [])]
+    optional = {"halve": config.halve_finest, "dense_head": config.dense_head}
+    parts = ["backbone", "input_proj", "encoder", "decoder", *(name for name, there in optional.items() if there)]
     lines = [f"{'part':<12} {'parameters':>12} {'trained':>12} {'multiply-adds':>15}"]
     for name in parts:
         parameters = list(model.get_submodule(name).parameters())
@@ -42,7 +43,7 @@ def summarize(config: ModelConfig) -> str:
         lines.append(_row(name, parameters, macs))
     lines.append(_row("all", list(model.parameters()), counter.get_total_flops() / 2))
     lines.append(f"one image of {height}×{width} px; torch.utils.flop_counter, two operations = one multiply-add")
-    for stride, sigma in zip(config.strides, config.sigma_of_levels, strict=True):
+    for stride, sigma in zip(config.decoder_strides, config.sigma_of_levels, strict=True):
         beta = 2 * (sigma / stride) ** 2
         width_of_prior = f", β = {beta:.3g} cells²" if config.prior_unit == "pixels" else ""
         lines.append(f"level of stride {stride}: {-(-height // stride)}×{-(-width // stride)} cells{width_of_prior}")

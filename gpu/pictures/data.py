@@ -121,14 +121,14 @@ def _draw_counts(axes: Axes, tables: Mapping[str, AnnotationTable], queries: int
 
 
 def _draw_sides(axes: Axes, tables: Mapping[str, AnnotationTable], model: ModelConfig) -> None:
-    resize, stride = Resize.of(model), model.strides[0]
+    resize, stride = Resize.of(model), model.decoder_strides[0]
     sides = {split: resize.sides(table) for split, table in tables.items()}
     every = np.concatenate([*sides.values(), [stride / 2, 2 * stride]])
     edges = np.geomspace(max(every.min(), 0.5), every.max() * 1.01, 50)
     for split, values in sides.items():
         _step(axes, values, edges, split)
     axes.axvspan(edges[0], max(edges[0], stride), color="tab:red", alpha=0.12)
-    for level in model.strides:
+    for level in sorted(set(model.decoder_strides)):
         axes.axvline(level, color="tab:red", linestyle="--")
     under = float(np.mean(sides["train"] < stride)) if len(sides["train"]) else 0.0
     _log(axes)

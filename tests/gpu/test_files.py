@@ -94,8 +94,8 @@ def refused(name: Path, file: Path | str, load: Callable[[Path], object] = SMCAD
         ({"dropout": float("nan")}, "dropout must be a finite number, got nan"),
         ({"prior_sigma_px": float("inf")}, "prior_sigma_px must be a finite number, got inf"),
         ({"pre_norm": 1}, "pre_norm must be true or false, got 1"),
-        ({"encoder": "cnn"}, "encoder must be one of 'attention', 'conv', got 'cnn'"),
-        ({"encoder": ["conv"]}, "encoder must be one of 'attention', 'conv', got ['conv']"),
+        ({"encoder": "cnn"}, "encoder must be one of 'attention', 'conv', 'pyramid_conv', got 'cnn'"),
+        ({"encoder": ["conv"]}, "encoder must be one of 'attention', 'conv', 'pyramid_conv', got ['conv']"),
         ({"class_names": "ab"}, "class_names must be a list, got 'ab'"),
         ({"class_names": ["cat", 4]}, "class_names[1] must be text, got 4"),
         ({"class_names": ["cat", "\ud800"]}, "class_names[1] must be text, got '\\ud800'"),
@@ -242,6 +242,12 @@ def test_weights_that_do_not_fit(run: Path) -> None:
     assert SMCADETR.from_pretrained(run / "model").input_proj[0].bias.dtype == torch.float32  # type: ignore[union-attr]
     save_file({**weights, "input_proj.0.bias": bias, "backbone.body.encoder.stages.3.x": bias.clone()}, path)
     assert "An earlier version saved it, with stages of the backbone that are no longer kept" in refused(run, path)
+    for old in (
+        {"encoder.layers.0.conv.own.weight": torch.ones(8, 1, 3, 3)},
+        {"input_proj.0.weight": torch.ones(8, 8, 3, 3)},
+    ):
+        save_file({**weights, "input_proj.0.bias": bias, **old}, path)
+        assert "with another convolutional encoder or level beyond the backbone: train it anew" in refused(run, path)
 
 
 def test_memory_is_taken_only_for_weights_that_fit(run: Path) -> None:

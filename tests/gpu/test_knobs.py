@@ -106,6 +106,8 @@ SETTINGS: list[tuple[str, Any, tuple[tuple[str, Any], ...]]] = [
     ("model.num-heads", 2, ()),
     ("model.num-queries", 5, ()),
     ("model.encoder", "conv", (LEVELS,)),
+    ("model.encoder", "pyramid_conv", (LEVELS,)),
+    ("model.halve-finest", True, (LEVELS,)),
     ("model.encoder-layers", 0, ()),
     ("model.cross-level-blocks", (0,), (LEVELS,)),
     ("model.decoder-layers", 1, ()),

@@ -270,7 +270,8 @@ def test_every_trained_parameter_is_in_one_part_and_each_kind_where_it_belongs(p
     assert len(kernels) == {"demo": 11}.get(preset, 42)
     if preset == "smca_r50_multiscale_conv":
         depthwise = [name for name in rest if model.get_parameter(name).dim() == 4]
-        assert len(depthwise) == 15, "three in each encoder layer"
+        assert len(depthwise) == 36, "one for each of four levels and two between them, in each of six encoder layers"
+        assert "halve.weight" in matrices
         assert f"{layer}.level_head.weight" in rest
 
 

@@ -289,18 +289,52 @@ def test_the_single_scale_preset() -> None:
 
 @pytest.mark.parametrize("name", ["smca_r50_multiscale", "smca_r50_multiscale_conv", "smca_r101_multiscale"])
 def test_the_multi_scale_presets(name: str) -> None:
-    single, run = PRESETS["smca_r50"](), PRESETS[name]()
+    """As the authors ran them: https://github.com/gaopengcuhk/SMCA-DETR, and the archive of their multi-scale models."""
+    single, run, conv = PRESETS["smca_r50"](), PRESETS[name](), "conv" in name
     model = run.model
-    assert (model.strides, model.encoder_layers, model.decoder_layers) == ((16, 32, 64), 5, 6)
-    assert model.cross_level_blocks == (() if "conv" in name else (2,))
-    assert model.encoder == ("conv" if "conv" in name else "attention")
+    assert (model.strides, model.encoder_layers) == (((8, 16, 32, 64), 6) if conv else ((16, 32, 64), 5))
+    assert model.decoder_strides == ((16, 16, 32, 64) if conv else (16, 32, 64))
+    assert (model.decoder_layers, model.feedforward_dim, run.batch_size) == (6, 1024, 8)
+    assert model.cross_level_blocks == (() if conv else (2,))
+    assert model.encoder == ("conv" if conv else "attention")
     assert model.backbone.options["depths"] == ([3, 4, 23, 3] if "101" in name else [3, 4, 6, 3])
     assert model.scale_selection
-    levels = {
-        name: getattr(model, name)
-        for name in ("strides", "encoder_layers", "cross_level_blocks", "encoder", "backbone")
-    }
-    assert replace(single, output=run.output, model=replace(single.model, **levels)) == run, "nothing else differs"
+    # Squared distances in cells, over 8, times ½, 1, 2.
+    beta = [
+        2 * (sigma / stride) ** 2 for sigma, stride in zip(model.sigma_of_levels, model.decoder_strides, strict=True)
+    ]
+    assert beta == pytest.approx([16, 16, 8, 4] if conv else [16, 8, 4])
+    varied = (
+        "strides",
+        "encoder_layers",
+        "cross_level_blocks",
+        "encoder",
+        "backbone",
+        "feedforward_dim",
+        "halve_finest",
+        "prior_sigma_px",
+    )
+    levels = {name: getattr(model, name) for name in varied}
+    plain = replace(single, output=run.output, batch_size=8, model=replace(single.model, **levels))
+    assert plain == run, "nothing else differs"
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "trained", "every"),
+    [
+        ("smca_r50_multiscale", 92, 39_529_908, 39_752_308),
+        ("smca_r50_multiscale", 80, 39_526_824, 39_749_224),
+        ("smca_r50_multiscale_conv", 92, 40_763_514, 40_985_914),  # in their log, n_parameters of what is trained
+        ("smca_r50_multiscale_conv", 80, 40_760_430, 40_982_830),
+    ],
+)
+def test_parameters_of_the_multi_scale_presets(name: str, classes: int, trained: int, every: int) -> None:
+    """The authors' models have 92 class outputs, and stem and first stage, which are not trained, have 222,400 parameters."""
+    config = PRESETS[name]().model
+    with torch.device("meta"):
+        model = SMCADETR(replace(config, num_classes=classes), download=False)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+    assert sum(p.numel() for p in model.parameters()) == every == trained + 222_400
 
 
 @pytest.mark.parametrize("value", [1e-3, 5.0, 3e38, math.inf])

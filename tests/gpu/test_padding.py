@@ -48,7 +48,12 @@ BACKBONES: dict[str, tuple[BackboneConfig, tuple[int, ...]]] = {
         (16,),
     ),
 }
-ENCODERS = [{"encoder_layers": 1}, {"encoder": "conv", "encoder_layers": 1}, {"encoder_layers": 0}]
+ENCODERS: list[dict[str, Any]] = [
+    {"encoder_layers": 1},
+    {"encoder": "conv", "encoder_layers": 1, "halve_finest": True},
+    {"encoder": "pyramid_conv", "encoder_layers": 1},
+    {"encoder_layers": 0, "halve_finest": True},
+]
 
 
 @functools.cache
@@ -152,6 +157,44 @@ def test_these_networks_see_the_pictures(backbone: str) -> None:
     bright, dark = (last_layer(model, collate([sample(each)])) for each in (image, image // 10))
     for a, b in zip(bright, dark, strict=True):
         assert (a - b).abs().max() > 100 * TOLERANCE
+
+
+def test_images_of_one_size_go_through_the_authors_encoder_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And come out in their order; no mask is needed."""
+    model = network("resnet, levels", 0, **ENCODERS[1])
+    rng = np.random.default_rng(0)
+    pictures = [picture(rng, size) for size in ((40, 60), (64, 32), (40, 60), (32, 32))]
+    seen: list[tuple[int, ...]] = []
+    detect_in = model.detect
+
+    def noted(features: Any, valid_sizes: Tensor, *others: Any, padded: bool = True) -> Any:
+        assert not padded
+        seen.append((len(valid_sizes), *valid_sizes[0].tolist()))
+        return detect_in(features, valid_sizes, *others, padded=padded)
+
+    monkeypatch.setattr(model, "detect", noted)
+    outputs = model(*(getattr(collate([sample(p) for p in pictures]), name) for name in ("images", "padding_mask")))
+    assert sorted(seen) == [(1, 32, 32), (1, 64, 32), (2, 40, 60)]
+    assert outputs.keys() == {"logits", "boxes"}
+    assert outputs["logits"].shape == (2, 4, 5, 3)
+
+
+def test_in_training_the_authors_encoder_sees_the_padding() -> None:
+    """Behind a backbone that does not: its maps are given."""
+    model = network("resnet, levels", 0, encoder="conv", encoder_layers=1)
+    torch.manual_seed(0)
+    sizes = torch.tensor([[64, 64]])
+    features = [
+        torch.randn(1, c, 64 // s, 64 // s).double() for c, s in zip(model.backbone.channels, (8, 16, 32), strict=True)
+    ]
+    larger = [
+        nn.functional.pad(x, (0, 64 // s, 0, 64 // s), value=torch.nan)
+        for x, s in zip(features, (8, 16, 32), strict=True)
+    ]
+    with torch.inference_mode():
+        alone, beside = model.detect(features, sizes), model.detect(larger, sizes)
+    assert beside["boxes"].isfinite().all(), "what padded cells hold does not spread"
+    assert (alone["boxes"] - beside["boxes"]).abs().max() > TOLERANCE
 
 
 def test_in_training_the_backbone_sees_the_padding() -> None:

@@ -75,10 +75,11 @@ def test_noise_of_an_object_depends_on_its_image_alone() -> None:
         {},
         {"query_init": "anchors"},
         {"query_init": "anchors", "dense_head": False, "denoising_groups": 0, "prior_unit": "pixels"},
-        {"strides": (8, 16), "encoder": "conv"},
+        {"strides": (8, 16), "encoder": "pyramid_conv"},
+        {"strides": (8, 16), "encoder": "conv", "halve_finest": True},
         {"cross_attention": "dense", "prior_unit": "pixels", "box_refinement": False},
     ],
-    ids=["selected", "anchors", "anchors alone", "levels", "dense"],
+    ids=["selected", "anchors", "anchors alone", "levels", "authors' encoder", "dense"],
 )
 def test_every_parameter_is_trained(changes: dict[str, Any], counts: tuple[int, int]) -> None:
     """With several processes, one without a gradient stops the training; and what has only zeros learns nothing."""

@@ -105,7 +105,7 @@ def test_a_backbone_takes_the_same_step(name: str) -> None:
     require_same_step(model, ("backbone",), 0.7)
 
 
-@pytest.mark.parametrize("encoder", ["attention", "conv"])
+@pytest.mark.parametrize("encoder", ["attention", "conv", "pyramid_conv"])
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_a_transformer_takes_the_same_step(part: str, encoder: Any) -> None:
     """The same masks of dropout are drawn again; with noised queries, several levels and refinement."""

@@ -44,27 +44,33 @@ SINGLE_SCALE = [
     Config(pre_norm=pre, cross_attention="dense", box_refinement=refine)
     for pre, refine in itertools.product([False, True], [False, True])
 ]
-ATTENTION, CONV = ("attention", (1,)), ("conv", ())
+ATTENTION, CONV, PYRAMID = ("attention", (1,)), ("conv", ()), ("pyramid_conv", ())
 MULTI_SCALE = [
     Config(
         strides=(8, 16, 32), encoder=encoder, cross_level_blocks=cross, pre_norm=pre, prior_scale=scale,
         prior_heads=heads, scale_selection=selection, query_init="grid" if pre else "random", box_refinement=pre,
     )
     for (encoder, cross), pre, scale, heads, selection in itertools.product(
-        [ATTENTION, CONV], [False, True], ["fixed", "single", "independent"], ["independent", "shared"], [True, False]
+        [ATTENTION, CONV, PYRAMID], [False, True], ["fixed", "single", "independent"], ["independent", "shared"], [True, False]
     )
 ] + [
     Config(strides=(8, 16, 32), encoder=encoder, cross_level_blocks=cross, pre_norm=pre, cross_attention="dense",
            scale_selection=selection)
-    for (encoder, cross), pre, selection in itertools.product([ATTENTION, CONV], [False, True], [True, False])
+    for (encoder, cross), pre, selection in itertools.product([ATTENTION, CONV, PYRAMID], [False, True], [True, False])
 ]  # fmt: skip
 OTHER_LEVELS = [
     Config(prior_heads="shared"),
     Config(encoder="conv", pre_norm=True),
     Config(strides=(16, 32), cross_level_blocks=(0, 1), pre_norm=True),
-    Config(strides=(8, 32), encoder="conv"),
+    Config(encoder="pyramid_conv", pre_norm=True),
+    Config(strides=(8, 32), encoder="pyramid_conv"),
     Config(strides=(8, 16, 24, 32), cross_level_blocks=(0,)),
     Config(strides=(8, 16, 32, 64), encoder="conv", pre_norm=True),
+    Config(strides=(8, 16, 32, 64), encoder="pyramid_conv", pre_norm=True),
+    Config(strides=(8, 16, 32, 64), encoder="conv", halve_finest=True),
+    Config(strides=(8, 16, 32), encoder="pyramid_conv", halve_finest=True, pre_norm=True),
+    Config(strides=(8, 16, 32), cross_level_blocks=(1,), halve_finest=True),
+    Config(strides=(8,), halve_finest=True, encoder_layers=0),
 ]
 
 
@@ -75,6 +81,7 @@ def config_id(config: ModelConfig) -> str:
         words += [config.prior_scale, config.prior_heads, config.query_init]
     if len(config.strides) > 1:
         words.append("selected" if config.scale_selection else "mean")
+    words += ["halved"] if config.halve_finest else []
     return "-".join([*words, "refined"] if config.box_refinement else words)
 
 
@@ -151,10 +158,9 @@ def in_torch(
         divisor = 10000 ** (torch.arange(0, c // 2, 2).double() / (c // 2))
         return torch.stack([(u[..., None] / divisor).sin(), (u[..., None] / divisor).cos()], dim=-1).flatten(-2)
 
-    h_w, sizes, paddings, masks, pos, key_xy, x = [], [], [], [], [], [], []
-    for j in levels:
-        size_px = torch.from_numpy(np.asarray(valid_sizes)).double() / strides[j]
-        size = features[j].shape[2:] if j < len(features) else [(n + 1) // 2 for n in sizes[-1]]
+    def place(j: int, stride: int, size: Any) -> tuple[Any, ...]:
+        """Of a level: the images' sizes in cells, padding, mask of logits, position encoding, centres of the cells."""
+        size_px = torch.from_numpy(np.asarray(valid_sizes)).double() / stride
         ys, xs = torch.arange(size[0]).double() + 0.5, torch.arange(size[1]).double() + 0.5
         pad = ((ys - 0.5)[None, :, None] >= size_px[:, :1, None]) | ((xs - 0.5)[None, None] >= size_px[:, 1:, None])
         pos_y = waves(ys / size_px[:, :1] * 2 * torch.pi)[:, :, None].expand(-1, -1, size[1], -1)
@@ -163,24 +169,43 @@ def in_torch(
             pad, detr_y, detr_x = detr_mask_and_coordinates(np.asarray(valid_sizes), padded_size, size)
             pos_y, pos_x = waves(detr_y * 2 * torch.pi), waves(detr_x * 2 * torch.pi)
         embed = p["level_embed"][j] if "level_embed" in p else torch.zeros(c, dtype=torch.float64)
+        mask = torch.zeros(pad.shape, dtype=torch.float64).masked_fill(pad, -torch.inf).flatten(1)
+        position = torch.cat([pos_y, pos_x], dim=-1).flatten(1, 2) + embed
+        return size_px, pad, mask, position, torch.stack([xs.repeat(size[0]), ys.repeat_interleave(size[1])], dim=-1)
+
+    def map_of(y: Any, j: int) -> Any:
+        return y.transpose(1, 2).unflatten(2, tuple(sizes[j]))
+
+    x, sizes, places = [], [], []
+    for j in levels:
         weight, bias = p[f"input_proj.{j}.weight"], p[f"input_proj.{j}.bias"]
         if j < len(features):
             out = functional.conv2d(torch.from_numpy(features[j]), weight, bias)
         else:
-            out = functional.conv2d(out.masked_fill(paddings[-1][:, None], 0.0), weight, bias, 2, 1)
+            before = torch.from_numpy(features[-1]) if j == len(features) else out
+            out = functional.conv2d(before.masked_fill(places[-1][1][:, None], 0.0), weight, bias, 2, 1)
+        sizes.append(out.shape[2:])
+        places.append(place(j, strides[j], sizes[j]))
         x.append(out.flatten(2).transpose(1, 2))
-        h_w.append(size_px)
-        sizes.append(size)
-        paddings.append(pad)
-        masks.append(torch.zeros(pad.shape, dtype=torch.float64).masked_fill(pad, -torch.inf).flatten(1))
-        pos.append(torch.cat([pos_y, pos_x], dim=-1).flatten(1, 2) + embed)
-        key_xy.append(torch.stack([xs.repeat(size[0]), ys.repeat_interleave(size[1])], dim=-1))
+    h_w, paddings, masks, pos, key_xy = (list(each) for each in zip(*places, strict=True))
 
     def mix(y: Any, n: str, block: int) -> Any:
         if config.encoder == "conv":
-            maps = [
-                y[j].transpose(1, 2).unflatten(2, tuple(sizes[j])).masked_fill(paddings[j][:, None], 0) for j in levels
-            ]
+
+            def depthwise(z: Any, kernel: str, stride: int = 1) -> Any:
+                weight, bias = (p[f"{n}.conv.{kernel}.{each}"] for each in ("weight", "bias"))
+                return functional.conv2d(z, weight, bias, stride, 3, groups=c)
+
+            u = [depthwise(map_of(lin(y[j] + pos[j], f"{n}.conv.in_proj"), j), f"own.{j}") for j in levels]
+            v = list(u)
+            for fine, coarse in itertools.pairwise(levels):
+                v[coarse] = v[coarse] + depthwise(u[fine], "finer", 2)
+                v[fine] = v[fine] + functional.interpolate(
+                    depthwise(u[coarse], "coarser"), tuple(sizes[fine]), mode="bilinear", align_corners=True
+                )
+            return [lin(each.flatten(2).transpose(1, 2), f"{n}.conv.out_proj") for each in v]
+        if config.encoder == "pyramid_conv":
+            maps = [map_of(y[j], j).masked_fill(paddings[j][:, None], 0) for j in levels]
             out = []
             for j in levels:
                 kernels = {k: p.get(f"{n}.conv.{k}.weight") for k in ("own", "finer", "coarser")}
@@ -202,6 +227,8 @@ def in_torch(
             return [attend(y[j] + pos[j], keys, values, f"{n}.self_attn", mask) for j in levels]
         return [attend(y[j] + pos[j], y[j] + pos[j], y[j], f"{n}.self_attn", masks[j]) for j in levels]
 
+    if config.encoder == "conv":
+        x = [each.masked_fill(padding.flatten(1)[..., None], 0.0) for each, padding in zip(x, paddings, strict=True)]
     for i in range(config.encoder_layers):
         n = f"encoder.layers.{i}"
         if config.pre_norm:
@@ -213,6 +240,12 @@ def in_torch(
             x = [norm(each + ffn(each, n), f"{n}.norm2") for each in x]
     if config.pre_norm:
         x = [norm(each, "encoder.norm") for each in x]
+    if config.halve_finest:
+        finest = map_of(x[0], 0).masked_fill(paddings[0][:, None], 0.0)
+        finest = functional.conv2d(finest, p["halve.weight"], p["halve.bias"], 2, 1)
+        strides = (2 * strides[0], *strides[1:])
+        h_w[0], _, masks[0], pos[0], key_xy[0] = place(0, strides[0], finest.shape[2:])
+        x[0] = finest.flatten(2).transpose(1, 2)
 
     query = p["decoder.query_position"].expand(len(x[0]), -1, -1)
     t = torch.zeros_like(query)

@@ -50,6 +50,11 @@ def test_wrong_levels_are_named() -> None:
         forward(params, [*features[:2], features[2][..., :1]], VALID_SIZES, config)
     with pytest.raises(ValueError, match=r"features\[1\]: expected shape \(3, any, any, any\), got \(2, 7, 4, 5\)"):
         forward(params, [features[0], features[1][:2], features[2]], VALID_SIZES, config)
+    convolved = replace(config, encoder="conv")
+    with pytest.raises(
+        ValueError, match=r'features\[2\]: expected a map of \(2, 3\) cells with encoder="conv", half of the \(4, 5\)'
+    ):
+        forward(random_params(convolved), [*features[:2], np.zeros((3, 6, 3, 3))], VALID_SIZES, convolved)
     single = Config(strides=(8,))
     params = {**random_params(single), "level_embed": np.zeros((1, 8))}
     with pytest.raises(ValueError, match=r"params\['level_embed'\]: expected no such parameter"):
@@ -73,17 +78,28 @@ def test_wrong_levels_are_named() -> None:
         ({"encoder_layers": -1}, r"config.encoder_layers: expected at least 0, got -1"),
         ({"prior_sigma_px": 0.0}, r"config.prior_sigma_px: expected a number of pixels > 0, got 0.0"),
         ({"prior_heads": "one"}, r"config.prior_heads: expected one of"),
-        ({"encoder": "mlp"}, r"config.encoder: expected one of \['attention', 'conv'\], got 'mlp'"),
+        ({"encoder": "mlp"}, r"config.encoder: expected one of \['attention', 'conv', 'pyramid_conv'\], got 'mlp'"),
         ({"strides": ()}, r"config.strides: expected pixels per cell for each level, finest first, got \(\)"),
         ({"strides": (32, 16)}, r"config.strides: expected .* finest first, got \(32, 16\)"),
         ({"strides": (0, 16)}, r"config.strides: expected .* got \(0, 16\)"),
-        ({"strides": (16, 24), "encoder": "conv"}, r"config.strides: expected multiples of one another .*\(16, 24\)"),
+        (
+            {"strides": (16, 24), "encoder": "pyramid_conv"},
+            r"config.strides: expected multiples of one another .*\(16, 24\)",
+        ),
+        (
+            {"strides": (8, 32), "encoder": "conv"},
+            r"config.strides: expected each twice .*\(8, 32\).*pyramid_conv.*attention",
+        ),
         ({"cross_level_blocks": (2,)}, r"config.cross_level_blocks: expected different indices of 2 .* got \(2,\)"),
         ({"cross_level_blocks": (-1,)}, r"config.cross_level_blocks: expected different indices .* got \(-1,\)"),
         ({"cross_level_blocks": (0, 0)}, r"config.cross_level_blocks: expected different indices .* got \(0, 0\)"),
         (
             {"cross_level_blocks": (0,), "encoder": "conv"},
             r'config.cross_level_blocks: expected \(\) with encoder="conv"',
+        ),
+        (
+            {"cross_level_blocks": (0,), "encoder": "pyramid_conv"},
+            r'config.cross_level_blocks: expected \(\) with encoder="pyramid_conv"',
         ),
     ],
 )

@@ -22,6 +22,7 @@ from reference_model_in_torch import (
     random_features,
     random_params,
 )
+from smca.reference.config import decoder_strides
 from smca.reference.encoder import encoder_block
 from smca.reference.layers import sigmoid
 from smca.reference.model import forward
@@ -30,7 +31,9 @@ from smca.reference.position import Grid, key_padding_mask, sine_position_encodi
 from smca.reference.prior import spatial_prior
 
 ALL_CONFIGS = SINGLE_SCALE + MULTI_SCALE + OTHER_LEVELS
-SOME_CONFIGS = ALL_CONFIGS[::7]
+SOME_CONFIGS = ALL_CONFIGS[::7] + OTHER_LEVELS[-4:]
+KEEPING = [config for config in SOME_CONFIGS if config.encoder != "conv"]
+"""Those that give an image the same in any batch."""
 
 
 @pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_id)
@@ -76,7 +79,7 @@ def test_padded_cells_do_not_matter(config: Any, junk: float) -> None:
         assert_same(forward(params, features, VALID_SIZES, config), want, atol=0)
 
 
-@pytest.mark.parametrize("config", SOME_CONFIGS, ids=config_id)
+@pytest.mark.parametrize("config", KEEPING, ids=config_id)
 def test_an_image_does_not_depend_on_its_batch(config: Any) -> None:
     """Alone and cropped to its own cells, an image gives what it gives in a padded batch."""
     params, features = random_params(config), random_features(config)
@@ -86,6 +89,21 @@ def test_an_image_does_not_depend_on_its_batch(config: Any) -> None:
         own = [x[image : image + 1, :, : size[0], : size[1]] for x, size in zip(features, sizes, strict=True)]
         alone = forward(params, own, VALID_SIZES[image : image + 1], config)
         assert_same(alone, {name: value[:, image : image + 1] for name, value in together.items()})
+
+
+def test_with_the_authors_encoder_an_image_depends_on_its_padding_alone() -> None:
+    """Not on the other images; but maps with padding give other boxes than those without, in every image that has some."""
+    config = Config(strides=(8, 16, 32), encoder="conv")
+    params, features = random_params(config), random_features(config)
+    together = forward(params, features, VALID_SIZES, config)
+    for image in range(3):
+        own = [x[image : image + 1] for x in features]
+        alone = forward(params, own, VALID_SIZES[image : image + 1], config)
+        assert_same(alone, {name: value[:, image : image + 1] for name, value in together.items()})
+        sizes = [-(-VALID_SIZES[image] // stride) for stride in config.strides]
+        own = [x[:, :, : size[0], : size[1]] for x, size in zip(own, sizes, strict=True)]
+        cropped = forward(params, own, VALID_SIZES[image : image + 1], config)
+        assert (np.abs(cropped["boxes"] - alone["boxes"]).max() > 1e-6) == (image > 0)
 
 
 def test_queries_are_a_set() -> None:
@@ -211,10 +229,13 @@ def test_no_encoder_is_legal() -> None:
 THREE = Config(strides=(8, 16, 32), cross_level_blocks=(1,))
 
 
-@pytest.mark.parametrize("config", [THREE, replace(THREE, encoder="conv", cross_level_blocks=())], ids=config_id)
+@pytest.mark.parametrize(
+    "config", [THREE, replace(THREE, encoder="pyramid_conv", cross_level_blocks=())], ids=config_id
+)
 @pytest.mark.parametrize("given", [1, 2])
 def test_levels_beyond_the_backbones(config: Any, given: int) -> None:
-    """Made from the level before, padding or not: equal to torch, whatever stands in padded cells."""
+    """The first from the backbone's last map, others from the level before, padding or not: equal to torch, whatever
+    stands in padded cells."""
     params, features = random_params(config, given=given), random_features(config, given=given)
     want = in_torch(params, features, VALID_SIZES, config)
     assert_same(forward(params, features, VALID_SIZES, config), want)
@@ -232,7 +253,7 @@ def test_levels_beyond_the_backbones(config: Any, given: int) -> None:
         assert_same(alone, {name: value[:, image : image + 1] for name, value in want.items()})
 
 
-@pytest.mark.parametrize("encoder", ["attention", "conv"])
+@pytest.mark.parametrize("encoder", ["attention", "conv", "pyramid_conv"])
 def test_levels_that_do_not_nest(encoder: str) -> None:
     """33 × 47 pixels are 5 × 6, 3 × 3 and 2 × 2 cells."""
     config = Config(strides=(8, 16, 32), encoder=encoder)
@@ -249,7 +270,8 @@ def test_one_level_has_no_level_parameters() -> None:
     assert "decoder.layers.0.state_norm.weight" in names
     several = Config(strides=(16, 32))
     assert parameter_shapes(several, [5, 5])["level_embed"] == (2, 8)
-    for change in ({"encoder": "conv"}, {"encoder_layers": 0}):  # nobody reads it there
+    assert parameter_shapes(replace(several, encoder="conv"), [5, 5])["level_embed"] == (2, 8)
+    for change in ({"encoder": "pyramid_conv"}, {"encoder_layers": 0}):  # nobody reads it there
         assert "level_embed" not in parameter_shapes(replace(several, **change), [5, 5])
     dense = Config(cross_attention="dense")
     assert not [name for name in parameter_shapes(dense, [5]) if "state_norm" in name]
@@ -278,6 +300,15 @@ def test_one_level_selected_is_the_model_of_that_level(picked: int, cross_attent
             own[key] = params[key]
     got = forward(params, features, VALID_SIZES, config)
     assert_same(got, forward(own, [features[picked]], VALID_SIZES, single))
+
+
+def test_halved_levels_have_positions_of_their_own() -> None:
+    """Strides (8, 48) and the finest halved: nothing of the coarser level tells where the halved cells are."""
+    config = Config(strides=(8, 48), halve_finest=True)
+    assert decoder_strides(config) == (16, 48)
+    params, features = random_params(config), random_features(config)
+    want = in_torch(params, features, VALID_SIZES, config)
+    assert_same(forward(params, features, VALID_SIZES, config), want)
 
 
 def test_without_selection_every_level_weighs_the_same() -> None:
