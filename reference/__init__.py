@@ -14,13 +14,14 @@ Correct, complete and readable come before fast here. Nothing in this package kn
      9. encoder            how cells learn of each other, within their level and across levels
     10. decoder           where the queries meet the image: centre, offset, scale and level heads, box refinement
     11. dense_head        beyond the paper: cells that classify and regress, and become queries
-    12. parameters        every parameter's name and shape
-    13. model             from backbone features to class logits and boxes
-    14. boxes             box formats, IoU and generalised IoU
-    15. matching          what a match costs, and the assignment with the least cost, written out
-    16. losses            the set loss over all decoder layers
-    17. dense_loss        beyond the paper: which object owns which cell, and the loss of the cells
-    18. denoising         beyond the paper: noised objects as queries in training, and their loss
+    12. softmax_scores    DETR's own scores: a softmax with "no object", and its loss
+    13. parameters        every parameter's name and shape
+    14. model             from backbone features to class logits and boxes
+    15. boxes             box formats, IoU and generalised IoU
+    16. matching          what a match costs, and the assignment with the least cost, written out
+    17. losses            the set loss over all decoder layers
+    18. dense_loss        beyond the paper: which object owns which cell, and the loss of the cells
+    19. denoising         beyond the paper: noised objects as queries in training, and their loss
 
 Published is SMCA; what goes beyond the paper is an option of the same model, off unless asked for (`config`), and what
 it is worth is measured in `docs/convergence.md`.
@@ -30,8 +31,8 @@ it is worth is measured in `docs/convergence.md`.
 arXiv 2005.12872.
 
 A number names the file of its equation: (1) to (3) gaussian, (4) to (15) attention, (L1) layers, (P1) position,
-(E1) encoder, (D1) decoder, (H1) dense_head, (M1) model, (B1) boxes, (A1) matching, the assignment, (S1) losses, the set
-loss, (T1) dense_loss and (N1) denoising.
+(E1) encoder, (D1) decoder, (H1) dense_head, (K1) softmax_scores, (M1) model, (B1) boxes, (A1) matching, the assignment,
+(S1) losses, the set loss, (T1) dense_loss and (N1) denoising.
 
 Shape letters: B images, N queries, h heads, d channels per head, C = h·d, K classes, M decoder layers, T targets
 (padded), F hidden channels of a feed-forward network, J feature levels, finest first. A map has H × W cells and

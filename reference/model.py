@@ -5,7 +5,7 @@
     (M3) x_j = input_proj_j(x_{j−1})                                 levels beyond the backbone's: 3 × 3, stride 2
     (M4) pos_j = sine encoding of the cells (`position` (P3) to (P5))  + level_embed_j, where attention mixes several levels
     (M5) x = encoder (`encoder`)
-    (M6) logits, boxes = decoder (`decoder`)
+    (M6) z, boxes = decoder (`decoder`);  logits = z, or from z as `softmax_scores` (K3) says, with class_scores="softmax"
     (M7) cells = dense head (`dense_head`), and the best cells are where the decoder's queries start    beyond the paper
 
 A backbone gives a map for each of the first levels. Each level beyond them is made from the level before it (M3), with 0
@@ -30,6 +30,7 @@ from smca.reference.encoder import encoder
 from smca.reference.layers import Params, cells_of_map, convolution, sigmoid, zero_padded
 from smca.reference.parameters import checked_parameters, parameter_shapes
 from smca.reference.position import Grid, key_padding_mask, sine_position_encoding
+from smca.reference.softmax_scores import log_odds
 
 
 def forward(
@@ -51,7 +52,8 @@ def forward(
 
     Returns:
         "logits" [M, B, N, K] and "boxes" [M, B, N, 4] (cxcywh in [0, 1] of the unpadded image), M decoder layers, the
-        last one being the answer. With further queries "further_logits" and "further_boxes" likewise. With a dense head
+        last one being the answer. With class_scores="softmax" also "class_logits" [M, B, N, K + 1], z, the last one "no
+        object". With further queries "further_logits" and "further_boxes" likewise. With a dense head
         "cell_logits" [B, ΣL, K], "cell_boxes" and "cell_anchors" [B, ΣL, 4] (cxcywh, likewise), "cell_padding" [B, ΣL].
 
     Raises:
@@ -71,10 +73,13 @@ def forward(
     selected = None
     if cells is not None and config.query_init == "selected":
         selected = select_queries(cells, grids, config.num_queries)
-    logits, boxes = decoder(memory, grids, weights, config, selected, further)  # (M6)
+    z, boxes = decoder(memory, grids, weights, config, selected, further)  # (M6)
+    logits = log_odds(z) if config.class_scores == "softmax" else z
 
     n = config.num_queries
     outputs: dict[str, npt.NDArray[Any]] = {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n]}
+    if config.class_scores == "softmax":
+        outputs["class_logits"] = z[:, :, :n]
     if further is not None:
         outputs |= {"further_logits": logits[:, :, n:], "further_boxes": boxes[:, :, n:]}
     if cells is not None:

@@ -31,7 +31,7 @@ from smca.gpu.model.denoising import FurtherQueries, draw_noise, noised_queries
 from smca.gpu.model.dense_head import DenseHead, select_queries
 from smca.gpu.model.detections import Detections, decode
 from smca.gpu.model.encoder import Encoder
-from smca.gpu.model.layers import Grid
+from smca.gpu.model.layers import Grid, log_odds
 from smca.gpu.model.position import sine_position_encoding
 
 
@@ -86,9 +86,10 @@ class SMCADETR(nn.Module):
 
         Returns:
             "logits" [M, B, N, K], one sigmoid per class; "boxes" [M, B, N, 4] (cx, cy, w, h) in 0–1 of the unpadded image;
-            both after each of the M decoder layers, the last layer last. With noised queries, "further_logits" and
-            "further_boxes" likewise. With a dense head "cell_logits" [B, ΣL, K], "cell_boxes" and "cell_anchors" [B, ΣL, 4]
-            (cxcywh, likewise) and "cell_padding" [B, ΣL] bool, of the cells of all levels.
+            both after each of the M decoder layers, the last layer last. With class_scores="softmax" the logits are log-odds, whose
+            sigmoid is the softmax of "class_logits" [M, B, N, K + 1], the last one "no object". With noised queries,
+            "further_logits" and "further_boxes" likewise. With a dense head "cell_logits" [B, ΣL, K], "cell_boxes" and
+            "cell_anchors" [B, ΣL, 4] (cxcywh, likewise) and "cell_padding" [B, ΣL] bool, of the cells of all levels.
         """
         further = None
         if self.training and self.config.denoising_groups and targets is not None:
@@ -158,6 +159,9 @@ class SMCADETR(nn.Module):
                 selected = select_queries(cells, grids, self.config.num_queries)
         logits, boxes = self.decoder(memory, pos, grids, selected, further)
         n = self.config.num_queries
+        if self.config.class_scores == "softmax":
+            outputs["class_logits"] = logits[:, :, :n]
+            logits = log_odds(logits)
         if further is not None:
             outputs |= {"further_logits": logits[:, :, n:], "further_boxes": boxes[:, :, n:]}
         return {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n], **outputs}
