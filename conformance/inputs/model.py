@@ -93,6 +93,7 @@ class ModelInputs:
 
 
 LEVELS = ("strides", (4, 8, 16))
+SOFTMAX = ("class_scores", "softmax")
 PADDED = ((37, 61), (64, 24), (8, 8))
 ODD = ((33, 47), (17, 47))
 """Not multiples of any stride: maps of 9 × 12, 5 × 6 and 3 × 3 cells, which do not nest."""
@@ -116,6 +117,8 @@ _LISTED: list[tuple[Options, Sizes]] = [
     ([("strides", (4, 8, 16, 32)), ("pre_norm", True), ("box_refinement", True)], ODD),
     ([("strides", (8, 16)), ("encoder", "conv"), ("prior_heads", "shared")], ((5, 5),)),
     ([("num_heads", 1), ("encoder", "conv"), ("encoder_layers", 0), ("decoder_layers", 1)], ((70, 7),)),
+    ([("cross_attention", "dense"), SOFTMAX], PADDED),
+    ([LEVELS, SOFTMAX, ("num_classes", 1), ("pre_norm", True), ("encoder_layers", 0)], ODD),
 ]
 
 CONFIGURATIONS = [ModelInputs(tuple(options), sizes, seed) for seed, (options, sizes) in enumerate(_LISTED)]
@@ -139,6 +142,7 @@ def model_inputs(draw: st.DrawFn, /, **fixed: Any) -> ModelInputs:
         "scale_selection": st.booleans(),
         "query_init": st.sampled_from(["random", "grid"]),
         "box_refinement": st.booleans(),
+        "class_scores": st.sampled_from(["sigmoid", "sigmoid", "softmax"]),
     }
     options: dict[str, Any] = {}
     for name, values in (usual | fixed).items():

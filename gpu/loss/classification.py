@@ -55,6 +55,6 @@ def softmax_loss(z: Tensor, query: Tensor, labels: Tensor, no_object_weight: flo
     place = torch.where(query >= 0, query, queries)
     wanted = torch.full((layers, batch, queries + 1), columns - 1, device=z.device)
     wanted = wanted.scatter_(2, place, labels.expand(layers, -1, -1))[..., :-1]
-    weight = torch.where(wanted == columns - 1, no_object_weight, 1.0).to(z.dtype)
+    weight = torch.ones_like(z[..., 0]).masked_fill(wanted == columns - 1, no_object_weight)
     cross_entropy = -z.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
     return (weight * cross_entropy).sum((1, 2)) / weight.sum((1, 2))
