@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smca.datasets import Batch, Targets
-from smca.gpu.config import LossConfig
+from smca.gpu.config import LossConfig, RunConfig
 from smca.gpu.loss import NonFiniteError, SetCriterion, assignment
 from smca.gpu.model import SMCADETR
 from smca.gpu.presets import PRESETS
@@ -79,20 +79,29 @@ def meta_batch() -> tuple[Tensor, Tensor, Targets]:
     return images, torch.empty(2, 96, 128, dtype=torch.bool, device="meta"), targets
 
 
+def softmax_scores() -> RunConfig:
+    """DETR with its own scores and loss."""
+    run = PRESETS["detr_r50"]()
+    return replace(run, model=replace(run.model, class_scores="softmax"), loss=LossConfig(classification="softmax"))
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("preset", ["small", "smca_r50_multiscale", "smca_r50_multiscale_conv", "detr_r50", "fast_r50"])
+@pytest.mark.parametrize(
+    "preset", ["small", "smca_r50_multiscale", "smca_r50_multiscale_conv", "detr_r50", "fast_r50", "softmax"]
+)
 def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assignment, "available", lambda device: None)  # its op has a form for tensors without values
     monkeypatch.setattr("smca.gpu.attention.fused.available", lambda device: None)
-    config = PRESETS[preset]().model
+    run = softmax_scores() if preset == "softmax" else PRESETS[preset]()
+    config = run.model
     smaller = {"hidden_dim": 32, "num_queries": 5, "encoder_layers": 1, "decoder_layers": 2, "cross_level_blocks": ()}
     config = replace(config, **smaller, backbone=replace(config.backbone, weights=None))
     if config.cross_attention == "dense" and backend == "triton":
         pytest.skip("DETR has no SMCA attention")
     with torch.device("meta"):
         model = SMCADETR(config, attention_backend=backend, download=False)
-    criterion = SetCriterion(PRESETS[preset]().loss, matcher_backend="cupy")
+    criterion = SetCriterion(run.loss, matcher_backend="cupy")
     images, mask, targets = meta_batch()
     with Watch() as watch, Constants(watch.waits):
         outputs = model(images, mask if padded else None, targets)
