@@ -33,6 +33,14 @@ and of what goes beyond the paper (docs/method.md §8):
     noised_queries(targets, noise, *, dtype) → box_logits [B, D, 4], labels [B, D], sees [B, D, D]
     training_loss(outputs, targets, weights, classification, *, dtype) → the terms of layers, noised queries and cells by name
     training_loss_vjp(the same) → gradient of "loss" with respect to each output that a loss reads, by name
+
+and of DETR's own scores and loss (docs/method.md §5), z being the outputs for K classes and "no object":
+
+    log_odds(z [n, K + 1], *, dtype) → [n, K], the log-odds of each class
+    log_odds_vjp(grad_out [n, K], z, *, dtype) → gradient of z
+    softmax_match_cost(logits [N, K], …as match_cost) → [N, T]; the logits are log-odds
+    softmax_set_loss(z [M, B, N, K + 1], …as set_loss) → {"class/0": …, "loss": …}, "no object" weighing 0.1
+    softmax_set_loss_vjp(the same) → gradients of "loss" with respect to z and boxes
 """
 
 from __future__ import annotations
@@ -59,6 +67,11 @@ OPERATIONS = (
     "noised_queries",
     "training_loss",
     "training_loss_vjp",
+    "log_odds",
+    "log_odds_vjp",
+    "softmax_match_cost",
+    "softmax_set_loss",
+    "softmax_set_loss_vjp",
 )
 """All operations that an implementation may offer."""
 

@@ -12,6 +12,7 @@ from smca.conformance.properties import (
     matching,
     model,
     multi_scale,
+    softmax,
     symmetry,
 )
 from smca.conformance.property import Property
@@ -27,4 +28,5 @@ PROPERTIES: list[Property] = [
     *loss.PROPERTIES,
     *model.PROPERTIES,
     *anchored.PROPERTIES,
+    *softmax.PROPERTIES,
 ]

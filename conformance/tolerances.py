@@ -61,6 +61,11 @@ CONSTANTS: dict[str, tuple[float, str]] = {
     "noised_queries": (1.0, "every rounding is counted"),
     "training_loss": (1.0, "sums of at most a few hundred terms, each of the size of their sum"),
     "training_loss_vjp": (4.0, "as set_loss_vjp"),
+    "log_odds": (2.0, "exponential and logarithm: two roundings"),
+    "log_odds_vjp": (4.0, "as log_odds, and again on the way back"),
+    "softmax_match_cost": (4.0, "as match_cost"),
+    "softmax_set_loss": (2.0, "exponential and logarithm: two roundings"),
+    "softmax_set_loss_vjp": (4.0, "as set_loss_vjp"),
 }
 """Operation → (constant, its reason): 1 where the bound counts every rounding."""
 

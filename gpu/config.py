@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ PaddingCells = Literal["covered", "nearest"]
 Initialization = Literal["spread", "published"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 QueryInit = Literal["random", "grid", "anchors", "selected"]
+ClassScores = Literal["sigmoid", "softmax"]
 
 _MOST = {
     "num_classes": 100_000,
@@ -69,6 +71,8 @@ class ModelConfig:
 
     num_classes: int = 80
     """K, number of object classes. The trainer sets it from the data."""
+    class_scores: ClassScores = "sigmoid"
+    """How queries score classes: each class by itself ("sigmoid"); or, as DETR, by a softmax over the classes and "no object"."""
     class_names: tuple[str, ...] = ()
     """Name of each class, in label order; empty = unnamed. The trainer sets it from the data."""
     category_ids: tuple[int, ...] = ()
@@ -221,6 +225,12 @@ class ModelConfig:
                 getattr(self, name),
             )
         require(
+            self.class_scores == "sigmoid" or self.denoising_groups == 0,
+            "model.denoising_groups",
+            '0 with class_scores="softmax", for which noised queries have no loss',
+            self.denoising_groups,
+        )
+        require(
             self.prior_unit == "pixels" or self.cross_attention == "smca",
             "model.prior_unit",
             'left at its default with cross_attention="dense", which has no prior',
@@ -287,6 +297,11 @@ class ModelConfig:
         return (self.strides[0] * (2 if self.halve_finest else 1), *self.strides[1:])
 
     @property
+    def class_outputs(self) -> int:
+        """Outputs of the class head per query: K, or K + 1 with one for "no object"."""
+        return self.num_classes + (self.class_scores == "softmax")
+
+    @property
     def head_dim(self) -> int:
         """d, channels of one attention head."""
         return self.hidden_dim // self.num_heads
@@ -315,14 +330,17 @@ class LossConfig:
     """Weights of matching and loss (docs/method.md §5)."""
 
     class_weight: float = 2.0
-    """Sigmoid focal classification."""
+    """Classification; as published 2 with "focal", 1 with "softmax"."""
     l1_weight: float = 5.0
     """L1 distance of boxes."""
     giou_weight: float = 2.0
     """1 − generalised IoU of boxes."""
-    classification: Literal["focal", "matchability"] = "focal"
-    """What the class score of a matched query is to be: 1, by the focal loss, as published; or the IoU of its box to the power of
-    1.5, by the matchability-aware loss (docs/method.md §8), so that the best box of several comes first."""
+    classification: Literal["focal", "matchability", "softmax"] = "focal"
+    """What the class score of a matched query is to be: 1, by the focal loss, as published; the IoU of its box to the power of
+    1.5, by the matchability-aware loss (docs/method.md §8), so that the best box of several comes first; or 1, by DETR's own loss
+    (and match cost), a cross-entropy over the classes and "no object", which needs model.class_scores="softmax"."""
+    no_object_weight: float = 0.1
+    """How much a query without an object counts in the cross-entropy of "softmax", beside 1 for one with an object."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -332,6 +350,13 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name, value in self.weights.items():
             require(value >= 0, f"loss.{name}_weight", "0 or more", value)
+        require(0 < self.no_object_weight < math.inf, "loss.no_object_weight", "positive", self.no_object_weight)
+        require(
+            self.classification == "softmax" or self.no_object_weight == type(self).no_object_weight,
+            "loss.no_object_weight",
+            'left at its default unless loss.classification is "softmax": no other loss has it',
+            self.no_object_weight,
+        )
 
 
 @dataclass(frozen=True)
@@ -557,6 +582,13 @@ class RunConfig:
             "attention",
             'left at its default with model.cross_attention="dense", which has no SMCA attention',
             self.attention,
+        )
+        require(
+            self.loss.classification != "softmax" or self.model.class_scores == "softmax",
+            "loss.classification",
+            '"focal" or "matchability" with model.class_scores="sigmoid", which has no output for "no object" '
+            '(or set model.class_scores="softmax")',
+            self.loss.classification,
         )
         require(
             self.resume or not self.resume_changed, "resume_changed", "given together with resume", self.resume_changed

@@ -16,13 +16,14 @@ Correct, complete and readable come before fast here. Nothing in this package kn
     11. prior              centre and precision of a query's Gaussians, from its state
     12. decoder            where the queries meet the image: reference centre, level weights, box refinement
     13. dense_head         beyond the paper: cells that classify and regress, and become queries
-    14. parameters         every parameter's name and shape
-    15. model              from backbone features to class logits and boxes
-    16. boxes              box formats, IoU and generalised IoU
-    17. matching           what a match costs, and the assignment with the least cost, written out
-    18. losses             the set loss over all decoder layers
-    19. dense_loss         beyond the paper: which object owns which cell, and the loss of the cells
-    20. denoising          beyond the paper: noised objects as queries in training, and their loss
+    14. softmax_scores     DETR's own scores: a softmax with "no object", and its loss
+    15. parameters         every parameter's name and shape
+    16. model              from backbone features to class logits and boxes
+    17. boxes              box formats, IoU and generalised IoU
+    18. matching           what a match costs, and the assignment with the least cost, written out
+    19. losses             the set loss over all decoder layers
+    20. dense_loss         beyond the paper: which object owns which cell, and the loss of the cells
+    21. denoising          beyond the paper: noised objects as queries in training, and their loss
 
 Published is SMCA; what goes beyond the paper is an option of the same model, off unless asked for (`config`), and what
 it is worth is measured in `docs/convergence.md`.
@@ -32,8 +33,8 @@ it is worth is measured in `docs/convergence.md`.
 arXiv 2005.12872.
 
 A number names the file of its equation: (1) to (3) gaussian, (4) to (15) attention, (L1) layers, (P1) position,
-(C1) encoder_conv, (E1) encoder, (D1) decoder and prior, (H1) dense_head, (M1) model, (B1) boxes, (A1) matching, the
-assignment, (S1) losses, the set loss, (T1) dense_loss and (N1) denoising.
+(C1) encoder_conv, (E1) encoder, (D1) decoder and prior, (H1) dense_head, (K1) softmax_scores, (M1) model, (B1) boxes, (A1)
+matching, the assignment, (S1) losses, the set loss, (T1) dense_loss and (N1) denoising.
 
 Shape letters: B images, N queries, h heads, d channels per head, C = h·d, K classes, M decoder layers, T targets
 (padded), F hidden channels of a feed-forward network, J feature levels, finest first. A map has H × W cells and

@@ -12,6 +12,7 @@ CHOICES = {
     "position_encoding": ("centers", "detr"),
     "padding_cells": ("covered", "nearest"),
     "query_init": ("random", "grid", "anchors", "selected"),
+    "class_scores": ("sigmoid", "softmax"),
 }
 
 
@@ -26,7 +27,9 @@ class ModelConfig:
     """
 
     num_classes: int = 80
-    """K, classes of object. There is no class for "no object"."""
+    """K, classes of object; "no object" is none of them."""
+    class_scores: str = "sigmoid"
+    """"sigmoid": each class by itself; or "softmax", as DETR: over K + 1 outputs, of which the last one is "no object"."""
     hidden_dim: int = 256
     """C, channels of a cell and of a query: a multiple of num_heads and of 4."""
     num_heads: int = 8
@@ -119,6 +122,11 @@ def sigma_of_levels(config: ModelConfig) -> tuple[float, ...]:
     return sigma if isinstance(sigma, tuple) else (sigma,) * len(config.strides)
 
 
+def class_outputs(config: ModelConfig) -> int:
+    """Outputs of the class head per query: K, or K + 1 with one for "no object"."""
+    return config.num_classes + (config.class_scores == "softmax")
+
+
 def uses_prior(config: ModelConfig) -> bool:
     """Whether the cross-attention is modulated, so that centre, offset and scale heads exist."""
     return config.cross_attention == "smca"
@@ -160,6 +168,11 @@ def _check_boxes_of_queries(config: ModelConfig) -> None:
         raise ValueError(
             'config.query_init: expected "anchors" or "selected" with prior_unit="box" or denoising_groups > 0, which need '
             f"a box per query, got {config.query_init!r}."
+        )
+    if config.denoising_groups and config.class_scores == "softmax":
+        raise ValueError(
+            f'config.denoising_groups: expected 0 with class_scores="softmax", got {config.denoising_groups}. The loss of '
+            "noised queries is not defined for it."
         )
     if config.prior_unit == "box" and not uses_prior(config):
         raise ValueError('config.prior_unit: expected "pixels" with cross_attention="dense", which has no prior.')

@@ -22,7 +22,7 @@ With SMCA, X is modulated by one Gaussian per query, head i and level j, made fr
 One level is the case J = 1: α = 1, and there is no level head. A plain DETR has no head that reads O, so no state_norm.
 After every layer, heads decode it, the same ones for all (method.md §5; paper, "SMCA box prediction"):
 
-    (D8) D = norm(t);   logits = class_head(D);   box logits = box_head(D) + ref;   box = σ(box logits)
+    (D8) D = norm(t);   z = class_head(D);   box logits = box_head(D) + ref;   box = σ(box logits)
     (D9) with box refinement, every layer has a box_head of its own, and the next layer's ref = this layer's box logits
          (no gradient passes there in training)
 
@@ -94,7 +94,8 @@ def decoder(
         further: D queries more per image, as in training; N stands for N + D below.
 
     Returns:
-        logits [M, B, N, K], boxes [M, B, N, 4] (cxcywh in [0, 1] of the unpadded image).
+        z [M, B, N, K], or [M, B, N, K + 1] with class_scores="softmax"; boxes [M, B, N, 4] (cxcywh in [0, 1] of the
+        unpadded image).
     """
     t, reference_logits = initial_queries(memory[0].shape[0], params, config, selected)  # [B, N, C], ref [B, N, 4]
     sees = None
@@ -102,7 +103,7 @@ def decoder(
         t = np.concatenate([t, params["decoder.label_embed"][further.labels]], axis=1)
         reference_logits = np.concatenate([reference_logits, further.box_logits], axis=1)
         sees = joined_sight(config.num_queries, further.sees)
-    layer_logits, layer_boxes = [], []
+    layer_outputs, layer_boxes = [], []
 
     for index in range(config.decoder_layers):
         name = f"decoder.layers.{index}"
@@ -137,12 +138,12 @@ def decoder(
         decoded = layer_norm(t, params, "decoder.norm")  # D
         box_head = index if config.box_refinement else 0  # one for all, unless each layer corrects the one before
         box_logits = mlp(decoded, params, f"decoder.box_heads.{box_head}") + reference_logits
-        layer_logits.append(linear(decoded, params, "decoder.class_head"))
+        layer_outputs.append(linear(decoded, params, "decoder.class_head"))
         layer_boxes.append(sigmoid(box_logits))
         if config.box_refinement:
             reference_logits = box_logits  # (D9)
 
-    return np.stack(layer_logits), np.stack(layer_boxes)
+    return np.stack(layer_outputs), np.stack(layer_boxes)
 
 
 def initial_queries(

@@ -104,7 +104,7 @@ def denoising_loss(
         targets: of the batch, T objects, padded.
         weights: "class", "l1" and "giou", as in `losses`.
         num_groups: G; D = G·2·T.
-        classification: as in `losses`.
+        classification: "focal" or "matchability", as in `losses`.
 
     Returns:
         "class/noised", "l1/noised" and "giou/noised", each with its weight in it.
@@ -122,6 +122,8 @@ def denoising_loss(
     {'class/noised': 0.3466, 'l1/noised': 0.0, 'giou/noised': 0.0}
     """
     check_weights(weights)
+    if classification == "softmax":
+        raise ValueError('classification: expected "focal" or "matchability" of noised queries, got "softmax".')
     logits = np.asarray(outputs["further_logits"], dtype=np.float64)
     boxes = np.asarray(outputs["further_boxes"], dtype=np.float64)
     labels, valid = np.asarray(targets.labels, dtype=np.int64), np.asarray(targets.valid, dtype=np.bool_)

@@ -1,4 +1,4 @@
-"""The set loss: focal, L1 and GIoU, over the matched pairs, at every decoder layer.
+"""The set loss: classes, L1 and GIoU, over the matched pairs, at every decoder layer.
 
 For the outputs of one decoder layer, with π(t) the query matched to object t of its image (`matching`), x the class
 logits and b the boxes (method.md §5; DETR, "Object detection set prediction loss"):
@@ -19,6 +19,9 @@ box of several comes first (classification="matchability"; DEIM, arXiv 2412.0423
 
 with p = σ(x). The ½ leaves w_class = 2 with the weight of 1 that its authors give it.
 
+DETR's own class term, for a model that scores by a softmax, takes the place of (S4) with classification="softmax":
+`softmax_scores`, equations (K4) to (K6).
+
 Each layer is matched by itself. The sum in (S4) runs over all queries, matched or not: it is how a query learns that it
 sees no object. There is no class for "no object"; every sigmoid says no. An image without objects takes part in (S4)
 only.
@@ -37,13 +40,14 @@ from smca.reference.layers import sigmoid, softplus
 from smca.reference.matching import (
     FOCAL_ALPHA,
     FOCAL_GAMMA,
+    check_classification,
     check_weights,
     focal_terms,
     linear_sum_assignment,
     match_cost,
 )
+from smca.reference.softmax_scores import NO_OBJECT_WEIGHT, class_logits_of, softmax_loss
 
-CLASSIFICATIONS = ("focal", "matchability")
 MATCHABILITY_GAMMA = 1.5
 MATCHABILITY_WEIGHT = 0.5
 
@@ -130,7 +134,11 @@ def matchability_loss(logits: FloatArray, qualities: FloatArray, matched: BoolAr
 
 
 def match(
-    logits: npt.ArrayLike, boxes: npt.ArrayLike, targets: PaddedTargets, weights: Mapping[str, float]
+    logits: npt.ArrayLike,
+    boxes: npt.ArrayLike,
+    targets: PaddedTargets,
+    weights: Mapping[str, float],
+    classification: str = "focal",
 ) -> IntArray:
     """The query of every object, for every decoder layer and image by itself. Matching (A3); method.md §5.
 
@@ -139,6 +147,7 @@ def match(
         boxes: [M, B, N, 4], cxcywh in [0, 1], likewise.
         targets: of the batch.
         weights: "class", "l1" and "giou", of the match cost.
+        classification: of the loss, as `match_cost` takes it.
 
     Returns:
         [M, B, T], in [0, N), or −1 where the target is padding, or where an image with more objects than queries left
@@ -154,7 +163,12 @@ def match(
         for image in range(batch):
             (real,) = np.nonzero(valid[image])
             cost = match_cost(
-                logits[layer, image], boxes[layer, image], labels[image, real], target_boxes[image, real], weights
+                logits[layer, image],
+                boxes[layer, image],
+                labels[image, real],
+                target_boxes[image, real],
+                weights,
+                classification,
             )
             queries, columns = linear_sum_assignment(cost)
             query_of_target[layer, image, real[columns]] = queries
@@ -166,20 +180,23 @@ def set_loss(
     targets: PaddedTargets,
     weights: Mapping[str, float],
     classification: str = "focal",
+    no_object_weight: float = NO_OBJECT_WEIGHT,
 ) -> dict[str, float]:
-    """The whole loss. Equations (S1) to (S9); method.md §5.
+    """The whole loss. Equations (S1) to (S9), and `softmax_scores` (K4) to (K6); method.md §5.
 
     Args:
-        outputs: "logits" [M, B, N, K] and "boxes" [M, B, N, 4] (cxcywh in [0, 1]), as `model.forward` returns.
+        outputs: "logits" [M, B, N, K] and "boxes" [M, B, N, 4] (cxcywh in [0, 1]), as `model.forward` returns; for
+            classification="softmax" also "class_logits" [M, B, N, K + 1], which a model with class_scores="softmax" has.
         targets: of the batch; images without objects and T = 0 are legal.
         weights: "class", "l1" and "giou", both of the match cost and of the loss.
-        classification: "focal", or "matchability", (S8) and (S9).
+        classification: "focal"; "matchability", (S8) and (S9); or "softmax", (K4) to (K6).
+        no_object_weight: of a query without an object, for "softmax".
 
     Returns:
         "class/0", "l1/0", "giou/0", "class/1", … by decoder layer, each with its weight in it, and "loss", their sum.
 
     Raises:
-        ValueError: as `match`, and another classification.
+        ValueError: as `match`; for "softmax", outputs without "class_logits".
 
     One layer, one image, two queries, one class, one object; all logits 0. The second query's box is the object's own
     and the first one's is off by a quarter in x (the example of `match_cost`), so the second is matched. Focal: 0.0433
@@ -202,8 +219,9 @@ def set_loss(
     """
     check_weights(weights)
     logits, boxes, labels, target_boxes, valid = _arrays(outputs["logits"], outputs["boxes"], targets)
-    query_of_target = match(logits, boxes, targets, weights)
+    query_of_target = match(logits, boxes, targets, weights, classification)
     num_boxes = max(1, int(valid.sum()))  # (S1)
+    z = class_logits_of(outputs, logits) if classification == "softmax" else logits
 
     terms: dict[str, float] = {}
     for layer in range(logits.shape[0]):
@@ -211,6 +229,9 @@ def set_loss(
         pairs = image, query_of_target[layer, image, target]
         wanted = labels[image, target], target_boxes[image, target]
         sums = loss_of_pairs(logits[layer], boxes[layer], pairs, *wanted, classification)
+        if classification == "softmax":
+            mean = softmax_loss(z[layer], pairs, wanted[0], no_object_weight)
+            terms[f"class/{layer}"] = weights["class"] * mean
         terms |= {f"{term}/{layer}": float(weights[term] * total / num_boxes) for term, total in sums.items()}
     return {**terms, "loss": sum(terms.values())}  # (S7)
 
@@ -230,27 +251,28 @@ def loss_of_pairs(
         boxes: [B, N, 4], cxcywh in [0, 1].
         pairs: image and query of each matched pair, [P] each.
         labels, target_boxes: of its object, [P] and [P, 4].
-        classification: "focal" or "matchability".
+        classification: as in `set_loss`; with "softmax" without "class", which is no sum (`softmax_loss`).
 
     Raises:
         ValueError: another classification.
     """
-    if classification not in CLASSIFICATIONS:
-        raise ValueError(f"classification: expected one of {list(CLASSIFICATIONS)}, got {classification!r}.")
+    check_classification(classification)
+    predicted, wanted = cxcywh_to_xyxy(boxes[pairs]), cxcywh_to_xyxy(target_boxes)  # [P, 4] each
+    of_boxes = {
+        "l1": float(np.abs(boxes[pairs] - target_boxes).sum()),  # (S5)
+        "giou": float((1.0 - generalized_box_iou(predicted, wanted)).sum()),  # (S6)
+    }
+    if classification == "softmax":
+        return of_boxes
     present = np.zeros(logits.shape)
     present[(*pairs, labels)] = 1.0  # (S2)
-    predicted, wanted = cxcywh_to_xyxy(boxes[pairs]), cxcywh_to_xyxy(target_boxes)  # [P, 4] each
     if classification == "focal":
         per_logit = sigmoid_focal_loss(logits, present)
     else:
         quality = np.zeros(logits.shape)
         quality[(*pairs, labels)] = box_iou(predicted, wanted)
         per_logit = matchability_loss(logits, quality, present == 1)
-    return {
-        "class": float(per_logit.sum()),  # (S4)
-        "l1": float(np.abs(boxes[pairs] - target_boxes).sum()),  # (S5)
-        "giou": float((1.0 - generalized_box_iou(predicted, wanted)).sum()),  # (S6)
-    }
+    return {"class": float(per_logit.sum()), **of_boxes}  # (S4)
 
 
 def _arrays(

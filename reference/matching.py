@@ -9,7 +9,10 @@ the least total cost (method.md §5; DETR, "Object detection set prediction loss
     (A3) the pairs (n, t), each n and each t at most once, as many as fit, that minimise Σ cost(n, t)
 
 with α = ¼ and γ = 2. The focal loss (`losses`) is made of the same two functions (A1): the class cost is what the loss
-would change by if query n took on the object.
+would change by if query n took on the object. DETR's own cost, for its own loss (classification="softmax"), has in place of
+the bracket
+
+    (A4) −p_n,label(t)          p = σ(x), the softmax's probability (`softmax_scores` (K3))
 
 (A3) is the assignment problem. `linear_sum_assignment` solves it by shortest augmenting paths with dual prices, for a
 cost matrix with n ≤ m (a taller one is transposed):
@@ -39,6 +42,7 @@ FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
 
 TERMS = ("class", "l1", "giou")
+CLASSIFICATIONS = ("focal", "matchability", "softmax")
 
 
 def focal_terms(
@@ -74,8 +78,9 @@ def match_cost(
     labels: IntArray,
     target_boxes_cxcywh: FloatArray,
     weights: Mapping[str, float],
+    classification: str = "focal",
 ) -> FloatArray:
-    """The cost of every pair of a query and an object of one image. Equation (A2); method.md §5.
+    """The cost of every pair of a query and an object of one image. Equations (A2) and (A4); method.md §5.
 
     Args:
         logits: [N, K].
@@ -83,12 +88,13 @@ def match_cost(
         labels: [T], in [0, K).
         target_boxes_cxcywh: [T, 4], in [0, 1] of the unpadded image.
         weights: "class", "l1" and "giou".
+        classification: of the loss that is matched for: "softmax" has a cost of its own, (A4).
 
     Returns:
         [N, T]. T = 0 is legal.
 
     Raises:
-        ValueError: shapes that don't fit, a label outside [0, K), or weights with other names.
+        ValueError: shapes that don't fit, a label outside [0, K), another classification, or weights with other names.
 
     A query at p = ½ whose box is the target's own: 2·(0.0433 − 0.1300) + 5·0 + 2·(−1). And one whose box is off by a
     quarter in x, so that it covers half of the target: L1 0.25, IoU 1/3, hull = union, so GIoU 1/3:
@@ -98,8 +104,14 @@ def match_cost(
     >>> weights = {"class": 2.0, "l1": 5.0, "giou": 2.0}
     >>> match_cost(np.zeros((2, 1)), boxes, np.array([0]), target, weights).round(4).tolist()
     [[-2.1733], [0.41]]
+
+    DETR's cost, with its weight of 1: −½ in place of 2·(0.0433 − 0.1300).
+
+    >>> match_cost(np.zeros((2, 1)), boxes, np.array([0]), target, weights | {"class": 1.0}, "softmax").round(4).tolist()
+    [[-2.5], [0.0833]]
     """
     check_weights(weights)
+    check_classification(classification)
     require_shape("logits", logits, (None, None), "Give those of one image: [N, K].")
     queries, classes = logits.shape
     require_shape("boxes_cxcywh", boxes_cxcywh, (queries, 4), "Give one box per query, as many as logits has rows.")
@@ -111,8 +123,11 @@ def match_cost(
             f"labels: expected each in [0, {classes}), the number of classes of the logits, got "
             f"{int(labels[outside][0])}. Map category ids to contiguous labels first, and leave padding out."
         )
-    positive, negative = focal_terms(logits[:, labels])  # [N, T] each
-    cost_class = positive - negative
+    if classification == "softmax":
+        cost_class = -sigmoid(logits[:, labels])  # (A4) [N, T]
+    else:
+        positive, negative = focal_terms(logits[:, labels])
+        cost_class = positive - negative
     cost_l1: FloatArray = np.abs(boxes_cxcywh[:, None, :] - target_boxes_cxcywh[None, :, :]).sum(axis=-1)
     cost_giou = -generalized_box_iou(cxcywh_to_xyxy(boxes_cxcywh)[:, None], cxcywh_to_xyxy(target_boxes_cxcywh))
     return weights["class"] * cost_class + weights["l1"] * cost_l1 + weights["giou"] * cost_giou
@@ -208,3 +223,9 @@ def check_weights(weights: Mapping[str, float]) -> None:
     for term in TERMS:
         if not 0 <= weights[term] < np.inf:
             raise ValueError(f"weights[{term!r}]: expected a finite number ≥ 0, got {weights[term]}.")
+
+
+def check_classification(classification: str) -> None:
+    """Raise a ValueError unless `classification` is a loss of classes that there is."""
+    if classification not in CLASSIFICATIONS:
+        raise ValueError(f"classification: expected one of {list(CLASSIFICATIONS)}, got {classification!r}.")

@@ -7,7 +7,7 @@
     (M4) pos_j = encoding of the cells (`position` (P3) to (P5), or (P8))     + level_embed_j, where an encoder reads several levels
     (M5) x = encoder (`encoder`)
     (M6) x_0 = halve(x_0)                                          an option: 3 × 3, stride 2, C → C
-    (M7) logits, boxes = decoder (`decoder`)
+    (M7) z, boxes = decoder (`decoder`);  logits = z, or from z as `softmax_scores` (K3) says, with class_scores="softmax"
     (M8) cells = dense head (`dense_head`), and the best cells are where the decoder's queries start    beyond the paper
 
 A backbone gives a map for each of the first levels. Of those beyond them, the first is made from the backbone's last map,
@@ -39,6 +39,7 @@ from smca.reference.position import (
     nearest_padding_mask,
     sine_position_encoding,
 )
+from smca.reference.softmax_scores import log_odds
 
 
 def forward(
@@ -63,7 +64,8 @@ def forward(
 
     Returns:
         "logits" [M, B, N, K] and "boxes" [M, B, N, 4] (cxcywh in [0, 1] of the unpadded image), M decoder layers, the
-        last one being the answer. With further queries "further_logits" and "further_boxes" likewise. With a dense head
+        last one being the answer. With class_scores="softmax" also "class_logits" [M, B, N, K + 1], z, the last one "no
+        object". With further queries "further_logits" and "further_boxes" likewise. With a dense head
         "cell_logits" [B, ΣL, K], "cell_boxes" and "cell_anchors" [B, ΣL, 4] (cxcywh, likewise), "cell_padding" [B, ΣL].
 
     Raises:
@@ -88,10 +90,13 @@ def forward(
     selected = None
     if cells is not None and config.query_init == "selected":
         selected = select_queries(cells, grids, config.num_queries)
-    logits, boxes = decoder(memory, grids, weights, config, selected, further)  # (M7)
+    z, boxes = decoder(memory, grids, weights, config, selected, further)  # (M7)
+    logits = log_odds(z) if config.class_scores == "softmax" else z
 
     n = config.num_queries
     outputs: dict[str, npt.NDArray[Any]] = {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n]}
+    if config.class_scores == "softmax":
+        outputs["class_logits"] = z[:, :, :n]
     if further is not None:
         outputs |= {"further_logits": logits[:, :, n:], "further_boxes": boxes[:, :, n:]}
     if cells is not None:

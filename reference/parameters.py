@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smca.reference.arrays import FloatArray, require_shape
-from smca.reference.config import ModelConfig, embeds_levels, has_anchors, selects_scales, uses_prior
+from smca.reference.config import ModelConfig, class_outputs, embeds_levels, has_anchors, selects_scales, uses_prior
 from smca.reference.layers import Params
 
 OURS = ("input_proj.", "level_embed", "encoder.", "halve.", "decoder.", "dense_head.")
@@ -110,7 +110,7 @@ def parameter_shapes(config: ModelConfig, channels: Sequence[int]) -> dict[str, 
         if config.query_init == "grid":
             shapes["decoder.query_center"] = (config.num_queries, 2)
     add_norm("decoder.norm")
-    add_linear("decoder.class_head", config.num_classes, c)
+    add_linear("decoder.class_head", class_outputs(config), c)
     for index in range(config.decoder_layers if config.box_refinement else 1):
         add_mlp(f"decoder.box_heads.{index}", c, c, c, 4)
     if config.dense_head:

@@ -25,7 +25,7 @@ from smca.conformance.protocol import Unavailable
 from smca.datasets import Targets
 from smca.gpu.config import LossConfig
 from smca.gpu.loss import assignment, boxes, criterion, matcher
-from smca.gpu.model import denoising
+from smca.gpu.model import denoising, layers
 from smca.reference import attention as reference_attention
 from smca.reference import boxes as reference_boxes
 from smca.reference import denoising as reference_denoising
@@ -33,6 +33,7 @@ from smca.reference import dense_loss as reference_dense_loss
 from smca.reference import losses as reference_losses
 from smca.reference import matching as reference_matching
 from smca.reference import model as reference_model
+from smca.reference import softmax_scores as reference_softmax_scores
 from smca.reference.attention import Level
 
 Array = npt.NDArray[Any]
@@ -53,6 +54,7 @@ class Oracle:
     model: Any = reference_model
     dense_loss: Any = reference_dense_loss
     denoising: Any = reference_denoising
+    softmax_scores: Any = reference_softmax_scores
 
     def smca_attention(self, *arguments: Any, dtype: str) -> Array:
         return self.attention.smca_attention(*arguments)  # type: ignore[no-any-return]
@@ -77,6 +79,18 @@ class Oracle:
 
     def set_loss(self, logits: Array, boxes: Array, targets: Any, weights: Mapping[str, float], *, dtype: str) -> Any:
         return self.losses.set_loss({"logits": logits, "boxes": boxes}, targets, weights)
+
+    def log_odds(self, z: Array, *, dtype: str) -> Array:
+        return self.softmax_scores.log_odds(z)  # type: ignore[no-any-return]
+
+    def softmax_match_cost(self, *arguments: Any, dtype: str) -> Array:
+        return self.matching.match_cost(*arguments, "softmax")  # type: ignore[no-any-return]
+
+    def softmax_set_loss(
+        self, z: Array, boxes: Array, targets: Any, weights: Mapping[str, float], *, dtype: str
+    ) -> Any:
+        outputs = {"logits": self.softmax_scores.log_odds(z), "class_logits": z, "boxes": boxes}
+        return self.losses.set_loss(outputs, targets, weights, "softmax")
 
     def forward(self, *arguments: Any, dtype: str, padded_size: tuple[int, int] | None = None) -> Any:
         return self.model.forward(*arguments, padded_size=padded_size)
@@ -105,6 +119,7 @@ class OracleOnCuPy(Oracle):
     is_oracle = False
     match_cost = assign = generalized_box_iou = set_loss = forward = None  # type: ignore[assignment]
     anchored_forward = noised_queries = training_loss = None  # type: ignore[assignment]
+    log_odds = softmax_match_cost = softmax_set_loss = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         try:
@@ -171,9 +186,17 @@ class Criterion:
     def match_cost(
         self, logits: Array, boxes: Array, labels: Array, target_boxes: Array, weights: Any, *, dtype: str
     ) -> Array:
-        targets = self._targets(labels[None], target_boxes[None], np.ones((1, len(labels)), dtype=bool), dtype)
+        return self._cost(logits, boxes, labels, target_boxes, weights, "focal", dtype)
+
+    def softmax_match_cost(
+        self, logits: Array, boxes: Array, labels: Array, target_boxes: Array, weights: Any, *, dtype: str
+    ) -> Array:
+        return self._cost(logits, boxes, labels, target_boxes, weights, "softmax", dtype)
+
+    def _cost(self, logits: Any, boxes: Any, labels: Any, truth: Any, weights: Any, loss: str, dtype: str) -> Array:
+        targets = self._targets(labels[None], truth[None], np.ones((1, len(labels)), dtype=bool), dtype)
         outputs = self._tensor(logits, dtype)[None, None], self._tensor(boxes, dtype)[None, None]
-        return numpy_of(self.matcher.match_costs(*outputs, targets, weights)[0, 0])
+        return numpy_of(self.matcher.match_costs(*outputs, targets, weights, loss)[0, 0])
 
     def generalized_box_iou(self, boxes1: Array, boxes2: Array, *, dtype: str) -> Array:
         one, two = self._tensor(boxes1, dtype), self._tensor(boxes2, dtype)
@@ -189,6 +212,24 @@ class Criterion:
         terms, leaves = self._loss(logits, boxes, targets, weights, dtype)
         dlogits, dboxes = torch.autograd.grad(terms["loss"], leaves)
         return numpy_of(dlogits), numpy_of(dboxes)
+
+    def softmax_set_loss(self, z: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str) -> dict[str, Array]:
+        terms, _ = self._softmax_loss(z, boxes, targets, weights, dtype)
+        return {name: numpy_of(value) for name, value in terms.items()}
+
+    def softmax_set_loss_vjp(
+        self, z: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str
+    ) -> tuple[Array, Array]:
+        terms, leaves = self._softmax_loss(z, boxes, targets, weights, dtype)
+        dz, dboxes = torch.autograd.grad(terms["loss"], leaves)
+        return numpy_of(dz), numpy_of(dboxes)
+
+    def _softmax_loss(self, z: Any, boxes: Any, targets: Any, weights: Any, dtype: str) -> tuple[Any, Any]:
+        leaves = self._tensor(z, dtype, True), self._tensor(boxes, dtype, True)
+        outputs = {"logits": layers.log_odds(leaves[0]), "class_logits": leaves[0], "boxes": leaves[1]}
+        loss = LossConfig(weights["class"], weights["l1"], weights["giou"], "softmax")
+        module = self.criterion.SetCriterion(loss, matcher_backend=self.backend)
+        return module(outputs, self._targets(targets.labels, targets.boxes, targets.valid, dtype)), leaves
 
     def noised_queries(self, targets: Any, noise: Any, *, dtype: str) -> tuple[Array, ...]:
         padded_targets = self._targets(targets.labels, targets.boxes, targets.valid, dtype)

@@ -21,7 +21,7 @@ from smca.conformance.tolerances import prior_dtype
 from smca.gpu import attention
 from smca.gpu.attention import dispatch, fused
 from smca.gpu.config import BackboneConfig, ModelConfig
-from smca.gpu.model import SMCADETR
+from smca.gpu.model import SMCADETR, layers
 from smca.gpu.model.backbone import Backbone
 from smca.gpu.model.denoising import FurtherQueries
 from smca.reference import config as reference_config
@@ -201,6 +201,16 @@ class TorchModel(TorchAttention):
     """A backend that can run the whole model as well as attention alone."""
 
     model: Any = SMCADETR
+    layers: Any = layers
+
+    def log_odds(self, z: Array, *, dtype: str) -> Array:
+        return numpy_of(self.layers.log_odds(self._tensor(z, dtype)))
+
+    def log_odds_vjp(self, grad_out: Array, z: Array, *, dtype: str) -> Array:
+        leaf = self._tensor(z, dtype, True)
+        out = self.layers.log_odds(leaf)
+        (gradient,) = torch.autograd.grad(out, leaf, self._tensor(grad_out, dtype).to(out.dtype))
+        return numpy_of(gradient)
 
     def _model(self, params: Mapping[str, Array], config: Any, dtype: str) -> SMCADETR:
         model: SMCADETR = (
@@ -289,6 +299,7 @@ class Lifted(TorchModel):
     """The lifted form; ``auto`` chooses it most of the time, so that fewer examples are as informative."""
 
     examples_factor = 0.35
+    log_odds = log_odds_vjp = None  # type: ignore[assignment]  # no attention in them: as eager's
 
     def __init__(self, device: str) -> None:
         super().__init__("lifted", device, ALL, LIFTED)

@@ -127,3 +127,23 @@ class Detr(DeformableDetr):
 
     def columns(self, logits: Tensor) -> Tensor:
         return torch.cat([logits, logits.new_zeros(*logits.shape[:-1], 1)], dim=-1)
+
+    def softmax_set_loss(
+        self, z: Array, boxes: Array, targets: Any, weights: Mapping[str, float], *, dtype: str
+    ) -> dict[str, float]:
+        return _Softmax().set_loss(z, boxes, targets, weights, dtype=dtype)
+
+    def softmax_set_loss_vjp(
+        self, z: Array, boxes: Array, targets: Any, weights: Mapping[str, float], *, dtype: str
+    ) -> tuple[Array, Array]:
+        return _Softmax().set_loss_vjp(z, boxes, targets, weights, dtype=dtype)
+
+
+class _Softmax(Detr):
+    """The same, where the column for "no object" is given."""
+
+    def loss(self, classes: int, weights: Mapping[str, float]) -> Any:
+        return super().loss(classes - 1, weights)
+
+    def columns(self, logits: Tensor) -> Tensor:
+        return logits

@@ -103,6 +103,7 @@ class ModelInputs:
 PADDING_APART = ["attention", "pyramid_conv"]
 """Encoders with which an image gives the same however far it is padded; the third masks nothing."""
 LEVELS = ("strides", (4, 8, 16))
+SOFTMAX = ("class_scores", "softmax")
 PADDED = ((37, 61), (64, 24), (8, 8))
 ODD = ((33, 47), (17, 47))
 """Not multiples of any stride: maps of 9 × 12, 5 × 6 and 3 × 3 cells, which do not nest."""
@@ -133,6 +134,8 @@ _LISTED: list[tuple[Options, Sizes]] = [
     ([("encoder", "conv"), ("encoder_layers", 2), ("pre_norm", True)], ODD),
     ([LEVELS, ("halve_finest", True), ("cross_level_blocks", (0,)), ("prior_scale", "single")], PADDED),
     ([("strides", (4, 8)), ("encoder", "pyramid_conv"), ("halve_finest", True), ("pre_norm", True)], ODD),
+    ([("cross_attention", "dense"), SOFTMAX], PADDED),
+    ([LEVELS, SOFTMAX, ("num_classes", 1), ("pre_norm", True), ("encoder_layers", 0)], ODD),
 ]
 
 CONFIGURATIONS = [ModelInputs(tuple(options), sizes, seed) for seed, (options, sizes) in enumerate(_LISTED)]
@@ -160,6 +163,7 @@ def model_inputs(draw: st.DrawFn, /, **fixed: Any) -> ModelInputs:
         "prior_state": st.sampled_from(["attended", "entering"]),
         "position_encoding": st.sampled_from(["centers", "detr"]),
         "padding_cells": st.sampled_from(["covered", "nearest"]),
+        "class_scores": st.sampled_from(["sigmoid", "sigmoid", "softmax"]),
     }
     options: dict[str, Any] = {}
     for name, values in (usual | fixed).items():

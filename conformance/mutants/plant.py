@@ -27,11 +27,12 @@ from smca.conformance.implementations.pytorch import LIFTED, Auto, TorchModel, T
 from smca.conformance.mutants.table import ORACLE, Mutant
 from smca.conformance.mutants.table_anchored import ANCHORED
 from smca.conformance.mutants.table_gpu import DROPOUT, KERNELS, LIFTING, PRODUCTION
+from smca.conformance.mutants.table_softmax import SOFTMAX
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
 from smca.gpu.attention import fused as fused_attention
 
-MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING, *ANCHORED]
+MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING, *ANCHORED, *SOFTMAX]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
@@ -59,6 +60,17 @@ CONCERNS = {
 
 _BEYOND = ("anchored_forward", "anchored_forward_vjp", "noised_queries", "training_loss", "training_loss_vjp")
 """What a bug of `table_anchored` can reach."""
+
+_SOFTMAX = (
+    "log_odds",
+    "log_odds_vjp",
+    "softmax_match_cost",
+    "softmax_set_loss",
+    "softmax_set_loss_vjp",
+    "forward",
+    "forward_vjp",
+)
+"""What a bug of `table_softmax` can reach."""
 
 _count = itertools.count()
 
@@ -158,7 +170,16 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
         if mutant.package == "reference":
             oracle: Any = Oracle()
             oracle.examples_factor, oracle.is_oracle = 1.0, False
-            for module in ("attention", "boxes", "matching", "losses", "model", "dense_loss", "denoising"):
+            for module in (
+                "attention",
+                "boxes",
+                "matching",
+                "losses",
+                "model",
+                "dense_loss",
+                "denoising",
+                "softmax_scores",
+            ):
                 setattr(oracle, module, importlib.import_module(f"{name}.{module}"))
             yield [oracle]
         else:
@@ -180,6 +201,9 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
     if mutant.module.startswith("model."):
         model: Any = TorchModel("eager", "cpu", ("float64",), {})
         model.model = importlib.import_module(f"{name}.model").SMCADETR
+        model.layers = importlib.import_module(f"{name}.model.layers")
+        if mutant in SOFTMAX:
+            model.dtypes = ("float64", "float32", "bfloat16")
         noising: Any = Criterion("scipy", "cpu")  # of which only this is mutated
         noising.denoising = importlib.import_module(f"{name}.model.denoising")
         return [model, noising]
@@ -193,6 +217,8 @@ def operations_of(mutant: Mutant) -> tuple[str, ...]:
     """What a bug can reach."""
     if mutant in ANCHORED:
         return _BEYOND
+    if mutant in SOFTMAX:
+        return _SOFTMAX
     if mutant in DROPOUT:
         return ("smca_attention_dropout",)
     return CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))

@@ -41,13 +41,18 @@ def gradients_of(impl: Any, x: LossArrays, dtype: str) -> tuple[Array, Array]:
     return np.asarray(dlogits, dtype=np.float64), np.asarray(dboxes, dtype=np.float64)
 
 
-def clear_matching(x: LossArrays, dtype: str) -> bool:
+def clear_matching(x: LossArrays, dtype: str, classification: str = "focal") -> bool:
     """Whether every matching survives the rounding of its costs: any other choice costs clearly more."""
     gap = 1e4 * UNIT_ROUNDOFF[dtype]
     for m, b in np.ndindex(*x.logits.shape[:2]):
         (real,) = np.nonzero(x.targets.valid[b])
         cost = matching.match_cost(
-            x.logits[m, b], x.boxes[m, b], x.targets.labels[b, real], x.targets.boxes[b, real], WEIGHTS
+            x.logits[m, b],
+            x.boxes[m, b],
+            x.targets.labels[b, real],
+            x.targets.boxes[b, real],
+            WEIGHTS,
+            classification,
         )
         rows, cols = matching.linear_sum_assignment(cost)
         best = cost[rows, cols].sum()
@@ -60,10 +65,11 @@ def clear_matching(x: LossArrays, dtype: str) -> bool:
     return True
 
 
-def bounds(x: LossArrays, dtype: str) -> dict[str, float]:
-    """Bound of every term: one rounding per logit and coordinate that enters, relative to its size, and one per sum."""
+def bounds(x: LossArrays, dtype: str, query: npt.NDArray[np.int64] | None = None) -> dict[str, float]:
+    """Bound of every term: one rounding per logit and coordinate that enters, relative to its size, and one per sum. `query`: of
+    each target, if it is not the focal loss's."""
     u, number = UNIT_ROUNDOFF[dtype], max(1, int(x.targets.valid.sum()))
-    query = oracle.match(x.logits, x.boxes, x.targets, WEIGHTS)
+    query = oracle.match(x.logits, x.boxes, x.targets, WEIGHTS) if query is None else query
     limits: dict[str, float] = {}
     for m in range(len(x.logits)):
         image, target = np.nonzero(query[m] >= 0)

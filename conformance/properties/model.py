@@ -18,9 +18,12 @@ Array = npt.NDArray[np.float64]
 
 PROPERTIES: list[Property] = []
 
-MODEL = "method.md §1 to §5; reference/model.py, equations (M1) to (M7), with the decoder's and the encoder's"
+MODEL = (
+    "method.md §1 to §5; reference/model.py, equations (M1) to (M7), with those of decoder, encoder and softmax_scores"
+)
 PADDED = "method.md §2 and §5: padded keys get a logit of −∞; boxes are relative to the unpadded image"
 NAMES = ("logits", "boxes")
+"""What every configuration has; with class_scores="softmax" there is "class_logits", too."""
 WHOLE = ("float64", "float32")
 """Not half precision, in which only parts of a model run (autocast): no single dtype applies to the whole."""
 PERTURBATION = 2.0**-30
@@ -29,7 +32,11 @@ PERTURBATION = 2.0**-30
 def forward(impl: Any, x: ModelArrays, dtype: str, padded_size: tuple[int, int] | None = None) -> dict[str, Array]:
     batch = {} if padded_size is None else {"padded_size": padded_size}
     outputs = impl.forward(x.params, x.features, x.valid_sizes, x.config, dtype=dtype, **batch)
-    return {name: np.asarray(outputs[name], dtype=np.float64) for name in NAMES}
+    return {name: np.asarray(outputs[name], dtype=np.float64) for name in names_of(x)}
+
+
+def names_of(x: ModelArrays) -> tuple[str, ...]:
+    return (*NAMES, "class_logits") if x.config.class_scores == "softmax" else NAMES
 
 
 def bounds(
@@ -44,7 +51,7 @@ def bounds(
     `expected`: the oracle's answer, if it is known.
     """
     rng, expected = np.random.default_rng(seed), expected or oracle.forward(*x, padded_size=padded_size)
-    moved = {name: np.zeros(()) for name in NAMES}
+    moved = {name: np.zeros(()) for name in names_of(x)}
     for _ in range(2):
 
         def nudge(values: Array) -> Array:
@@ -53,18 +60,18 @@ def bounds(
         params = {name: nudge(value) for name, value in x.params.items()}
         features = [nudge(f) for f in x.features]
         nudged = oracle.forward(params, features, x.valid_sizes, x.config, padded_size=padded_size)
-        for name in NAMES:
+        for name in moved:
             # The largest entry per image: a single entry may happen not to move.
             change = np.abs(nudged[name] - expected[name]).max(axis=(0, 2, 3), keepdims=True) / PERTURBATION
             moved[name] = np.maximum(moved[name], change)
     layers = x.config.encoder_layers + x.config.decoder_layers + 1
-    return {name: UNIT_ROUNDOFF[dtype] * layers * (moved[name] + np.abs(expected[name]) + 1) for name in NAMES}
+    return {name: UNIT_ROUNDOFF[dtype] * layers * (moved[name] + np.abs(expected[name]) + 1) for name in moved}
 
 
 def compare(
     got: dict[str, Array], want: dict[str, Array], limits: dict[str, Array], judge: Judge, prefix: str = ""
 ) -> None:
-    for name in NAMES:
+    for name in got:
         judge.close(got[name], want[name], limits[name], prefix + name)
 
 
@@ -154,8 +161,8 @@ def batch_equals_singles(impl: Any, recipe: ModelInputs, dtype: str, judge: Judg
     for b in range(len(x.valid_sizes)):
         one = slice(b, b + 1)
         alone = forward(impl, x._replace(features=[f[one] for f in x.features], valid_sizes=x.valid_sizes[one]), dtype)
-        part = {name: whole[name][:, one] for name in NAMES}
-        compare(part, alone, {name: 2 * limits[name][:, one] for name in NAMES}, judge, f"of image {b}, ")
+        part = {name: whole[name][:, one] for name in whole}
+        compare(part, alone, {name: 2 * limits[name][:, one] for name in whole}, judge, f"of image {b}, ")
 
 
 @property_of(
@@ -175,7 +182,7 @@ def reordering_queries(impl: Any, recipe: ModelInputs, dtype: str, judge: Judge)
     }
     limits = {name: 2 * value for name, value in bounds(x, recipe.seed, dtype).items()}
     expected = {name: value[:, :, order] for name, value in forward(impl, x, dtype).items()}
-    limits = {name: np.broadcast_to(limits[name], expected[name].shape)[:, :, order] for name in NAMES}
+    limits = {name: np.broadcast_to(limits[name], expected[name].shape)[:, :, order] for name in expected}
     compare(forward(impl, x._replace(params=params), dtype), expected, limits, judge)
 
 

@@ -112,8 +112,8 @@ def smca_detector(preset: str, backend: str, work: Work) -> tuple[SMCADETR, SetC
     """Our model and criterion, with targets and images [B, 3, H, W] in [0, 1].
 
     Args:
-        preset: name of a preset; its backbone is replaced by that of `work`, which trains the same stages: all but the stem
-            and the first, as DETR does. Weights are random.
+        preset: name of a preset, or with " dense" behind it, without the prior. Its backbone is replaced by that of `work`, which
+            trains the same stages: all but the stem and the first, as DETR does. Weights are random.
         backend: of ``smca_attention``.
         work: its workload.
     """
@@ -125,12 +125,15 @@ def smca_detector(preset: str, backend: str, work: Work) -> tuple[SMCADETR, SetC
 
     torch.manual_seed(0)
     options = STEP_BACKBONE if work.small else RESNET50
-    config = PRESETS[preset]().model
-    config = replace(config, backbone=replace(PUBLISHED, options=options, weights=None))
+    name, _, kind = preset.partition(" ")
+    run = PRESETS[name]()
+    config = replace(run.model, backbone=replace(PUBLISHED, options=options, weights=None))
+    if kind:
+        config = replace(config, cross_attention="dense")
     with torch.device(work.device):
         model = SMCADETR(config, attention_backend=backend).to(work.device)
     images, labels, boxes = _images(work)
-    criterion = SetCriterion(PRESETS[preset]().loss)
+    criterion = SetCriterion(run.loss)
     return model, criterion, Targets(labels, boxes, torch.ones_like(labels, dtype=torch.bool)), images
 
 

@@ -211,12 +211,12 @@ def _attention_cases(size: Size, device: str, kind: str) -> dict[str, Callable[[
 
 
 def _step_cases(work: Work, full: bool) -> dict[str, Callable[[], Case]]:
-    ours = {"smca": ("smca_r50", "auto"), "dense": ("detr_r50", "auto")}
+    ours = {"smca": ("smca_r50", "auto"), "dense": ("smca_r50 dense", "auto")}
     transformers_names = ["Detr", "ConditionalDetr"]
     if full:
         presets = ("smca_r50", "smca_r50_multiscale")
         ours = {f"{p}{' lifted' * (b == 'lifted')}": (p, b) for p in presets for b in ("auto", "lifted")}
-        ours["detr_r50"] = ("detr_r50", "auto")
+        ours["smca_r50 dense"] = ("smca_r50 dense", "auto")
         transformers_names.append("DeformableDetr")
     return {
         **{name: partial(cases.smca_step_case, *what, work) for name, what in ours.items()},

@@ -1,4 +1,4 @@
-"""The set loss (docs/method.md §5) on padded targets: one matching per layer, focal + L1 + GIoU, summed over all layers; and the
+"""The set loss (docs/method.md §5) on padded targets: one matching per layer, classes + L1 + GIoU, summed over all layers; and the
 losses of cells and of noised queries (§8), where the model has them.
 
 Shape letters: M decoder layers, B images, N queries, K classes, T targets (padded), G groups of noised queries.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smca.datasets import Targets
 from smca.gpu.config import LossConfig
 from smca.gpu.loss.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
-from smca.gpu.loss.classification import matchability_loss, sigmoid_focal_loss
+from smca.gpu.loss.classification import matchability_loss, sigmoid_focal_loss, weighted_cross_entropy
 from smca.gpu.loss.count import boxes_per_process
 from smca.gpu.loss.dense_loss import dense_loss
 from smca.gpu.loss.matcher import BROKEN, match
@@ -26,34 +26,46 @@ class SetCriterion(nn.Module):
     def __init__(self, config: LossConfig, *, matcher_backend: str = "auto") -> None:
         super().__init__()
         self.weights, self.classification = config.weights, config.classification
+        self.no_object_weight = config.no_object_weight
         self.matcher_backend = matcher_backend
 
     def forward(
-        self, outputs: dict[str, Tensor], targets: Targets, num_boxes: Tensor | None = None
+        self, outputs: dict[str, Tensor], targets: Targets, num_boxes: Tensor | None = None, parts: int = 1
     ) -> dict[str, Tensor]:
         """Terms of the loss, already weighted.
 
         Args:
-            outputs: of the model in training: "logits" [M, B, N, K], "boxes" [M, B, N, 4] cxcywh in 0–1; and, if there are any,
-                the "further_…" of noised queries and the "cell_…" of a dense head.
+            outputs: of the model in training: "logits" [M, B, N, K], "boxes" [M, B, N, 4] cxcywh in 0–1; for the loss "softmax"
+                "class_logits" [M, B, N, K + 1]; and, if there are any, the "further_…" of noised queries and the "cell_…" of a
+                dense head.
             targets: labels [B, T], boxes [B, T, 4] cxcywh in 0–1, valid [B, T].
             num_boxes: what sums are divided by: ``boxes_per_process`` of a whole step, of which these images are a part; None = of
                 these images.
+            parts: how many parts, of as many images each, the step has. The class term of "softmax" is a mean over the queries of
+                these images, of which each part adds its share: the step has the mean over its parts, as over processes.
 
         Returns:
             "class/0", "l1/0", "giou/0", "class/1" … one scalar per term and layer, likewise "…/noised" and "…/cells", and "loss",
             the sum of all.
+
+        Raises:
+            ValueError: the loss "softmax" of outputs that have no "class_logits".
+            NonFiniteError: as ``match``.
         """
         logits, boxes = in_float32(outputs["logits"]), in_float32(outputs["boxes"])
-        query = match(logits, boxes, targets, self.weights, backend=self.matcher_backend)  # [M, B, T]
+        cost = self.weights, self.classification
+        query = match(logits, boxes, targets, *cost, backend=self.matcher_backend)  # [M, B, T]
         # A matching that is broken by NaN costs leaves its targets out; that layer's loss must not look healthy because of it.
         broken = torch.where((query == BROKEN).any(2).any(1), torch.nan, 0.0).to(logits.dtype)  # [M]
         by_name = loss_of_matching(logits, boxes, query, targets, self.classification)
-        by_name["class"] = by_name["class"] + broken
         if num_boxes is None:
             num_boxes = boxes_per_process(targets.valid.sum())
         divisor = num_boxes.to(logits.dtype)
         per_layer = {name: self.weights[name] * value / divisor for name, value in by_name.items()}
+        if self.classification == "softmax":
+            mean = weighted_cross_entropy(_class_logits(outputs), query, targets.labels, self.no_object_weight)
+            per_layer = {"class": self.weights["class"] * mean / parts, **per_layer}
+        per_layer["class"] = per_layer["class"] + broken
         terms = {f"{name}/{m}": value[m] for m in range(len(logits)) for name, value in per_layer.items()}
         terms |= further_losses(outputs, targets, self.weights, self.classification, num_boxes)
         terms["loss"] = torch.stack(list(terms.values())).sum()
@@ -98,7 +110,14 @@ def denoising_loss(
 
     Returns:
         "class/noised", "l1/noised", "giou/noised": scalars, weighted, summed over layers.
+
+    Raises:
+        ValueError: the loss "softmax", which noised queries do not have.
     """
+    if classification == "softmax":
+        raise ValueError(
+            'noised queries have no loss "softmax": take a model without them, or another loss.classification'
+        )
     logits, boxes = in_float32(outputs["further_logits"]), in_float32(outputs["further_boxes"])
     layers, batch, _, classes = logits.shape
     count = targets.valid.shape[1]
@@ -130,11 +149,12 @@ def loss_of_matching(
         logits: [M, B, N, K]. boxes: [M, B, N, 4] cxcywh in 0–1.
         query: [M, B, T] of each target, below 0 where it has none.
         targets: labels [B, T], boxes [B, T, 4], valid [B, T]; padding may hold anything.
-        classification: "focal" or "matchability".
+        classification: "focal", "matchability", or "softmax", whose class term is a mean and none of the sums
+            (``weighted_cross_entropy``).
         counted: [B, N] 1 for queries whose class counts, else 0; None = all of them.
 
     Returns:
-        "class", "l1", "giou", each [M].
+        "class" (not of "softmax"), "l1", "giou", each [M].
     """
     matched = query >= 0
     query = query.clamp(min=0)
@@ -145,6 +165,8 @@ def loss_of_matching(
     l1 = ((pred - true).abs().sum(-1) * matched).sum((1, 2))
     giou = ((1 - generalized_box_iou(*corners)) * matched).sum((1, 2))
 
+    if classification == "softmax":
+        return {"l1": l1, "giou": giou}
     labels = targets.labels.expand(len(logits), -1, -1)
     if classification == "focal":
         hot = one_hot(query, labels, matched, logits.shape)
@@ -168,6 +190,16 @@ def one_hot(query: Tensor, labels: Tensor, matched: Tensor, shape: torch.Size, v
     target = torch.zeros(*shape[:2], queries * classes + 1, dtype=dtype, device=query.device)
     target = target.scatter_(2, flat, 1.0) if value is None else target.scatter_(2, flat, value)
     return target[..., :-1].reshape(shape)
+
+
+def _class_logits(outputs: Mapping[str, Tensor]) -> Tensor:
+    """What the softmax is of, [M, B, N, K + 1]."""
+    if "class_logits" not in outputs:
+        raise ValueError(
+            f'the loss "softmax" needs the outputs "class_logits" of a model with class_scores="softmax", got {sorted(outputs)}: '
+            'set model.class_scores="softmax", or another loss.classification'
+        )
+    return in_float32(outputs["class_logits"])
 
 
 def in_float32(x: Tensor) -> Tensor:

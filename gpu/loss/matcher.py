@@ -36,13 +36,16 @@ class NonFiniteError(ValueError):
 
 
 @torch.no_grad()
-def match_costs(logits: Tensor, boxes: Tensor, targets: Targets, weights: Mapping[str, float]) -> Tensor:
+def match_costs(
+    logits: Tensor, boxes: Tensor, targets: Targets, weights: Mapping[str, float], classification: str = "focal"
+) -> Tensor:
     """Cost of giving each target to each query of the same image (docs/method.md §5).
 
     Args:
         logits: [M, B, N, K]. boxes: [M, B, N, 4] cxcywh in 0–1.
         targets: labels [B, T], boxes [B, T, 4], valid [B, T]; what is padded gets a cost like any other, to be ignored.
         weights: of the terms "class", "l1" and "giou".
+        classification: of the loss: for "softmax" the class costs −p, as in DETR; otherwise what the focal loss would change by.
 
     Returns:
         [M, B, N, T].
@@ -52,17 +55,27 @@ def match_costs(logits: Tensor, boxes: Tensor, targets: Targets, weights: Mappin
     labels = targets.labels[None, :, None].expand(layers, batch, queries, -1)
     logit = logits.gather(-1, labels)  # [M, B, N, T]
     p = logit.sigmoid()
-    positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -functional.logsigmoid(logit)
-    negative = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -functional.logsigmoid(-logit)
+    if classification == "softmax":
+        cost_class = -p
+    else:
+        positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -functional.logsigmoid(logit)
+        negative = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -functional.logsigmoid(-logit)
+        cost_class = positive - negative
     pred, true = boxes[..., :, None, :], targets.boxes.to(boxes.dtype)[:, None]  # [M, B, N, 1, 4], [B, 1, T, 4]
     l1 = (pred - true).abs().sum(-1)
     giou = generalized_box_iou(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(true))
-    return weights["class"] * (positive - negative) + weights["l1"] * l1 - weights["giou"] * giou
+    return weights["class"] * cost_class + weights["l1"] * l1 - weights["giou"] * giou
 
 
 @torch.no_grad()
 def match(
-    logits: Tensor, boxes: Tensor, targets: Targets, weights: Mapping[str, float], *, backend: str = "auto"
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Targets,
+    weights: Mapping[str, float],
+    classification: str = "focal",
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """The query of each target, for every layer and image.
 
@@ -70,6 +83,7 @@ def match(
         logits: [M, B, N, K]. boxes: [M, B, N, 4] cxcywh in 0–1.
         targets: labels [B, T], boxes [B, T, 4], valid [B, T].
         weights: of the terms "class", "l1" and "giou".
+        classification: of the loss, as ``match_costs`` takes it.
         backend: "scipy", "cupy" or "auto".
 
     Returns:
@@ -83,7 +97,8 @@ def match(
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown matcher backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    cost = match_costs(logits.float() if logits.dtype != torch.float64 else logits, boxes, targets, weights)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    cost = match_costs(logits, boxes, targets, weights, classification)
     missing = "it takes float32 costs" if cost.dtype != torch.float32 else assignment.available(cost.device)
     if backend == "cupy" and missing:
         raise ValueError(f"matcher backend 'cupy' cannot run here: {missing}")

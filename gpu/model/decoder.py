@@ -125,6 +125,7 @@ class Decoder(nn.Module):
         super().__init__()
         dim = config.hidden_dim
         self.num_queries, self.query_init = config.num_queries, config.query_init
+        self.class_scores = config.class_scores
         self.box_refinement, self.has_anchors = config.box_refinement, config.has_anchors
         self.prior_state, self.initialization = config.prior_state, config.initialization
         # Queries: learned positions, with reference centres from the first layer's state; or boxes, and what is made of them.
@@ -141,7 +142,7 @@ class Decoder(nn.Module):
             self.query_position = nn.Parameter(torch.empty(config.num_queries, dim))
         self.layers = nn.ModuleList(DecoderLayer(config, attention_backend) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(dim)
-        self.class_head = nn.Linear(dim, config.num_classes)
+        self.class_head = nn.Linear(dim, config.class_outputs)
         # One head for all layers, as published. With refinement, the question changes after the first layer from "where is the
         # box" to "what is wrong with it". One head cannot answer both: then each layer has its own.
         self.box_heads = nn.ModuleList(
@@ -175,7 +176,8 @@ class Decoder(nn.Module):
             nn.init.zeros_(self.box_position.last.bias)
         if self.label_embed is not None:
             nn.init.normal_(self.label_embed, std=LABEL_EMBED_STD)
-        set_class_prior(self.class_head)
+        if self.class_scores == "sigmoid":  # a softmax starts from PyTorch's bias, as in DETR
+            set_class_prior(self.class_head)
         for index, head in enumerate(self.box_heads):
             last = cast(MLP, head).last
             nn.init.zeros_(
@@ -219,7 +221,8 @@ class Decoder(nn.Module):
             further: D queries more per image, which do not see the others, nor are seen by them; N stands for N + D below.
 
         Returns:
-            logits [M, B, N, K], boxes [M, B, N, 4] (cxcywh in 0–1 of the unpadded image).
+            The class head's outputs [M, B, N, K], or [M, B, N, K + 1] with class_scores="softmax", and boxes [M, B, N, 4]
+            (cxcywh in 0–1 of the unpadded image).
         """
         dtype = grids[0].valid_cells.dtype  # of boxes and centres: at least float32, also under autocast
         t, reference_logits = self._first_queries(len(memory), dtype, selected)

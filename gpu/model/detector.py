@@ -33,7 +33,7 @@ from smca.gpu.model.denoising import FurtherQueries, draw_noise, noised_queries
 from smca.gpu.model.dense_head import DenseHead, select_queries
 from smca.gpu.model.detections import Detections, decode
 from smca.gpu.model.encoder import Encoder
-from smca.gpu.model.layers import Attention, Grid, map_of_tokens, split_levels, tokens_of_map
+from smca.gpu.model.layers import Attention, Grid, log_odds, map_of_tokens, split_levels, tokens_of_map
 from smca.gpu.model.levels import Extent, halved, projected, projections
 from smca.gpu.model.position import counted_position_encoding, sine_position_encoding
 
@@ -98,10 +98,11 @@ class SMCADETR(nn.Module):
 
         Returns:
             "logits" [M, B, N, K], one sigmoid per class; "boxes" [M, B, N, 4] (cx, cy, w, h) in 0–1 of the unpadded image;
-            both after each of the M decoder layers, the last layer last. With noised queries, "further_logits" and
-            "further_boxes" likewise. With a dense head "cell_logits" [B, ΣL, K], "cell_boxes" and "cell_anchors" [B, ΣL, 4]
-            (cxcywh, likewise) and "cell_padding" [B, ΣL] bool, of the cells of all levels. Not so with encoder="conv" in evaluation
-            mode: then of an image in a padded batch there are "logits" and "boxes" alone.
+            both after each of the M decoder layers, the last layer last. With class_scores="softmax" the logits are log-odds, whose
+            sigmoid is the softmax of "class_logits" [M, B, N, K + 1], the last one "no object". With noised queries,
+            "further_logits" and "further_boxes" likewise. With a dense head "cell_logits" [B, ΣL, K], "cell_boxes" and
+            "cell_anchors" [B, ΣL, 4] (cxcywh, likewise) and "cell_padding" [B, ΣL] bool, of the cells of all levels. Not so with
+            encoder="conv" in evaluation mode: then of an image in a padded batch there are logits and boxes alone.
         """
         further = None
         if self.training and self.config.denoising_groups and targets is not None:
@@ -189,6 +190,9 @@ class SMCADETR(nn.Module):
                 selected = select_queries(cells, grids, self.config.num_queries)
         logits, boxes = self.decoder(memory, pos, grids, selected, further)
         n = self.config.num_queries
+        if self.config.class_scores == "softmax":
+            outputs["class_logits"] = logits[:, :, :n]
+            logits = log_odds(logits)
         if further is not None:
             outputs |= {"further_logits": logits[:, :, n:], "further_boxes": boxes[:, :, n:]}
         return {"logits": logits[:, :, :n], "boxes": boxes[:, :, :n], **outputs}

@@ -142,6 +142,24 @@ def set_class_prior(class_head: nn.Linear) -> None:
     nn.init.constant_(class_head.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
 
 
+def log_odds(z: Tensor) -> Tensor:
+    """ln(p/(1 − p)) for the probabilities p = softmax(z) of all entries but the last, so that their sigmoid is p: [..., K + 1] →
+    [..., K], in at least float32. Equation (K3) of ``smca.reference.softmax_scores``.
+
+    ln p − ln(1 − p) would lose it where one entry has nearly all. Of a sum of exponentials of which the largest is 1, each of the
+    others can be taken away and leaves at least 1; that of the others than the largest is computed by itself.
+    """
+    z = z if z.dtype == torch.float64 else z.float()
+    best = z.detach().argmax(dim=-1, keepdim=True)
+    is_best = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, best, True)
+    z = z - z.detach().gather(-1, best)
+    exponentials = z.exp()
+    # The 1 stands for what is not taken: a gradient through the logarithm of 0 would be NaN times 0.
+    others = (exponentials.sum(-1, keepdim=True) - exponentials).masked_fill(is_best, 1.0)
+    others_of_best = z.masked_fill(is_best, -torch.inf).logsumexp(-1, keepdim=True)
+    return (z - torch.where(is_best, others_of_best, others.log()))[..., :-1]
+
+
 class Attention(nn.Module):
     """The projections around an attention kernel."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def _step_again(
             added = terms_of(outputs, batch.targets, num_boxes)
         except NonFiniteError as error:
             print(error)
-            added, matched = _by_layer(criterion, outputs, batch.targets, num_boxes), False
+            added, matched = _by_layer(criterion, terms_of, outputs, batch.targets, num_boxes), False
         if matched:
             added["loss"].backward()  # type: ignore[no-untyped-call]
         for name, value in added.items():
@@ -147,14 +147,20 @@ def _step_again(
 
 
 def _by_layer(
-    criterion: Criterion, outputs: dict[str, Tensor], targets: Targets, num_boxes: Tensor
+    criterion: Criterion,
+    terms_of: Callable[[dict[str, Tensor], Targets, Tensor], Mapping[str, Tensor]],
+    outputs: dict[str, Tensor],
+    targets: Targets,
+    num_boxes: Tensor,
 ) -> dict[str, Tensor]:
     """The terms of an output whose matching fails in some layers: NaN for the class there."""
     terms: dict[str, Tensor] = {}
     for layer in range(len(outputs["logits"])):
-        of_one = {name: outputs[name][layer : layer + 1] for name in ("logits", "boxes")}
+        of_one = {
+            name: outputs[name][layer : layer + 1] for name in outputs if name in ("logits", "boxes", "class_logits")
+        }
         try:
-            found = criterion(of_one, targets, num_boxes) if isinstance(criterion, SetCriterion) else {}
+            found = terms_of(of_one, targets, num_boxes) if isinstance(criterion, SetCriterion) else {}
             terms |= {name.replace("/0", f"/{layer}"): value for name, value in found.items() if name != "loss"}
         except NonFiniteError:
             terms[f"class/{layer}"] = torch.tensor(math.nan)

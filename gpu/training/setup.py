@@ -271,10 +271,10 @@ def set_up(
 def completed(
     criterion: Criterion, loss: LossConfig, parts: int
 ) -> Callable[[dict[str, Tensor], Targets, Tensor], Mapping[str, Tensor]]:
-    """What gives the terms of a part of a step: ``SetCriterion`` as it is; or a user's own `criterion`, whose terms are looked at,
+    """What gives the terms of a part of a step: ``SetCriterion``; or a user's own `criterion`, whose terms are looked at,
     as the mean over the parts, with the losses of cells and noised queries, which it may not know of, unless it has them."""
     if type(criterion) is SetCriterion:  # one that inherits from it takes two arguments
-        return criterion
+        return partial(criterion, parts=parts)
 
     def terms_of(outputs: dict[str, Tensor], targets: Targets, num_boxes: Tensor) -> Mapping[str, Tensor]:
         terms = dict(criterion(outputs, targets))

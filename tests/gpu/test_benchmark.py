@@ -130,12 +130,12 @@ def test_each_detector_infers_and_takes_gradients(case: str, dtype: torch.dtype)
 
 def test_what_a_gpu_measures_trains_a_resnet50() -> None:
     work = Work((64, 96), batch=1, small=False)
-    step = smca_step_case("detr_r50", "auto", work)["training"]
+    step = smca_step_case("smca_r50 dense", "auto", work)["training"]
     first, second = float(step()["loss"]), float(step()["loss"])
     assert first != second
     parts = list(benchmark.parts_of("step", benchmark.BenchmarkArgs(batches=(2, 4)), "cpu", full=True))
     assert [p.images for p in parts] == [4, 2, 4, 2]
-    assert {"smca_r50", "smca_r50 lifted", "detr_r50", "transformers DeformableDetr"} <= set(parts[0].cases)
+    assert {"smca_r50", "smca_r50 lifted", "smca_r50 dense", "transformers DeformableDetr"} <= set(parts[0].cases)
 
 
 def test_each_part_beyond_the_paper_is_a_step_of_its_own() -> None:

@@ -100,6 +100,8 @@ PIXELS = ("model.prior-unit", "pixels")
 TWO_STEPS = ("synthetic.train-images", 4)
 """Of which the second one sees what the first one did to the weights."""
 MUON = ("optim.optimizer", "muon")
+NOT_NOISED = ("model.denoising-groups", 0)
+SOFTMAX = ("model.class-scores", "softmax")
 SETTINGS: list[tuple[str, Any, tuple[tuple[str, Any], ...]]] = [
     ("model.strides", (4,), ()),
     ("model.hidden-dim", 16, ()),
@@ -123,6 +125,7 @@ SETTINGS: list[tuple[str, Any, tuple[tuple[str, Any], ...]]] = [
     ("model.prior-unit", "pixels", ()),
     ("model.dense-head", False, (("model.query-init", "anchors"),)),
     ("model.denoising-groups", 0, ()),
+    ("model.class-scores", "softmax", (NOT_NOISED,)),
     ("model.pre-norm", False, ()),
     ("model.pixel-mean", (0.1, 0.2, 0.3), ()),
     ("model.pixel-std", (0.5, 0.5, 0.5), ()),
@@ -132,6 +135,8 @@ SETTINGS: list[tuple[str, Any, tuple[tuple[str, Any], ...]]] = [
     ("loss.l1-weight", 3.0, ()),
     ("loss.giou-weight", 3.0, ()),
     ("loss.classification", "focal", ()),
+    ("loss.classification", "softmax", (NOT_NOISED, SOFTMAX)),
+    ("loss.no-object-weight", 0.3, (NOT_NOISED, SOFTMAX, ("loss.classification", "softmax"))),
     ("optim.optimizer", "muon", (TWO_STEPS,)),
     ("optim.lr", 1e-3, (TWO_STEPS,)),
     ("optim.backbone-lr", 1e-3, (TWO_STEPS,)),

@@ -85,14 +85,15 @@ def meta_batch() -> tuple[Tensor, Tensor, Targets]:
 def test_a_step_never_waits(preset: str, backend: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assignment, "available", lambda device: None)  # its op has a form for tensors without values
     monkeypatch.setattr("smca.gpu.attention.fused.available", lambda device: None)
-    config = PRESETS[preset]().model
+    run = PRESETS[preset]()
+    config = run.model
     smaller = {"hidden_dim": 32, "num_queries": 5, "encoder_layers": 1, "decoder_layers": 2, "cross_level_blocks": ()}
     config = replace(config, **smaller, backbone=replace(config.backbone, weights=None))
     if config.cross_attention == "dense" and backend == "triton":
         pytest.skip("DETR has no SMCA attention")
     with torch.device("meta"):
         model = SMCADETR(config, attention_backend=backend, download=False)
-    criterion = SetCriterion(PRESETS[preset]().loss, matcher_backend="cupy")
+    criterion = SetCriterion(run.loss, matcher_backend="cupy")
     images, mask, targets = meta_batch()
     with Watch() as watch, Constants(watch.waits):
         outputs = model(images, mask if padded else None, targets)

@@ -343,17 +343,26 @@ def test_the_settings_of_the_ablation_page_parse(capsys: pytest.CaptureFixture[s
 
 
 def test_published_presets_stay_as_published() -> None:
+    lengths = {"smca_r50": (300, 16, 50, (40,)), "detr_r50": (100, 64, 500, (400,))}
+    scores = {"smca_r50": ("sigmoid", "focal", 2.0, 0.1), "detr_r50": ("softmax", "softmax", 1.0, 0.1)}
     for name, kind in (("smca_r50", "smca"), ("detr_r50", "dense")):
         run = PRESETS[name]()
         assert run.model.cross_attention == kind
-        assert (run.model.num_queries, run.model.encoder_layers, run.model.decoder_layers) == (300, 6, 6)
+        assert (run.model.num_queries, run.batch_size, run.epochs, run.optim.drop_epoch) == lengths[name]
+        loss = run.loss
+        got = (run.model.class_scores, loss.classification, loss.class_weight, loss.no_object_weight)
+        assert got == scores[name]
+        assert (loss.l1_weight, loss.giou_weight) == (5.0, 2.0)
+        assert (run.model.encoder_layers, run.model.decoder_layers, run.model.dropout) == (6, 6, 0.1)
+        conventions = (run.model.position_encoding, run.model.padding_cells, run.model.initialization)
+        assert conventions == ("detr", "nearest", "published")
         assert (run.model.hidden_dim, run.model.num_heads, run.model.strides) == (256, 8, (32,))
         assert (run.optim.lr, run.optim.backbone_lr, run.optim.weight_decay) == (1e-4, 1e-5, 1e-4)
-        assert (run.epochs, run.optim.drop_epoch, run.optim.clip_norm) == (50, (40,), 0.1)
+        assert run.optim.clip_norm == 0.1
         assert not (run.model.pre_norm)
         assert not (run.model.box_refinement)
         assert (run.model.query_init, run.model.prior_unit, run.model.dense_head) == ("random", "pixels", False)
-        assert (run.model.denoising_groups, run.loss.classification, run.optim.optimizer) == (0, "focal", "adamw")
+        assert (run.model.denoising_groups, run.optim.optimizer) == (0, "adamw")
         assert 2 * (run.model.prior_sigma_px / run.model.strides[0]) ** 2 == 8.0, "β = 8 cells² at stride 32"
 
 

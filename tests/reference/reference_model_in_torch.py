@@ -71,6 +71,8 @@ OTHER_LEVELS = [
     Config(strides=(8, 16, 32), encoder="pyramid_conv", halve_finest=True, pre_norm=True),
     Config(strides=(8, 16, 32), cross_level_blocks=(1,), halve_finest=True),
     Config(strides=(8,), halve_finest=True, encoder_layers=0),
+    Config(cross_attention="dense", class_scores="softmax"),
+    Config(strides=(8, 32), encoder="pyramid_conv", class_scores="softmax", box_refinement=True),
 ]
 
 
@@ -82,6 +84,7 @@ def config_id(config: ModelConfig) -> str:
     if len(config.strides) > 1:
         words.append("selected" if config.scale_selection else "mean")
     words += ["halved"] if config.halve_finest else []
+    words += ["softmax"] if config.class_scores == "softmax" else []
     return "-".join([*words, "refined"] if config.box_refinement else words)
 
 
@@ -108,7 +111,7 @@ def random_features(
 
 
 def assert_same(got: dict[str, Any], want: dict[str, Any], atol: float = 1e-11) -> None:
-    assert set(got) == {"logits", "boxes"}
+    assert set(got) == set(want) >= {"logits", "boxes"}
     for name in got:
         np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=atol, err_msg=name)
 
@@ -305,4 +308,10 @@ def in_torch(
         all_boxes.append(box_logits.sigmoid())
         if config.box_refinement:
             reference = box_logits
-    return {"logits": torch.stack(all_logits).numpy(), "boxes": torch.stack(all_boxes).numpy()}
+    logits, more = torch.stack(all_logits), {}
+    if config.class_scores == "softmax":  # in float64, where no output has all of the probability
+        p, more = logits.softmax(-1), {"class_logits": logits.numpy()}
+        logits = torch.stack(
+            [p[..., k] / (p[..., :k].sum(-1) + p[..., k + 1 :].sum(-1)) for k in range(p.shape[-1] - 1)], -1
+        ).log()
+    return {"logits": logits.numpy(), "boxes": torch.stack(all_boxes).numpy(), **more}

@@ -27,6 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "conv-pre": {"strides": (8, 16, 32), "encoder": "conv", "pre_norm": True},
     "pyramid": {"strides": (8, 16, 32), "encoder": "pyramid_conv"},
     "halved": {"strides": (8, 16, 32), "halve_finest": True},
+    "softmax": {"class_scores": "softmax"},
 }
 
 # (module, source, its replacement, test file, test, its arguments)
@@ -96,9 +97,20 @@ MUTANTS: list[tuple[str, str, str, str, str, tuple[Any, ...]]] = [
      "losses", "no_object_anywhere", (3,)),
     ("losses", "present[(*pairs, labels)] = 1.0", "present[(*pairs, labels * 0)] = 1.0", "losses", "set_loss_by_hand", ()),
     ("losses", "real[columns]] = queries", "columns] = queries", "losses", "set_loss_by_hand", ()),
-    ("losses", "match_cost(\n                logits[layer, image], boxes[layer, image]",
-     "match_cost(\n                logits[0, image], boxes[0, image]", "losses", "set_loss_by_hand", ()),
+    ("losses", "match_cost(\n                logits[layer, image],\n                boxes[layer, image]",
+     "match_cost(\n                logits[0, image],\n                boxes[0, image]", "losses", "set_loss_by_hand", ()),
     ("losses", "weights[term] * total / num_boxes", "total / num_boxes", "losses", "set_loss_by_hand", ()),
+    # DETR's own scores and loss.
+    ("softmax_scores", "np.delete(z, k, axis=-1)", "z[..., -1:]", "softmax_scores", "their_sigmoid_is_the_softmax", ()),
+    ("softmax_scores", "np.delete(z, k, axis=-1)", "z", "softmax_scores", "their_sigmoid_is_the_softmax", ()),
+    ("softmax_scores", "wanted = np.full(z.shape[:2], no_object)", "wanted = np.full(z.shape[:2], 0)",
+     "softmax_scores", "loss_is_torchs_weighted_cross_entropy", (1.0, 0.1)),
+    ("softmax_scores", ".sum() / weight.sum())", ".sum() / weight.size)", "softmax_scores", "set_loss_is_detrs", ()),
+    ("losses", "match(logits, boxes, targets, weights, classification)", "match(logits, boxes, targets, weights)",
+     "softmax_scores", "set_loss_is_detrs", ()),
+    ("matching", "cost_class = -sigmoid(logits[:, labels])", "cost_class = softplus(-logits[:, labels])",
+     "softmax_scores", "set_loss_is_detrs", ()),
+    ("model", "logits = log_odds(z) if", "logits = z[..., :-1] if", "model", "forward_equals_torch", ("softmax",)),
     # Layers and positions.
     ("layers", "LAYER_NORM_EPSILON = 1e-5", "LAYER_NORM_EPSILON = 1e-6", "model", "encoder_block_equals_torchs", ()),
     ("layers", "np.mean(centered**2, axis=-1, keepdims=True)", "np.var(x, axis=-1, keepdims=True, ddof=1)",
@@ -276,7 +288,7 @@ def load(path: Path, name: str) -> types.ModuleType:
 
 @pytest.fixture(scope="module")
 def test_modules() -> dict[str, types.ModuleType]:
-    names = ("attention", "scales", "boxes", "matching", "losses", "encoder", "model")
+    names = ("attention", "scales", "boxes", "matching", "losses", "softmax_scores", "encoder", "model")
     return {name: load(Path(__file__).with_name(f"test_{name}.py"), f"_under_mutation_{name}") for name in names}
 
 
