@@ -1,7 +1,7 @@
 """SMCA-DETR as an executable specification: what the model computes, in NumPy, in float64, and nothing else.
 
 Correct, complete and readable come before fast here. Nothing in this package knows PyTorch; the production model in
-`smca.gpu` is held to these functions, number by number, by the tests. Read it in this order (some two and a half hours):
+`smca.gpu` is held to these functions, number by number, by the tests. Read it in this order (some three hours):
 
      1. arrays             the three array types and the one way in which a wrong shape is reported
      2. gaussian           the prior: a Gaussian per query, as the paper's weight map and as its logarithm
