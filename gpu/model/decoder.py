@@ -199,7 +199,8 @@ class Decoder(nn.Module):
         nn.init.normal_(self.query_position)
         for head in (self.class_head, *(layer for mlp in self.box_heads for layer in cast(MLP, mlp).layers)):
             cast(nn.Linear, head).reset_parameters()
-        set_class_prior(self.class_head)
+        if self.class_scores == "sigmoid":
+            set_class_prior(self.class_head)
         for layer in cast("list[DecoderLayer]", self.layers):
             if layer.prior is not None:
                 layer.prior.reset_parameters()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from smca.gpu.config import ModelConfig
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.layers import Attention
 from smca.gpu.model.position import counted_position_encoding, nearest_padding_mask
-from smca.gpu.presets import tiny_resnet
+from smca.gpu.presets import PRESETS, tiny_resnet
 
 PUBLISHED: dict[str, Any] = {
     "prior_state": "entering",
@@ -136,6 +137,13 @@ def test_published_weights_start_as_the_authors_code_draws_them() -> None:
         assert torch.equal(prior.scale_head.bias, torch.ones(16))
 
 
+def test_detrs_own_scores_start_from_pytorchs_bias() -> None:
+    model = made(cross_attention="dense", class_scores="softmax", **{**PUBLISHED, "prior_state": "attended"})
+    bias = model.decoder.class_head.bias
+    assert bias.shape == (4,)
+    assert bias.abs().max() <= 1 / 8  # 1/√C
+
+
 def test_published_levels_start_as_the_authors_code_draws_them() -> None:
     model = made(strides=(8, 16), encoder_layers=1, cross_level_blocks=(0,), hidden_dim=256, **PUBLISHED)
     assert spread(model.level_embed) == pytest.approx(1.0, rel=0.1)  # type: ignore[arg-type]
@@ -172,3 +180,34 @@ def test_a_width_for_each_level() -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+ROWS = [
+    ("smca_r50", {}, 41_760_482),
+    ("smca_r50", {"encoder_layers": 3}, 37_815_266),
+    ("smca_r50", {"encoder_layers": 5}, 40_445_410),
+    ("smca_r50", {"feedforward_dim": 1024}, 35_456_738),
+    ("smca_r50", {"encoder_layers": 5, "feedforward_dim": 1024}, 34_666_978),
+    ("smca_r50", {"prior_scale": "fixed"}, 41_735_810),
+    ("smca_r50", {"prior_scale": "single"}, 41_748_146),
+    ("smca_r50", {"num_heads": 4}, 41_735_810),
+    ("smca_r50", {"num_heads": 16}, 41_809_826),
+    ("smca_r50", {"prior_heads": "shared"}, 41_717_306),
+    ("smca_r50", {"cross_attention": "dense"}, 41_575_968),
+    ("smca_r50_multiscale", {}, 39_752_308),
+    ("smca_r50_multiscale", {"scale_selection": False}, 39_747_682),
+    ("smca_r50_multiscale_conv", {}, 40_985_914),
+]
+"""Presets with changes to the model, and their parameters with the authors' 92 outputs of the class head: docs/method.md §4."""
+
+
+@pytest.mark.parametrize(("preset", "changes", "parameters"), ROWS)
+def test_rows_of_the_ablation_have_the_published_size(preset: str, changes: dict[str, Any], parameters: int) -> None:
+    config = dataclasses.replace(PRESETS[preset]().model, num_classes=92, **changes)
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
+    with torch.device("meta"):
+        model = SMCADETR(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    row = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in changes.items()) or preset
+    line = f"| `{row}` | {parameters:,} |"
+    assert line in (Path(__file__).parents[2] / "docs/method.md").read_text(encoding="utf-8"), line
