@@ -38,7 +38,7 @@ def matchability_loss(logits: Tensor, qualities: Tensor, matched: Tensor) -> Ten
     return MATCHABILITY_WEIGHT * weight * cross_entropy
 
 
-def weighted_cross_entropy(z: Tensor, query: Tensor, labels: Tensor, no_object_weight: float) -> Tensor:
+def mean_cross_entropy(z: Tensor, query: Tensor, labels: Tensor, no_object_weight: float) -> Tensor:
     """DETR's weighted cross-entropy over classes and "no object" (equations (K4) to (K6) of ``smca.reference.softmax_scores``).
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smca.datasets import Targets
 from smca.gpu.config import LossConfig
 from smca.gpu.loss.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
-from smca.gpu.loss.classification import matchability_loss, sigmoid_focal_loss, weighted_cross_entropy
+from smca.gpu.loss.classification import matchability_loss, mean_cross_entropy, sigmoid_focal_loss
 from smca.gpu.loss.count import boxes_per_process
 from smca.gpu.loss.dense_loss import dense_loss
 from smca.gpu.loss.matcher import BROKEN, match
@@ -63,7 +63,7 @@ class SetCriterion(nn.Module):
         divisor = num_boxes.to(logits.dtype)
         per_layer = {name: self.weights[name] * value / divisor for name, value in by_name.items()}
         if self.classification == "softmax":
-            mean = weighted_cross_entropy(_class_logits(outputs), query, targets.labels, self.no_object_weight)
+            mean = mean_cross_entropy(_class_logits(outputs), query, targets.labels, self.no_object_weight)
             per_layer = {"class": self.weights["class"] * mean / parts, **per_layer}
         per_layer["class"] = per_layer["class"] + broken
         terms = {f"{name}/{m}": value[m] for m in range(len(logits)) for name, value in per_layer.items()}
@@ -149,8 +149,7 @@ def loss_of_matching(
         logits: [M, B, N, K]. boxes: [M, B, N, 4] cxcywh in 0–1.
         query: [M, B, T] of each target, below 0 where it has none.
         targets: labels [B, T], boxes [B, T, 4], valid [B, T]; padding may hold anything.
-        classification: "focal", "matchability", or "softmax", whose class term is a mean and none of the sums
-            (``weighted_cross_entropy``).
+        classification: "focal", "matchability", or "softmax", whose class term is no sum (``mean_cross_entropy``).
         counted: [B, N] 1 for queries whose class counts, else 0; None = all of them.
 
     Returns:

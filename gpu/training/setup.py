@@ -274,7 +274,7 @@ def completed(
     """What gives the terms of a part of a step: ``SetCriterion``; or a user's own `criterion`, whose terms are looked at,
     as the mean over the parts, with the losses of cells and noised queries, which it may not know of, unless it has them."""
     if type(criterion) is SetCriterion:  # one that inherits from it takes two arguments
-        return partial(criterion, parts=parts)
+        return lambda outputs, targets, num_boxes: criterion(outputs, targets, num_boxes, parts)
 
     def terms_of(outputs: dict[str, Tensor], targets: Targets, num_boxes: Tensor) -> Mapping[str, Tensor]:
         terms = dict(criterion(outputs, targets))

@@ -93,7 +93,7 @@ def test_odds_in_float32_are_off_by_roundings_alone(classes: int, far: float) ->
 
 
 @pytest.mark.parametrize("no_object_weight", [0.1, 0.4])
-def test_loss_and_gradient_are_torchs_weighted_cross_entropy(no_object_weight: float) -> None:
+def test_loss_and_gradient_are_torchs_mean_cross_entropy(no_object_weight: float) -> None:
     outputs, targets = batch()
     config = dataclasses.replace(DETR, no_object_weight=no_object_weight)
     terms = SetCriterion(config)(outputs, targets)

@@ -104,7 +104,7 @@ MUTANTS: list[tuple[str, str, str, str, str, tuple[Any, ...]]] = [
     ("softmax_scores", "np.delete(z, k, axis=-1)", "z[..., -1:]", "softmax_scores", "their_sigmoid_is_the_softmax", ()),
     ("softmax_scores", "np.delete(z, k, axis=-1)", "z", "softmax_scores", "their_sigmoid_is_the_softmax", ()),
     ("softmax_scores", "wanted = np.full(z.shape[:2], no_object)", "wanted = np.full(z.shape[:2], 0)",
-     "softmax_scores", "loss_is_torchs_weighted_cross_entropy", (1.0, 0.1)),
+     "softmax_scores", "loss_is_torchs_mean_cross_entropy", (1.0, 0.1)),
     ("softmax_scores", ".sum() / weight.sum())", ".sum() / weight.size)", "softmax_scores", "set_loss_is_detrs", ()),
     ("losses", "match(logits, boxes, targets, weights, classification)", "match(logits, boxes, targets, weights)",
      "softmax_scores", "set_loss_is_detrs", ()),

@@ -50,7 +50,7 @@ def test_their_sigmoid_is_the_softmax() -> None:
 
 @pytest.mark.parametrize("no_object_weight", [0.1, 0.7])
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_loss_is_torchs_weighted_cross_entropy(scale: float, no_object_weight: float) -> None:
+def test_loss_is_torchs_mean_cross_entropy(scale: float, no_object_weight: float) -> None:
     rng = np.random.default_rng(1)
     z, labels = rng.normal(size=(3, 5, 5)) * scale, np.array([3, 0, 3])
     pairs = np.array([0, 0, 2]), np.array([4, 1, 0])
