@@ -1,4 +1,4 @@
-"""The ``smca`` command: train, check-data, evaluate, predict, benchmark, conformance."""
+"""The ``smca`` command: train, check-data, evaluate, predict, convert-weights, benchmark, conformance."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "check-data": "what is in data, what is wrong with them, and whether a preset's settings suffice",
     "evaluate": "the COCO metrics of a trained model",
     "predict": "detect objects in images: annotated pictures and COCO results JSON",
+    "convert-weights": "a checkpoint of DETR or of SMCA's authors as a model of this project",
     "benchmark": "measure speed and memory on this machine",
     "conformance": "check implementations of SMCA, ours or yours, against the specification",
 }
@@ -101,7 +102,8 @@ def _dispatch(argv: list[str]) -> None:
     """Run the command that the first argument names."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: smca COMMAND [options]\n")
-        print("\n".join(f"  {name:11} {text}" for name, text in COMMANDS.items()))
+        width = max(map(len, COMMANDS))
+        print("\n".join(f"  {name:{width}} {text}" for name, text in COMMANDS.items()))
         print("\nsmca COMMAND --help lists its options.")
         return
     if argv[0] not in COMMANDS:

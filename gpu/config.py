@@ -28,6 +28,9 @@ Initialization = Literal["spread", "published"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 QueryInit = Literal["random", "grid", "anchors", "selected"]
 ClassScores = Literal["sigmoid", "softmax"]
+InitPart = Literal[
+    "backbone", "projections", "encoder", "queries", "decoder", "prior", "class_head", "box_heads", "dense_head"
+]
 
 _MOST = {
     "num_classes": 100_000,
@@ -523,6 +526,12 @@ class RunConfig:
     shape_bucket: int = 1
     """Pad each batch's images to multiples of this many pixels, and (if it is more than 1) its targets to multiples of 16: fewer
     different shapes to compile for and to find memory for. Padding is masked, as in any batch of images of unequal sizes."""
+    init: str | None = None
+    """Trained model to start from: a model or run of this project, or a checkpoint, folder or hub repository of SMCA's authors,
+    DETR or Conditional DETR (docs/training.md says more). What fits is taken, part by part, and what does not is said. A run that
+    is resumed does not read it again."""
+    init_parts: tuple[InitPart, ...] = ()
+    """Of `init`, exactly these parts, each of which must fit whole; none = all that fits, as far as it does."""
     seed: int = 0
     """Seeds weights, data order and augmentation."""
     dry_run: bool = False
@@ -567,6 +576,13 @@ class RunConfig:
             self.gradient_checkpointing,
         )
         require(self.workers >= 0, "workers", "0 or more", self.workers)
+        require(
+            self.init is not None or not self.init_parts,
+            "init_parts",
+            "given together with init, the model that they are of",
+            self.init_parts,
+        )
+        require(len(set(self.init_parts)) == len(self.init_parts), "init_parts", "different parts", self.init_parts)
         if self.fsdp:
             require(
                 not self.compile, "compile", "not given together with fsdp: the two have not been tried together", True

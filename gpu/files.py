@@ -67,6 +67,7 @@ _OPTIONAL_KEYS: dict[str, type | tuple[type, ...]] = {
     "data_seconds": (int, float),
     "loss": (int, float),
     "images_per_second": (int, float),
+    "start": str,
 }
 """What it may hold."""
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -153,7 +154,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}: start without --resume, or point --output at the run to go on with")
-    _refuse_pointer(path)
+    refuse_pointer(path)
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes end in errors of any type
@@ -241,14 +242,14 @@ def open_model(name: str | Path) -> SavedModel:
             return _open_checkpoint(path / CHECKPOINT_FILE)
         absent = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (path / f).is_file()]
         raise ValueError(
-            f"{path} lacks {' and '.join(absent)}: {_instead(path) or 'give a folder written by save_pretrained (runs/…/model)'}"
+            f"{path} lacks {' and '.join(absent)}: {instead(path) or 'give a folder written by save_pretrained (runs/…/model)'}"
         )
     if path.is_file():
         if path.name in (CONFIG_FILE, WEIGHTS_FILE):
             raise ValueError(f"{path} is half of a model: give its folder, {path.parent}")
         return _open_checkpoint(path)
-    if instead := _instead(path):
-        raise ValueError(f"there is no {path}: {instead}")
+    if hint := instead(path):
+        raise ValueError(f"there is no {path}: {hint}")
     return _open_folder(_from_hub(str(name)))
 
 
@@ -256,8 +257,8 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
 
 
-def _instead(path: Path) -> str:
-    """What to give in place of `path`, of a run, which is not there or not complete; "" if there is nothing beside it."""
+def instead(path: Path) -> str:
+    """In words, what to give in place of `path`, of a run, which is not there or not complete; "" if there is nothing beside it."""
     for folder in (MODEL_FOLDER, LAST_FOLDER):
         if _is_complete(path.parent / folder):
             return f"give {path.parent / folder}"
@@ -286,8 +287,8 @@ def _from_hub(name: str) -> Path:
 
 def _open_folder(folder: Path) -> SavedModel:
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    _refuse_pointer(config_path)
-    _refuse_pointer(weights_path)
+    refuse_pointer(config_path)
+    refuse_pointer(weights_path)
     config = ModelConfig.from_json(config_path.read_bytes().decode("utf-8", "replace"), str(config_path))
     try:
         with safe_open(weights_path, "pt") as file:
@@ -301,7 +302,7 @@ def _open_folder(folder: Path) -> SavedModel:
             weights = load_file(weights_path)
         except SafetensorError as error:
             raise _damaged(weights_path, error) from error
-        return _finite(weights, weights_path)
+        return require_finite(weights, weights_path)
 
     return SavedModel(config, str(config_path), str(weights_path), layout, read)
 
@@ -313,7 +314,7 @@ def _open_checkpoint(path: Path) -> SavedModel:
     text: str = state.get("model_config", state["config"])
     layout = {k: (tuple(v.shape), v.dtype in _FLOATS.values()) for k, v in weights.items()}
     return SavedModel(
-        ModelConfig.from_json(text, str(path)), str(path), str(path), layout, lambda: _finite(weights, path)
+        ModelConfig.from_json(text, str(path)), str(path), str(path), layout, lambda: require_finite(weights, path)
     )
 
 
@@ -325,7 +326,8 @@ def _are_weights(value: Any) -> bool:
     )
 
 
-def _finite(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def require_finite(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """`weights`, read from `path`; a ValueError names one that has NaN or infinite values."""
     bad = sorted(name for name, value in weights.items() if not bool(torch.isfinite(value).all()))
     if bad:
         raise ValueError(
@@ -336,8 +338,8 @@ def _finite(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _refuse_pointer(path: Path) -> None:
-    """A clone without Git LFS has short texts where the large files should be."""
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError for a text that a clone without Git LFS has in place of a large file."""
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")

@@ -7,6 +7,7 @@
     smca train small --data DIR --fast-dev-run        everything once, within a minute, beside the real run
     smca train small --data DIR --resume              go on where it stopped
     smca train --replay runs/x/bad_step.safetensors   the step that stopped a run at a NaN, again, and where it arises
+    smca train small --data DIR --init runs/x         start from a trained model: this project's, DETR's …
     smca train smca_r50_multiscale --dry-run          parameters and multiply-adds; trains nothing
     smca train small --help                           every knob with its default
 
@@ -63,6 +64,7 @@ from smca.gpu.training.setup import Criterion, Run, set_batch_size, set_up
 from smca.gpu.training.sharding import adding_up, unsharded, whole, whole_weights
 from smca.gpu.training.stop import Stop, StoppedError
 from smca.gpu.training.trackers import Tracker, make_trackers
+from smca.gpu.weights import open_source, plan_start
 
 LOG_EVERY = 10
 """Steps between updates of the progress bar and of trackers."""
@@ -392,6 +394,8 @@ def _announce(run: Run, log: RunLog) -> None:
         f"{config.model.cross_attention} · {parameters:.1f} M parameters · {len(run.batches)} steps per epoch, "
         f"{run.total_steps} in all · {run.device} · {world} process{'es' * (world > 1)} · {threads} thread{'s' * (threads > 1)}"
     )
+    if run.start is not None:
+        log.say(run.start)
     for warning in warnings_of(config, run.train_table, run.val_table, run.train_data.categories):
         log.say(f"warning: {warning}")
 
@@ -458,6 +462,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv)
     if config.dry_run:
         print(summarize(config.model))
+        if config.init is not None:
+            print(plan_start(open_source(config.init), config.model, config.init_parts).report)
     elif config.replay is not None:
         raise SystemExit(0 if replay(config.replay, device=config.device) else 1)
     else:

@@ -90,7 +90,8 @@ def test_a_circle_is_found() -> None:
 def test_commands_are_imported_by_nobody() -> None:
     """What two commands need lives in neither of them."""
     known = modules()
-    commands = {f"smca.gpu.{name}" for name in ("train", "check_data", "evaluate", "predict", "benchmark.command")}
+    names = ("train", "check_data", "evaluate", "predict", "convert_weights", "benchmark.command")
+    commands = {f"smca.gpu.{name}" for name in names}
     commands.add("smca.conformance.command")
     assert commands <= known.keys()
     for name, path in known.items():

@@ -29,7 +29,7 @@ from smca.gpu.files import write_atomically
 BAD_STEP_FILE = "bad_step.safetensors"
 _FACTS = "smca step"
 """Key of the metadata."""
-_OF_THE_RUN = ("resume", "resume_changed", "restartable", "overwrite", "dry_run", "replay")
+_OF_THE_RUN = ("init", "init_parts", "resume", "resume_changed", "restartable", "overwrite", "dry_run", "replay")
 """Settings that say how a run is started, not what a step computes; paths are left out likewise."""
 _OF_A_BATCH = ("images", "padding_mask", "image_ids", "original_sizes", "seeds")
 _OF_TARGETS = ("labels", "boxes", "valid")

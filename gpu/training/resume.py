@@ -83,6 +83,8 @@ _FREE = {
     "gradient_checkpointing",
     "fsdp",
     "compile",
+    "init",  # a run that goes on has its weights, and knows what they came from
+    "init_parts",
     "dry_run",
     "fast_dev_run",
     "replay",
@@ -204,6 +206,7 @@ def _facts_of(run: Run) -> dict[str, Any]:
         "data_seconds": run.data_seconds,
         "loss": run.loss,
         "images_per_second": run.images_per_second,
+        **({} if run.start is None else {"start": run.start}),
     }
 
 
@@ -252,6 +255,7 @@ def resume(run: Run) -> None:
         run.step, run.epoch, run.batch = state["step"], state["epoch"], state["batch"]
         run.sum_of_losses.copy_(state["sum_of_losses"])
         run.logged, run.evaluate_now = dict(state["logged"]), state.get("evaluate_now", False)
+        run.start = state.get("start")
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} does not fit this run ({shown(error)}): start anew with --overwrite") from error
     for group, settings in zip(run.optimizer.param_groups, groups, strict=True):

@@ -35,6 +35,7 @@ from smca.gpu.training.guard import FiniteCheck
 from smca.gpu.training.optimizer import make_optimizer
 from smca.gpu.training.order import GlobalBatches
 from smca.gpu.training.sharding import shard
+from smca.gpu.weights import Plan, open_source, plan_start
 
 Criterion = Callable[[dict[str, Tensor], Targets], Mapping[str, Tensor]]
 """(outputs, targets) → terms of the loss, scalars by name; "loss" is what is minimised. ``SetCriterion``, or one of your own."""
@@ -114,6 +115,8 @@ class Run:
     """Mean of the last epoch, or of what was done of it, over all processes."""
     images_per_second: float = 0.0
     """Of the last epoch, all processes together."""
+    start: str | None = None
+    """What of which trained model the run started from, if from one."""
 
     @property
     def trained(self) -> SMCADETR:
@@ -205,7 +208,8 @@ def set_up(
     )
 
     # Model, loss, optimiser.
-    model = SMCADETR(config.model, attention_backend=config.attention).to(device)
+    model, plan = _model(config)
+    model.to(device)
     if not config.fsdp:  # which divides no weights in another order than the usual one
         model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
@@ -265,7 +269,21 @@ def set_up(
         half=half,
         scaler=torch.amp.GradScaler(device.type, enabled=half is torch.float16),
         sum_of_losses=torch.zeros((), device=device),
+        start=None if plan is None else plan.report,
     )
+
+
+def _model(config: RunConfig) -> tuple[SMCADETR, Plan | None]:
+    """The model, with what it takes from ``config.init``. One that is to go on gets its weights from its checkpoint: no others are
+    read or downloaded for it."""
+    plan = None
+    if config.init is not None and not config.resume:
+        plan = plan_start(open_source(config.init), config.model, config.init_parts)
+    own = config.resume or (plan is not None and plan.brings_backbone)
+    model = SMCADETR(config.model, attention_backend=config.attention, download=not own)
+    if plan is not None:
+        plan.apply(model)
+    return model, plan
 
 
 def completed(
