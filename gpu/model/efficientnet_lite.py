@@ -40,6 +40,7 @@ except ImportError:  # before transformers 5.3
     from transformers.utils.backbone_utils import BackboneConfigMixin  # type: ignore[attr-defined, no-redef, unused-ignore]
 
 from smca.gpu.config_json import cut
+from smca.gpu.model.frozen_norm import FrozenBatchNorm
 
 MODEL_TYPE = "efficientnet_lite"
 LITE0 = "efficientnet-lite0"
@@ -130,13 +131,14 @@ class SameConv2d(nn.Conv2d):
     def __init__(self, channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
         super().__init__(channels, out_channels, kernel, stride, groups=groups, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] → [B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """[B, channels, H, W] → [B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉], times `scale` plus `shift`, both [out_channels]."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         rows, columns = (kernel - stride + -side % stride for side in x.shape[-2:])
         if rows % 2 or columns % 2:
             x = functional.pad(x, (0, columns % 2, 0, rows % 2))
-        return functional.conv2d(x, self.weight, None, stride, (rows // 2, columns // 2), 1, self.groups)
+        weight = self.weight if scale is None else self.weight * scale[:, None, None, None]
+        return functional.conv2d(x, weight, shift, stride, (rows // 2, columns // 2), 1, self.groups)
 
 
 class _NormedConvolution(nn.Module):
@@ -147,12 +149,17 @@ class _NormedConvolution(nn.Module):
     ) -> None:
         super().__init__()
         self.convolution = SameConv2d(channels, out_channels, kernel, stride, groups)
-        self.normalization = nn.BatchNorm2d(out_channels, eps=_EPS, momentum=_MOMENTUM)
+        self.normalization: nn.Module = nn.BatchNorm2d(out_channels, eps=_EPS, momentum=_MOMENTUM)
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] → [B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
-        x = self.normalization(self.convolution(x))
+        if isinstance(
+            self.normalization, FrozenBatchNorm
+        ):  # one pass over the map in place of two, in either direction
+            x = self.convolution(x, *self.normalization.scale_and_shift())
+        else:
+            x = self.normalization(self.convolution(x))
         # In place: no norm reads its output again.
         return functional.relu6(x, inplace=True) if self.relu else x
 

@@ -129,9 +129,15 @@ def test_frozen_norms_give_what_the_norms_gave() -> None:
     kept = {key: value for key, value in plain.state_dict().items() if not key.endswith("num_batches_tracked")}
     frozen.load_state_dict(kept)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
-    images = torch.randn(2, 3, 37, 50)
-    for got, expected in zip(frozen.train()(images), plain.eval()(images), strict=True):
+    images = torch.randn(2, 3, 37, 50, dtype=torch.float64)
+    maps = [backbone.double()(images) for backbone in (frozen.train(), plain.eval())]
+    for got, expected in zip(*maps, strict=True):
         torch.testing.assert_close(got, expected)
+    for features in maps:
+        sum(f.sin().sum() for f in features).backward()  # type: ignore[union-attr]
+    expected_of = dict(plain.named_parameters())
+    for name, parameter in frozen.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected_of[name].grad)
 
 
 def test_every_published_weight_is_taken_but_the_classifiers() -> None:
