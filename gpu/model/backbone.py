@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from smca.datasets.settings import shown
 from smca.gpu.config import BackboneConfig
 from smca.gpu.config_json import cut
+from smca.gpu.model.efficientnet_lite import LITE0, MODEL_TYPE, load_lite0
 from smca.gpu.model.frozen_norm import freeze_batch_norm
 from smca.gpu.model.probe import (
     FORBIDDEN,
@@ -167,7 +168,9 @@ class Backbone(nn.Module):
 def _backbone_settings(config: BackboneConfig) -> Any:
     """transformers' configuration of the network, from the options alone or else from the published weights' repository."""
     name, options = config.name, config.options
-    if config.weights is not None and not options:
+    if config.weights == LITE0 and not options:
+        name = MODEL_TYPE
+    elif config.weights is not None and not options:
         try:
             published: Any = AutoConfig.from_pretrained(config.weights, trust_remote_code=False)
         except OSError as error:
@@ -177,13 +180,13 @@ def _backbone_settings(config: BackboneConfig) -> Any:
                 f"backbone weights {shown(config.weights)}: {cut(error, 300)}. Set model.backbone.name"
             ) from error
         name = published.model_type
-    if name not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
+    if name not in MODEL_FOR_BACKBONE_MAPPING_NAMES and name != MODEL_TYPE:
         raise ValueError(
             f"transformers knows no model type {cut(name)!r} that is a backbone; resnet, convnext and swin are. "
             "Set model.backbone.name."
         )
     try:
-        if config.weights is not None and not options:
+        if config.weights not in (None, LITE0) and not options:
             options = _options_of(published)
         _check_options(name, options)
         settings: Any = AutoConfig.for_model(name, **options)
@@ -260,6 +263,10 @@ def _load_weights(config: BackboneConfig, settings: Any, trained: Container[str]
         settings: of the network.
         trained: names of the parameters that the feature maps depend on.
     """
+    if config.weights == LITE0:
+        body = build(settings)
+        load_lite0(body)
+        return body
     with torch.device("meta"):
         blank: Any = build(settings)
     said = transformers_logging.get_verbosity()

@@ -33,6 +33,11 @@ class FrozenBatchNorm(nn.Module):
         statistics = (self.running_mean, self.running_var, self.weight, self.bias, self.zeros)
         return cast(Tensor, _Normalize.apply(x, *statistics, self.eps))  # type: ignore[no-untyped-call]
 
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """[C] and [C]: what it does, y = scale·x + shift, for a convolution before it to do at once."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
 
 class _Normalize(torch.autograd.Function):
     """Batch norm with fixed statistics and no trained parameters. Unlike ``batch_norm``, it does not keep x for the backward pass;

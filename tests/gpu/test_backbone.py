@@ -123,6 +123,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bit": {"embedding_size": 8, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "num_groups": 4},
     "dinov2": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 64},
     "focalnet": {"embed_dim": 8, "hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1]},
+    "efficientnet_lite": {
+        "embedding_size": 8,
+        "hidden_sizes": [[8], [8], [8, 16], [16, 16]],
+        "depths": [[1], [1], [1, 1], [1, 2]],
+        "kernel_sizes": [[3], [3], [3, 5], [5, 3]],
+        "expand_ratios": [[1], [2], [2, 2], [2, 2]],
+    },
 }
 UNREAD = {"dinov2": {"embeddings.mask_token"}, "focalnet": "stages cannot be cut off"}
 
@@ -133,7 +140,7 @@ def test_stages_behind_the_last_one_read_are_not_there(name: str, tmp_path: Path
     torch.manual_seed(0)
     settings: Any = AutoConfig.for_model(name, **FAMILIES[name])
     names = [stage for stage in settings.stage_names if stage != "stem"]
-    read = 0 if name == "focalnet" else len(names) - 1 if name == "dinov2" else 1  # of stride 8
+    read = {"focalnet": 0, "dinov2": len(names) - 1, "efficientnet_lite": 2}.get(name, 1)  # of stride 8
     settings.out_features = [names[read]]
     whole = AutoBackbone.from_config(settings).eval()
     whole.save_pretrained(tmp_path)
@@ -174,6 +181,7 @@ FIRST_PARTS: dict[str, tuple[str, ...]] = {
     "bit": ("bit.embedder.", "bit.encoder.stages.0."),
     "dinov2": ("embeddings.", "encoder.layer.0."),  # the norm of all its maps belongs to the last layer
     "focalnet": ("focalnet.embeddings.",),
+    "efficientnet_lite": ("stem.", "stages.0."),
 }
 
 
