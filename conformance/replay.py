@@ -9,15 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from smca.conformance.implementations.ours import IMPLEMENTATIONS
+from smca.conformance.inputs.anchored import AnchoredInputs
 from smca.conformance.inputs.attention import AttentionInputs, LevelsInputs
 from smca.conformance.inputs.distance import DistantInputs, DropoutInputs
 from smca.conformance.inputs.matching import BoxInputs, CostInputs, LossInputs
 from smca.conformance.inputs.model import ModelInputs
+from smca.conformance.inputs.softmax import OddsInputs, SoftmaxLossInputs
 from smca.conformance.property import Judge
 from smca.conformance.protocol import address_of, load_outside, name_of
 from smca.conformance.suite import PROPERTIES
 
 __all__ = [
+    "AnchoredInputs",
     "AttentionInputs",
     "BoxInputs",
     "CostInputs",
@@ -26,6 +29,8 @@ __all__ = [
     "LevelsInputs",
     "LossInputs",
     "ModelInputs",
+    "OddsInputs",
+    "SoftmaxLossInputs",
     "replay",
 ]
 

@@ -14,6 +14,7 @@ from hypothesis.errors import HypothesisException
 from smca.conformance.inputs.attention import AttentionArrays, AttentionInputs, LevelsArrays, LevelsInputs
 from smca.conformance.inputs.matching import LossArrays, LossInputs
 from smca.conformance.inputs.model import ModelInputs
+from smca.conformance.inputs.softmax import OddsInputs, SoftmaxLossInputs
 from smca.conformance.property import Judge
 from smca.conformance.protocol import name_of
 from smca.conformance.runner import Outcome
@@ -92,6 +93,19 @@ def simpler(recipe: Any) -> Iterator[tuple[str, Any]]:
         valid = recipe.arrays("float64").targets.valid
         if (np.diff(valid.astype(int), axis=1) > 0).any():
             yield "the padding behind the objects", _Changed(recipe, _padding_last)
+    elif isinstance(recipe, SoftmaxLossInputs):
+        for words, loss in simpler(recipe.loss):
+            if isinstance(loss, LossInputs):
+                yield words, dataclasses.replace(recipe, loss=loss)
+    elif isinstance(recipe, OddsInputs):
+        fewer: list[tuple[str, str, Any]] = [
+            ("one query", "queries", 1),
+            ("one class", "classes", 1),
+            ("no shift", "shift", 0.0),
+        ]
+        for words, field, value in fewer:
+            if getattr(recipe, field) != value:
+                yield words, dataclasses.replace(recipe, **{field: value})
     elif isinstance(recipe, ModelInputs):
         for name, value in recipe.options:
             rest = tuple(option for option in recipe.options if option[0] != name)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from smca.conformance import replay as replay_module
 from smca.conformance.diagnosis import explain
 from smca.conformance.implementations.ours import IMPLEMENTATIONS
 from smca.conformance.mutants.plant import MUTANTS, kill, planted
@@ -97,6 +98,12 @@ def test_a_failure_prints_what_replays_it() -> None:
         replay(prop.name, "egger", "float64", None)
 
 
+def test_what_replays_has_every_kind_of_example() -> None:
+    """The snippet of a failure imports from one module."""
+    kinds = {type(recipe).__name__ for prop in PROPERTIES for recipe in prop.always}
+    assert {"ModelInputs", "AnchoredInputs", "OddsInputs", "SoftmaxLossInputs"} <= kinds <= set(replay_module.__all__)
+
+
 class PassesOver:
     """Leaves out keys whose weights are so small that together they stay below `margin` of the sum."""
 
@@ -131,6 +138,7 @@ def test_what_passes_over_keys_is_held_to_what_it_says(margin: float, says: floa
     [
         ("lifted: centre from the corner, cells from the middle", "smca_attention", ["λ_x = 0", "q = 0"]),
         ("padded targets matched", "set_loss", ["no padding among the targets", ""]),
+        ("labels of padding wanted of the first query", "softmax_set_loss", ["no padding among the targets", ""]),
     ],
 )
 def test_what_a_failure_hangs_on_is_said(bug: str, operation: str, lines: list[str]) -> None:
