@@ -26,7 +26,11 @@ def detect(model: SMCADETR, loader: Iterable[Batch]) -> list[dict[str, Any]]:
         batch = host_batch.to(device)
         outputs = model(batch.images, batch.padding_mask if host_batch.padding_mask.any() else None)
         detected = decode(
-            outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max(100, model.config.num_queries)
+            outputs["logits"][-1],
+            outputs["boxes"][-1],
+            batch.original_sizes,
+            max(100, model.config.num_queries),
+            class_scores=model.config.class_scores,
         )
         for image_id, detections in zip(host_batch.image_ids.tolist(), detected, strict=True):
             results += coco_results(detections.scores, detections.labels, detections.boxes_xyxy, image_id, category_ids)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smca.gpu.config import ClassScores
+
 
 @dataclass(frozen=True)
 class Detections:
@@ -20,23 +22,36 @@ class Detections:
     """[D, 4] left, top, right, bottom in pixels of the original image."""
 
 
-def decode(logits: Tensor, boxes: Tensor, original_sizes: Tensor, max_detections: int = 100) -> list[Detections]:
+def decode(
+    logits: Tensor,
+    boxes: Tensor,
+    original_sizes: Tensor,
+    max_detections: int = 100,
+    *,
+    class_scores: ClassScores = "sigmoid",
+) -> list[Detections]:
     """The best (query, class) pairs of each image, in pixels of the original image.
 
     Args:
         logits: [B, N, K]. boxes: [B, N, 4] (cx, cy, w, h) in 0–1. original_sizes: [B, 2] (height, width) in pixels.
         max_detections: how many to keep per image.
+        class_scores: of the model. Classes of a "softmax" exclude each other: each query has its best one only, as in DETR.
 
     Raises:
         ValueError: a logit or a box that is not finite.
     """
     batch, queries, classes = logits.shape
+    pairs = queries if class_scores == "softmax" else queries * classes
     if not (logits.isfinite().all() and boxes.isfinite().all()):
         raise ValueError(
             "the network's output is not finite, so that nothing can be detected: its weights are damaged, or training diverged; "
             "take another checkpoint"
         )
-    scores, flat = logits.float().sigmoid().flatten(1).topk(min(max_detections, queries * classes), dim=1)
+    probabilities = logits.float().sigmoid()
+    if class_scores == "softmax":
+        best = probabilities.argmax(-1, keepdim=True)
+        probabilities = torch.full_like(probabilities, -1.0).scatter(-1, best, probabilities.gather(-1, best))
+    scores, flat = probabilities.flatten(1).topk(min(max_detections, pairs), dim=1)
     query, label = flat // classes, flat % classes
     height, width = original_sizes.to(boxes).unbind(-1)
     scale = torch.stack([width, height, width, height], dim=-1)[:, None]

@@ -251,7 +251,10 @@ class SMCADETR(nn.Module):
         self.eval()
         outputs = self(batch.images, batch.padding_mask if host_batch.padding_mask.any() else None)
         self.train(training)
-        return decode(outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max_detections)
+        scores = self.config.class_scores
+        return decode(
+            outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max_detections, class_scores=scores
+        )
 
     def save_pretrained(self, directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors into `directory`.
