@@ -1,6 +1,8 @@
 """Checkpoints of SMCA's authors and of DETR, brought into this project's names, compute what they did: number by number, in
-float64,
-beside their mathematics written down once more (published_models.py) and beside transformers' own DETR."""
+float64, beside their mathematics written down once more (published_models.py) and beside transformers' own DETR.
+
+    pytest -s tests/gpu/test_other_weights.py          prints the worst differences
+"""
 
 from __future__ import annotations
 
@@ -55,6 +57,7 @@ def class_logits(rows: Tensor, source: Source) -> Tensor:
 @pytest.mark.parametrize("kind", ["type1", "type2", "type3", "detr", "detr pre-norm", "detr basic"])
 def test_their_checkpoint_computes_here_what_it_did_there(kind: str, tmp_path: Path) -> None:
     """Alone, and padded in a batch; after every decoder layer."""
+    print(f"\n{kind}, all layers")
     kind, _, variant = kind.partition(" ")
     how = {"pre_norm": variant == "pre-norm"}
     weights = draw_checkpoint(kind, basic=variant == "basic", **how)
@@ -65,44 +68,48 @@ def test_their_checkpoint_computes_here_what_it_did_there(kind: str, tmp_path: P
     with torch.no_grad():
         features = features_of(weights, pixels)
         (found,) = model.backbone(pixels)
-        assert worst(found, features) < TOLERANCE
+        assert worst(found, features, "features") < TOLERANCE
         rows, boxes = detect(weights, features, padding, sizes, kind=kind, smooth=smooth, **how)
         outputs = model.detect([features], sizes, padded_size=(padding.shape[1], padding.shape[2]))
-        assert worst(outputs["boxes"], boxes) < TOLERANCE
-        assert worst(outputs["logits"], class_logits(rows, source)) < TOLERANCE
+        assert worst(outputs["boxes"], boxes, "boxes, padded") < TOLERANCE
+        assert worst(outputs["logits"], class_logits(rows, source), "logits, padded") < TOLERANCE
 
         height, width = SIZES[1]
         alone = pixels[1:, :, :height, :width]
         none = torch.zeros(1, height, width, dtype=torch.bool)
         rows, boxes = detect(weights, features_of(weights, alone), none, sizes[1:], kind=kind, smooth=smooth, **how)
         outputs = model(alone * model.pixel_std + model.pixel_mean)
-        assert worst(outputs["boxes"], boxes) < TOLERANCE
-        assert worst(outputs["logits"], class_logits(rows, source)) < TOLERANCE
+        assert worst(outputs["boxes"], boxes, "boxes, alone") < TOLERANCE
+        assert worst(outputs["logits"], class_logits(rows, source), "logits, alone") < TOLERANCE
 
 
-def worst(found: Tensor, expected: Tensor) -> float:
+def worst(found: Tensor, expected: Tensor, what: str = "") -> float:
     assert found.shape == expected.shape
     assert float(expected.std()) > 1e-3, "nothing to compare"
-    return float((found - expected).abs().max())
+    difference = float((found - expected).abs().max())
+    if what:
+        print(f"  {what}: {difference:.1e}")
+    return difference
 
 
 def test_transformers_detr_computes_here_what_it_did_there(tmp_path: Path) -> None:
     theirs = detr_of_transformers(tmp_path / "detr")
     source = open_source(str(tmp_path / "detr"))
     model = built(source)
+    print("\ntransformers' DETR, last layer")
     pixels, padding, sizes = padded_batch()
     with torch.no_grad():
         expected = theirs(pixel_values=pixels, pixel_mask=(~padding).long())
         found = model.detect(model.backbone(pixels), sizes, padded_size=(padding.shape[1], padding.shape[2]))
-        assert worst(found["boxes"][-1], expected.pred_boxes) < TOLERANCE
-        assert worst(found["logits"][-1], class_logits(expected.logits, source)) < TOLERANCE
+        assert worst(found["boxes"][-1], expected.pred_boxes, "boxes, padded") < TOLERANCE
+        assert worst(found["logits"][-1], class_logits(expected.logits, source), "logits, padded") < TOLERANCE
 
         height, width = SIZES[1]
         alone = pixels[1:, :, :height, :width]
         expected = theirs(pixel_values=alone)
         found = model(alone * model.pixel_std + model.pixel_mean)
-        assert worst(found["boxes"][-1], expected.pred_boxes) < TOLERANCE
-        assert worst(found["logits"][-1], class_logits(expected.logits, source)) < TOLERANCE
+        assert worst(found["boxes"][-1], expected.pred_boxes, "boxes, alone") < TOLERANCE
+        assert worst(found["logits"][-1], class_logits(expected.logits, source), "logits, alone") < TOLERANCE
 
 
 def test_names_of_earlier_versions_and_of_timm_are_the_same_model(tmp_path: Path) -> None:
@@ -149,8 +156,7 @@ def test_classes_by_name_without_those_that_do_not_exist(tmp_path: Path) -> None
     assert source.config.category_ids == (1, 3)
     assert source.notes[0] == (
         "2 columns of the class head belong to category ids that COCO does not use and are left out: the scores of the others "
-        "are exact "
-        "but for what those had of the softmax, next to nothing"
+        "are exact but for what those had of the softmax, next to nothing"
     )
     rows = theirs.class_labels_classifier.weight[[1, 3, 4]].detach()
     found = source.weights["decoder.class_head.weight"]
@@ -165,9 +171,8 @@ def test_classes_by_name_without_those_that_do_not_exist(tmp_path: Path) -> None
 
 
 def test_what_there_is_of_conditional_detr(tmp_path: Path) -> None:
-    """Everything but queries and keys of the decoder's attentions: checked where it can be, on the encoder's output and on
-    boxes of the
-    same decoder states."""
+    """Everything but queries and keys of the decoder's attentions: checked where it can be, on the encoder's output and on boxes
+    of the same decoder states."""
     theirs = detr_of_transformers(tmp_path / "c", "conditional_detr")
     source = open_source(str(tmp_path / "c"))
     assert (source.config.cross_attention, source.config.query_init) == ("smca", "grid")

@@ -1,5 +1,8 @@
 """What a run cannot start from is refused with a reason: cut, not tensors, of another model, of a variant that there is none
-of here."""
+of here.
+
+    pytest -s tests/gpu/test_other_weights_refused.py          prints the messages
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ def refusal(source: Path | str) -> str:
     """The message, with PATH for what was given."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the callers compare the whole message
         open_source(str(source))
-    return str(caught.value).replace(str(source), "PATH")
+    message = str(caught.value).replace(str(source), "PATH")
+    print(f"\n{message}")
+    return message
 
 
 class Code:
@@ -42,8 +47,7 @@ def test_code_is_named_and_not_run(tmp_path: Path) -> None:
         torch.save(state, file)
         assert refusal(file) == (
             "PATH holds code, posix.mkdir, which is not run: expected tensors, plain values and argparse.Namespace. If you "
-            "trust it, "
-            "load it in Python and save its state_dict() alone"
+            "trust it, load it in Python and save its state_dict() alone"
         )
     torch.save({"model": torch.nn.Linear(2, 2)}, file)
     assert "PATH holds code, torch.nn.modules.linear.Linear, which is not run" in refusal(file)
