@@ -30,7 +30,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BackboneOutput
 
@@ -238,8 +238,9 @@ class EfficientNetLiteBackbone(PreTrainedModel):
             init.normal_(module.weight, std=(2 / outputs) ** 0.5)
 
 
-AutoConfig.register(MODEL_TYPE, EfficientNetLiteConfig, exist_ok=True)
-AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone, exist_ok=True)
+if MODEL_TYPE not in CONFIG_MAPPING:  # a copy of this module leaves the first one's classes in their place
+    AutoConfig.register(MODEL_TYPE, EfficientNetLiteConfig)
+    AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone)
 
 
 def load_lite0(network: nn.Module) -> None:
