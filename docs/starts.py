@@ -28,7 +28,7 @@ import numpy as np
 from smca.datasets import find_split
 from smca.gpu.cli import run
 from smca.gpu.config import RunConfig
-from smca.gpu.presets import small, small_pretrained
+from smca.gpu.presets import shapes, small, small_pretrained
 from smca.gpu.train import train
 from smca.gpu.training.log import read_metrics
 
@@ -43,13 +43,9 @@ STARTS: dict[str, tuple[Callable[[], RunConfig], bool]] = {
 Line = dict[str, Any]
 
 
-def shapes(base: RunConfig) -> RunConfig:
-    """The built-in data in the size of `base`: many objects, small ones among them, that hide each other."""
-    side = base.model.image_short_side
-    synthetic = replace(
-        base.synthetic, image_size=side, train_images=5200, val_images=200, max_objects=24, min_side=0.06, max_side=0.4
-    )
-    return replace(base, data="synthetic", synthetic=synthetic, cache_images=False)
+def on_shapes(base: RunConfig) -> RunConfig:
+    """The preset ``shapes`` with the model of another one."""
+    return replace(shapes(), model=base.model, optim=base.optim)
 
 
 def steps_of(config: RunConfig, folder: Path, steps: int, seed: int = 0) -> RunConfig:
@@ -157,7 +153,7 @@ def tables(chosen: argparse.Namespace) -> None:
 def pretrain(chosen: argparse.Namespace) -> None:
     """Train each preset on the built-in shapes."""
     for preset in chosen.presets:
-        config = shapes({"small": small, "small_pretrained": small_pretrained}[preset]())
+        config = on_shapes({"small": small, "small_pretrained": small_pretrained}[preset]())
         given = dict(part.split("=") for part in chosen.step_seconds)
         seconds = float(given[preset]) if preset in given else step_seconds(config)
         train(steps_of(config, chosen.shapes / preset, round(60 * chosen.minutes / seconds), chosen.seed))
