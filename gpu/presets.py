@@ -117,24 +117,6 @@ def small_pretrained() -> RunConfig:
     )
 
 
-def shapes() -> RunConfig:
-    """A start for ``small``, made of nothing: its model on built-in images of many shapes, small ones too, that hide each other."""
-    base = small()
-    side = base.model.image_short_side
-    return replace(
-        base,
-        data="synthetic",
-        output=Path("runs/shapes"),
-        synthetic=SyntheticConfig(
-            image_size=side, train_images=5200, val_images=200, max_objects=24, min_side=0.06, max_side=0.4
-        ),
-        epochs=2,
-        max_steps=1000,
-        eval_every=2,
-        cache_images=False,
-    )
-
-
 def with_model(run: RunConfig, name: str, **changes: Any) -> RunConfig:
     """`run` into runs/`name`, with changes to its model."""
     return replace(run, output=Path("runs") / name, model=replace(run.model, **changes))
@@ -221,7 +203,6 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
         demo,
         small,
         small_pretrained,
-        shapes,
         smca_r50,
         detr_r50,
         smca_r50_multiscale,
