@@ -214,22 +214,15 @@ class Criterion:
         return numpy_of(dlogits), numpy_of(dboxes)
 
     def softmax_set_loss(self, z: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str) -> dict[str, Array]:
-        terms, _ = self._softmax_loss(z, boxes, targets, weights, dtype)
+        terms, _ = self._loss(z, boxes, targets, weights, dtype, "softmax")
         return {name: numpy_of(value) for name, value in terms.items()}
 
     def softmax_set_loss_vjp(
         self, z: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str
     ) -> tuple[Array, Array]:
-        terms, leaves = self._softmax_loss(z, boxes, targets, weights, dtype)
+        terms, leaves = self._loss(z, boxes, targets, weights, dtype, "softmax")
         dz, dboxes = torch.autograd.grad(terms["loss"], leaves)
         return numpy_of(dz), numpy_of(dboxes)
-
-    def _softmax_loss(self, z: Any, boxes: Any, targets: Any, weights: Any, dtype: str) -> tuple[Any, Any]:
-        leaves = self._tensor(z, dtype, True), self._tensor(boxes, dtype, True)
-        outputs = {"logits": layers.log_odds(leaves[0]), "class_logits": leaves[0], "boxes": leaves[1]}
-        loss = LossConfig(weights["class"], weights["l1"], weights["giou"], "softmax")
-        module = self.criterion.SetCriterion(loss, matcher_backend=self.backend)
-        return module(outputs, self._targets(targets.labels, targets.boxes, targets.valid, dtype)), leaves
 
     def noised_queries(self, targets: Any, noise: Any, *, dtype: str) -> tuple[Array, ...]:
         padded_targets = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
@@ -259,12 +252,18 @@ class Criterion:
         terms = self.criterion.SetCriterion(loss, matcher_backend=self.backend)(tensors, padded_targets)
         return terms, {name: value for name, value in tensors.items() if name not in given}
 
-    def _loss(self, logits: Any, boxes: Any, targets: Any, weights: Any, dtype: str) -> tuple[dict[str, Tensor], Any]:
-        leaves = self._tensor(logits, dtype, True), self._tensor(boxes, dtype, True)
+    def _loss(
+        self, scored: Any, boxes: Any, targets: Any, weights: Any, dtype: str, classification: Any = "focal"
+    ) -> tuple[dict[str, Tensor], Any]:
+        """scored: logits, or with a softmax the class head's outputs that they are made of."""
+        leaves = self._tensor(scored, dtype, True), self._tensor(boxes, dtype, True)
+        outputs = {"logits": leaves[0], "boxes": leaves[1]}
+        if classification == "softmax":
+            outputs |= {"logits": layers.log_odds(leaves[0]), "class_logits": leaves[0]}
         padded_targets = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
-        loss = LossConfig(class_weight=weights["class"], l1_weight=weights["l1"], giou_weight=weights["giou"])
+        loss = LossConfig(weights["class"], weights["l1"], weights["giou"], classification)
         module = self.criterion.SetCriterion(loss, matcher_backend=self.backend)
-        return module({"logits": leaves[0], "boxes": leaves[1]}, padded_targets), leaves
+        return module(outputs, padded_targets), leaves
 
 
 class SciPyAssignment:

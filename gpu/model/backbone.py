@@ -151,9 +151,7 @@ class Backbone(nn.Module):
         Returns:
             For each level [B, channels, h, w], of the largest image's size, 0 where padded.
         """
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, (height, width) in enumerate(valid_sizes.tolist()):
-            groups.setdefault((int(height), int(width)), []).append(index)
+        groups = rows_by_size(valid_sizes)
         parts = [(rows, self(images[rows, :, :height, :width])) for (height, width), rows in groups.items()]
         maps = []
         for level, channels in enumerate(self.channels):
@@ -163,6 +161,14 @@ class Backbone(nn.Module):
                 joined[rows, :, : features[level].shape[-2], : features[level].shape[-1]] = features[level]
             maps.append(joined)
         return maps
+
+
+def rows_by_size(valid_sizes: Tensor) -> dict[tuple[int, int], list[int]]:
+    """Sizes [B, 2] (height, width) → which images have each. Waits for the device."""
+    rows: dict[tuple[int, int], list[int]] = {}
+    for row, (height, width) in enumerate(valid_sizes.tolist()):
+        rows.setdefault((int(height), int(width)), []).append(row)
+    return rows
 
 
 def _backbone_settings(config: BackboneConfig) -> Any:

@@ -27,7 +27,7 @@ from smca.datasets.images import to_rgb
 from smca.gpu.config import ModelConfig
 from smca.gpu.config_json import cut
 from smca.gpu.files import SavedModel, open_model, write_model
-from smca.gpu.model.backbone import Backbone
+from smca.gpu.model.backbone import Backbone, rows_by_size
 from smca.gpu.model.decoder import Decoder
 from smca.gpu.model.denoising import FurtherQueries, draw_noise, noised_queries
 from smca.gpu.model.dense_head import DenseHead, select_queries
@@ -135,9 +135,7 @@ class SMCADETR(nn.Module):
     def _each_size_alone(self, pixels: Tensor, valid_sizes: Tensor) -> dict[str, Tensor]:
         """Images of one size together, without their padding, on which an encoder that masks nothing would depend. Waits for the
         device."""
-        rows_of: dict[tuple[int, int], list[int]] = {}
-        for row, (height, width) in enumerate(valid_sizes.tolist()):
-            rows_of.setdefault((int(height), int(width)), []).append(row)
+        rows_of = rows_by_size(valid_sizes)
         parts = [
             self.detect(self.backbone(pixels[rows, :, :height, :width]), valid_sizes[rows], padded=False)
             for (height, width), rows in rows_of.items()
