@@ -282,18 +282,28 @@ class SMCADETR(nn.Module):
                 keys).
         """
         saved = open_model(name)
-        # Published weights of the backbone are in the saved ones, and would be downloaded.
-        config = dataclasses.replace(saved.config, backbone=dataclasses.replace(saved.config.backbone, weights=None))
-        try:
-            with torch.device("meta"):  # no memory is taken before the weights are known to fit
-                blank = cls(config, attention_backend="eager")
-        except Exception as error:  # transformers refuses options with errors of any type
-            raise ValueError(f"{saved.config_source}: no model can be built from it: {cut(error, 300)}") from error
-        check_fit(blank, saved)
+        config = check_saved(saved)  # no memory is taken before the weights are known to fit
         weights = saved.read()
         model = cls(config, attention_backend=attention_backend)
         model.load_state_dict(weights)
         return model.eval()
+
+
+def check_saved(saved: SavedModel) -> ModelConfig:
+    """What to build a saved model from: its configuration without published weights of the backbone, which are in the saved ones
+    and would be downloaded.
+
+    Raises:
+        ValueError: no model can be built from it, or the weights beside it are not those of one.
+    """
+    config = dataclasses.replace(saved.config, backbone=dataclasses.replace(saved.config.backbone, weights=None))
+    try:
+        with torch.device("meta"):
+            blank = SMCADETR(config, attention_backend="eager")
+    except Exception as error:  # transformers refuses options with errors of any type
+        raise ValueError(f"{saved.config_source}: no model can be built from it: {cut(error, 300)}") from error
+    check_fit(blank, saved)
+    return config
 
 
 def check_fit(model: nn.Module, saved: SavedModel) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from smca.gpu.config_json import cut
 from smca.gpu.files import CONFIG_FILE, WEIGHTS_FILE, instead, open_model, refuse_pointer, require_finite
-from smca.gpu.model.detector import check_fit
+from smca.gpu.model.detector import check_saved
 from smca.gpu.weights.detr import is_detr, read_detr, tensors_of
 from smca.gpu.weights.hf_detr import read_transformers
-from smca.gpu.weights.source import Source, blank
+from smca.gpu.weights.source import Source
 
 BIN_FILE = "pytorch_model.bin"
 OURS = "a model of this project"
@@ -52,11 +52,7 @@ def open_source(name: str) -> Source:
 
 def _open_own(name: str) -> Source:
     saved = open_model(name)
-    try:
-        own = blank(saved.config)
-    except Exception as error:  # transformers refuses options with errors of any type
-        raise ValueError(f"{saved.config_source}: no model can be built from it: {cut(error, 300)}") from error
-    check_fit(own, saved)
+    check_saved(saved)
     return Source(name, OURS, saved.config, saved.read())
 
 
