@@ -58,7 +58,7 @@ _LEVELS = {"error": "training would end", "warning": "costs accuracy", "note": "
 class CheckDataArgs:
     """Look at data before training: what is in them, what is wrong, and whether the settings suffice."""
 
-    data: Annotated[str | None, tyro.conf.Positional] = None
+    data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]")] = None
     """Folder with data in COCO format (docs/data.md lists the layouts), or "synthetic" for the built-in data."""
     preset: str = "small"
     """Of `smca train`: whose queries, strides, image sizes and augmentation the data are held against."""

@@ -23,10 +23,9 @@ from smca.gpu.weights import open_source
 class ConvertArgs:
     """Bring a trained model of another program into this project's form."""
 
-    source: Annotated[str, tyro.conf.Positional]
-    """Checkpoint (.pth) of DETR or of SMCA's authors; folder or repository on the Hugging Face hub with DETR of transformers; or a
-    model or run of this project."""
-    output: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """File (.pth) of DETR or of SMCA's authors, folder or hub name of transformers' DETR, or a model or run of this project."""
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder that receives config.json and model.safetensors."""
     overwrite: bool = False
     """Replace a model that is there."""

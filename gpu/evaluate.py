@@ -35,9 +35,8 @@ def check_categories(config: ModelConfig, ground_truth: Mapping[str, Any], sourc
 class EvaluateArgs:
     """Evaluate a trained model on COCO-format data."""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """Folder with config.json and model.safetensors (runs/…/model), folder or checkpoint of a run, or a name on the Hugging Face
-    hub."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of a model (config.json, model.safetensors) or of a run, its checkpoint, or a name on the Hugging Face hub."""
     data: str = "synthetic"
     """Folder with data in COCO format, or "synthetic"."""
     split: Split = "val"

@@ -40,10 +40,9 @@ _SKIPPED_SHOWN = 20
 class PredictArgs:
     """Detect objects in images: annotated pictures and COCO results JSON."""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """Folder with config.json and model.safetensors (runs/…/model), folder or checkpoint of a run, or a name on the Hugging Face
-    hub."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of a model (config.json, model.safetensors) or of a run, its checkpoint, or a name on the Hugging Face hub."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE …]")]
     """Image files, or folders of them (searched recursively)."""
     output: Path = Path("predictions")
     """Folder that receives the annotated pictures and results.json."""

@@ -3,6 +3,7 @@
 queries        one per object that can be found in an image: more than the most, by half or so
 stride, size   an object should be a cell of the finest level across, after the resize
 prior          the Gaussian is as wide as an object at the start, within a factor
+pixels         are scaled as for the backbone's weights
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from smca.datasets.batch import FloatArray
 from smca.datasets.findings import Entry, Finding, image_entry, named
 from smca.datasets.table import AnnotationTable
 from smca.gpu.config import ModelConfig
+from smca.gpu.model.efficientnet_lite import LITE0, PIXEL_MEAN, PIXEL_STD
 
 _MUCH = 0.05
 """Of all objects: more of them under a cell cost accuracy that one sees."""
@@ -80,6 +82,7 @@ def find_in_settings(
         *_cells(table, sides, categories, model, augmentation),
         *_prior(sides, model),
         *_other_sizes(model, augmentation),
+        *_pixels(model),
     ]
 
 
@@ -171,3 +174,15 @@ def _other_sizes(model: ModelConfig, augmentation: Augmentation) -> Iterator[Fin
             f"{model.image_short_side}: --augmentation.short-sides and --model.image-short-side belong together"
         )
         yield Finding("resized-otherwise", "warning", "train, val", text)
+
+
+def _pixels(model: ModelConfig) -> Iterator[Finding]:
+    if model.backbone.weights != LITE0:
+        return
+    wanted = {"pixel-mean": PIXEL_MEAN, "pixel-std": PIXEL_STD}
+    given = {"pixel-mean": model.pixel_mean, "pixel-std": model.pixel_std}
+    wrong = [name for name, value in wanted.items() if not np.allclose(given[name], value, atol=1 / 255)]
+    if wrong:
+        flags = " ".join(f"--model.{name} {' '.join([f'{wanted[name]:.4f}'] * 3)}" for name in wrong)
+        text = f"backbone weights {LITE0!r} have learned from pixels scaled in another way: set {flags}"
+        yield Finding("pixels-scaled-otherwise", "warning", "train, val", text)

@@ -85,6 +85,21 @@ def test_too_few_queries_and_the_flag_for_enough() -> None:
     assert "few-queries" in told(data, model(num_queries=28))
 
 
+def test_pixels_scaled_otherwise_than_for_the_weights_and_the_flags_that_mend_it() -> None:
+    lite, data = PRESETS["small_pretrained"]().model, squares([40.0] * 40)
+    assert "pixels-scaled-otherwise" not in told(data, lite)
+    plain = model(backbone=lite.backbone)
+    text = told(data, plain)["pixels-scaled-otherwise"]
+    mended = parse(text[text.index("--") :], plain, AUGMENTATION).model
+    assert mended.pixel_mean == pytest.approx(lite.pixel_mean, abs=1e-4)
+    assert mended.pixel_std == pytest.approx(lite.pixel_std, abs=1e-4)
+    assert "pixels-scaled-otherwise" not in told(data, mended)
+    assert (
+        "--model.pixel-std"
+        not in told(data, dataclasses.replace(plain, pixel_std=lite.pixel_std))["pixels-scaled-otherwise"]
+    )
+
+
 @pytest.mark.parametrize("strides", [(8,), (16,), (8, 16)])
 def test_objects_under_a_cell_and_flags_that_mend_it(strides: tuple[int, ...]) -> None:
     data = squares([10.0] * 10 + [60.0] * 30)  # half as large after the resize
