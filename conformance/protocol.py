@@ -17,7 +17,7 @@ T targets.
     multi_scale_smca_attention_vjp(grad_out, q, levels, level_weights, *, dtype)
         → dq, a list of (dk, dv, dcenter_xy, dprecision_xy) by level, dlevel_weights
     match_cost(logits [N, K], boxes [N, 4], labels [T], target_boxes [T, 4], weights, *, dtype) → [N, T]
-    assign(cost [n, m], *, dtype) → rows, cols, each [min(n, m)], as scipy.optimize.linear_sum_assignment
+    assign(cost [n, m], *, dtype) → rows, cols, each [min(n, m)], as scipy.optimize.linear_sum_assignment; a cost of +inf forbids a pair
     generalized_box_iou(boxes1 [n, 4], boxes2 [m, 4], *, dtype) → [n, m], boxes as xyxy
     set_loss(logits [M, B, N, K], boxes [M, B, N, 4], targets, weights, *, dtype) → {"class/0": …, "loss": …}
     set_loss_vjp(the same) → gradients of "loss" with respect to logits and boxes
@@ -127,6 +127,14 @@ def skips_below(implementation: Any) -> float:
     An implementation that skips keys too far away to matter declares it by an attribute ``skips_below``, and is held to it.
     """
     return float(getattr(implementation, "skips_below", 0.0))
+
+
+def leaves_out(implementation: Any) -> tuple[str, ...]:
+    """Names of properties that the object says it does not have, by an attribute ``leaves_out``: ("assign.forbidden_pairs",).
+
+    They are reported as not implemented.
+    """
+    return tuple(getattr(implementation, "leaves_out", ()))
 
 
 def load_outside(target: str) -> Any:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from smca.conformance.property import Judge, Property, Worst
-from smca.conformance.protocol import OPERATIONS, address_of, dtypes_of, implemented, name_of
+from smca.conformance.protocol import OPERATIONS, address_of, dtypes_of, implemented, leaves_out, name_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Case:
 
     @property
     def missing(self) -> str | None:
-        """The operation that the implementation lacks for it; None if it lacks none."""
+        """The operation that the implementation lacks for it, or the property itself; None if it lacks none."""
+        if self.prop.name in leaves_out(self.implementation):
+            return self.prop.name
         for operation in (self.prop.operation, *self.prop.needs):
             if not implemented(self.implementation, operation):
                 return operation

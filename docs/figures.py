@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import starts
 
 from smca.gpu.pictures.drawing import compare_curves
 from smca.gpu.training.log import read_metrics
@@ -37,6 +38,8 @@ LABELS = {
     "plain": "the paper's queries, prior and loss, AdamW",
     "single": "stride 8",
     "multi": "strides 8, 16, 32",
+    "bccd": "BCCD",
+    "trees": "tree crowns",
 }
 
 
@@ -113,6 +116,37 @@ def draw_by_minute(runs: Runs, path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
+def draw_starts(path: Path) -> None:
+    """AP by minutes of training, and by training images, for each start that docs/starts.py has measured."""
+    lines = starts.read(starts.RESULTS)
+    panels: list[tuple[str, str, list[starts.Line]]] = []
+    for data in sorted({line["data"] for line in lines}):
+        of_data = [line for line in lines if line["data"] == data]
+        most = max(line["images"] for line in of_data)
+        panels.append(
+            (
+                f"{LABELS.get(data, data)}, {most} images",
+                "minutes",
+                [line for line in of_data if line["images"] == most],
+            )
+        )
+        for minutes in sorted({line["minutes"] for line in of_data if line["images"] < most}):
+            part = [line for line in of_data if line["minutes"] == minutes]
+            panels.append((f"{LABELS.get(data, data)}, {minutes:g} minutes", "images", part))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), constrained_layout=True)
+    for axis, (title, column, part) in zip(axes, panels, strict=True):
+        for start in starts.STARTS:
+            values = sorted({line[column] for line in part if line["start"] == start})
+            means = [starts.mean(part, start, column, value, "ap") for value in values]
+            axis.plot(values, means, marker=".", label=start)
+        ticks = sorted({line[column] for line in part})
+        axis.set_xscale("log"), axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks]), axis.minorticks_off()
+        axis.set_xlabel({"minutes": "minutes of training", "images": "training images"}[column]), axis.set_ylabel("AP")
+        axis.set_title(title), axis.grid(alpha=0.3), axis.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Write every picture; print every table."""
     draw_prior(DOCS / "prior.png")
@@ -133,6 +167,7 @@ def main() -> None:
             by_size = name in ("scales", "cells")
             print(f"\n{title}\n\n{ap_table(runs, ('ap', 'ap_small', 'ap_medium') if by_size else ('ap', 'ap50'))}")
     draw_by_minute(runs_of("minutes"), DOCS / "convergence-minutes.png", "Built-in data, 2 cores")
+    draw_starts(DOCS / "starts.png")
     whole = "everything: independent widths, a Gaussian for each head, scale selection"
     ablation = {whole: scales[LABELS["small_objects_multiscale"]], **runs_of("ablation")}
     print(f"\nAblation\n\n{last_table(ablation, ('ap', 'ap50', 'ap_small', 'ap_medium'))}")

@@ -125,6 +125,12 @@ def read(results: Path) -> list[Line]:
     return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
+def mean(lines: Sequence[Line], start: str, column: str, value: float, metric: str) -> float:
+    """Of a metric over the seeds of a start at `value` of `column`; NaN if there is none."""
+    found = [line[metric] for line in lines if line["start"] == start and line[column] == value]
+    return math.fsum(found) / len(found) if found else math.nan
+
+
 def table(lines: Sequence[Line], column: str, title: str) -> str:
     """Markdown: one row per start, AP (AP50) by the values of `column`."""
     values = sorted({line[column] for line in lines})
@@ -132,9 +138,8 @@ def table(lines: Sequence[Line], column: str, title: str) -> str:
     for start in STARTS:
         cells = []
         for value in values:
-            found = [line for line in lines if line["start"] == start and line[column] == value]
-            means = [math.fsum(line[name] for line in found) / len(found) for name in ("ap", "ap50")] if found else []
-            cells.append("{:.3f} ({:.3f})".format(*means) if found else "")
+            ap, ap50 = (mean(lines, start, column, value, metric) for metric in ("ap", "ap50"))
+            cells.append("" if math.isnan(ap) else f"{ap:.3f} ({ap50:.3f})")
         if any(cells):
             rows.append(f"| {start} | {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -282,6 +282,8 @@ class CudaAssignment:
 
     name = "cuda-assignment"
     dtypes = ("float32",)
+    leaves_out = ("assign.forbidden_pairs",)
+    """A cost that is not finite ends the training, with its place named."""
 
     def __init__(self) -> None:
         missing = assignment.available("cuda")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from smca.conformance.inputs.attention import SEEDS
-from smca.conformance.inputs.matching import random_boxes
+from smca.conformance.inputs.matching import USUAL_WEIGHTING, WEIGHTINGS, Weighting, named, random_boxes
 from smca.conformance.inputs.model import (
     LEVELS,
     ODD,
@@ -36,12 +36,13 @@ OBJECTS = 3
 
 
 class AnchoredArrays(NamedTuple):
-    """Arguments of anchored_forward, and the objects that its further queries are made of."""
+    """Arguments of anchored_forward, the objects that its further queries are made of, and the weights of a loss's terms."""
 
     model: ModelArrays
     further: FurtherQueries | None
     targets: Targets
     noise: Noise
+    weights: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class AnchoredInputs:
     model: ModelInputs
     filled: float = 0.7
     """Fraction of the padded targets that are objects."""
+    weighting: Weighting = USUAL_WEIGHTING
 
     def arrays(self, dtype: str) -> AnchoredArrays:
         """With values that `dtype` represents."""
@@ -69,12 +71,14 @@ class AnchoredInputs:
         further = noised_queries(targets, noise) if x.config.denoising_groups else None
         if further is not None:
             further = further._replace(box_logits=round_to(further.box_logits, dtype))
-        return AnchoredArrays(x, further, targets, noise)
+        return AnchoredArrays(x, further, targets, noise, named(self.weighting))
 
     def describe(self) -> str:
         """Configuration, sizes and objects."""
         valid = self.arrays("float64").targets.valid
-        return f"{self.model.describe()}; objects per image {valid.sum(1).tolist()} of {OBJECTS}"
+        return (
+            f"{self.model.describe()}; objects per image {valid.sum(1).tolist()} of {OBJECTS}; weights {self.weighting}"
+        )
 
 
 SELECTED: Options = [("query_init", "selected"), ("dense_head", True)]
@@ -91,8 +95,10 @@ _LISTED: list[tuple[Options, Sizes]] = [
     ([*SELECTED, LEVELS, ("encoder", "conv"), ("halve_finest", True)], ((33, 47), (33, 47))),
 ]
 
+_WEIGHTED: list[Weighting] = [USUAL_WEIGHTING, (1.0, 0.25, 5.0), (5.0, 2.0, 0.25)]
 CONFIGURATIONS = [
-    AnchoredInputs(ModelInputs(tuple(options), sizes, seed)) for seed, (options, sizes) in enumerate(_LISTED)
+    AnchoredInputs(ModelInputs(tuple(options), sizes, seed), weighting=_WEIGHTED[seed % len(_WEIGHTED)])
+    for seed, (options, sizes) in enumerate(_LISTED)
 ]
 """Every option with every kind of query, with padding, and with fewer cells than queries."""
 
@@ -126,4 +132,4 @@ def anchored_inputs(draw: st.DrawFn, /, **fixed: Any) -> AnchoredInputs:
     side = st.one_of(st.integers(5, 24), st.sampled_from([33, 47, 64]))
     sizes = tuple(draw(st.lists(st.tuples(side, side), min_size=1, max_size=3)))
     filled = draw(st.sampled_from([0.7, 1.0, 0.0]))
-    return AnchoredInputs(ModelInputs(tuple(options.items()), sizes, draw(SEEDS)), filled)
+    return AnchoredInputs(ModelInputs(tuple(options.items()), sizes, draw(SEEDS)), filled, draw(WEIGHTINGS))

@@ -89,11 +89,12 @@ class SoftmaxArrays(NamedTuple):
     """[M, B, N, K + 1]."""
     boxes: Array
     targets: Targets
+    weights: dict[str, float]
 
     @property
     def with_odds(self) -> LossArrays:
         """The same, with logits in place of z."""
-        return LossArrays(log_odds(self.z), self.boxes, self.targets)
+        return LossArrays(log_odds(self.z), self.boxes, self.targets, self.weights)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class SoftmaxLossInputs:
         """With values that `dtype` represents; padding holds a label and a box like any other."""
         x, rng = self.loss.arrays(dtype), np.random.default_rng(self.loss.seed + 1)
         last = rng.normal(size=(*x.logits.shape[:3], 1)) * self.loss.logit + self.no_object
-        return SoftmaxArrays(np.concatenate([x.logits, round_to(last, dtype)], axis=-1), x.boxes, x.targets)
+        return SoftmaxArrays(np.concatenate([x.logits, round_to(last, dtype)], axis=-1), *x[1:])
 
     def describe(self) -> str:
         """Shapes, and the values worth reading."""
@@ -125,8 +126,8 @@ def softmax_loss_inputs(draw: st.DrawFn, /, **fixed: Any) -> SoftmaxLossInputs:
 
 USUAL_SOFTMAX_LOSSES = [
     SoftmaxLossInputs(LossInputs(layers=2, batch=2, queries=6, classes=3, targets=5, filled=0.5, seed=0)),
-    SoftmaxLossInputs(LossInputs(layers=1, batch=2, queries=2, classes=2, targets=4, filled=1.0, seed=0)),
+    SoftmaxLossInputs(LossInputs(batch=2, queries=2, classes=2, targets=4, weighting=(1.0, 0.25, 5.0), seed=0)),
     SoftmaxLossInputs(LossInputs(layers=2, batch=1, queries=5, classes=1, targets=2, filled=1.0, logit=10.0, seed=3)),
     SoftmaxLossInputs(LossInputs(layers=1, batch=2, queries=3, classes=2, targets=2, filled=0.0, seed=4)),
 ]
-"""Always tried: padding between the objects; more objects than queries; one class; no object at all."""
+"""Always tried: padding between the objects; more objects than queries, other weights; one class; no object at all."""

@@ -12,7 +12,6 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from smca.conformance.inputs.anchored import CONFIGURATIONS, AnchoredArrays, AnchoredInputs, anchored_inputs
-from smca.conformance.inputs.matching import WEIGHTS
 from smca.conformance.inputs.model import PADDING_APART, ModelArrays
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF
@@ -320,27 +319,28 @@ def outputs_of(x: AnchoredArrays, dtype: str, seed: int) -> Outputs:
     return {n: v if v.dtype == bool else v.astype(as_stored).astype(np.float64) for n, v in outputs.items()}
 
 
-def expected_terms(outputs: Outputs, targets: Targets, groups: int, classification: str) -> dict[str, float]:
-    terms = set_loss(outputs, targets, WEIGHTS, classification)
-    if groups:
-        terms |= denoising_loss(outputs, targets, WEIGHTS, groups, classification)
+def expected_terms(outputs: Outputs, x: AnchoredArrays, classification: str) -> dict[str, float]:
+    terms = set_loss(outputs, x.targets, x.weights, classification)
+    if groups := x.model.config.denoising_groups:
+        terms |= denoising_loss(outputs, x.targets, x.weights, groups, classification)
     if "cell_logits" in outputs:
-        terms |= dense_loss(outputs, targets, WEIGHTS)
+        terms |= dense_loss(outputs, x.targets, x.weights)
     return terms | {"loss": sum(value for name, value in terms.items() if name != "loss")}
 
 
-def terms_of(impl: Any, outputs: Outputs, targets: Targets, classification: str, dtype: str) -> dict[str, float]:
-    terms = impl.training_loss(outputs, targets, WEIGHTS, classification, dtype=dtype)
+def terms_of(impl: Any, outputs: Outputs, x: AnchoredArrays, classification: str, dtype: str) -> dict[str, float]:
+    terms = impl.training_loss(outputs, x.targets, x.weights, classification, dtype=dtype)
     return {name: float(value) for name, value in terms.items()}
 
 
-def clear_choices(outputs: Outputs, targets: Targets, dtype: str) -> bool:
+def clear_choices(outputs: Outputs, x: AnchoredArrays, dtype: str) -> bool:
     """Whether rounding could not change the matching, nor which object owns which cell."""
+    targets = x.targets
     gap = 1e4 * UNIT_ROUNDOFF[dtype]
     for m, b in np.ndindex(*outputs["logits"].shape[:2]):
         (real,) = np.nonzero(targets.valid[b])
         pair = outputs["logits"][m, b], outputs["boxes"][m, b]
-        cost = match_cost(*pair, targets.labels[b, real], targets.boxes[b, real], WEIGHTS)
+        cost = match_cost(*pair, targets.labels[b, real], targets.boxes[b, real], x.weights)
         rows, cols = linear_sum_assignment(cost)
         for row, col in zip(rows, cols, strict=True):
             without = cost.copy()
@@ -385,10 +385,10 @@ CLASSIFICATION = ("focal", "matchability")
 def loss_equals_the_oracle(impl: Any, recipe: AnchoredInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     outputs = outputs_of(x, dtype, recipe.model.seed)
-    assume(clear_choices(outputs, x.targets, dtype))
+    assume(clear_choices(outputs, x, dtype))
     for classification in CLASSIFICATION:
-        want = expected_terms(outputs, x.targets, x.model.config.denoising_groups, classification)
-        got = terms_of(impl, outputs, x.targets, classification, dtype)
+        want = expected_terms(outputs, x, classification)
+        got = terms_of(impl, outputs, x, classification, dtype)
         judge.holds(sorted(got) == sorted(want), f"got the terms {sorted(got)}, expected {sorted(want)}")
         for name, value in want.items():
             judge.close(
@@ -409,14 +409,15 @@ def loss_equals_the_oracle(impl: Any, recipe: AnchoredInputs, dtype: str, judge:
 def padding_of_targets(impl: Any, recipe: AnchoredInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     outputs = outputs_of(x, dtype, recipe.model.seed)
-    assume(clear_choices(outputs, x.targets, dtype))
+    assume(clear_choices(outputs, x, dtype))
     t, order = x.targets, np.random.default_rng(recipe.model.seed).permutation(x.targets.valid.shape[1])
     valid = np.pad(t.valid[:, order], ((0, 0), (1, 2)))
     boxes = np.where(valid[..., None], np.pad(t.boxes[:, order], ((0, 0), (1, 2), (0, 0))), np.nan)
     labels = np.where(valid, np.pad(t.labels[:, order], ((0, 0), (1, 2))), 0)
+    padded = x._replace(targets=Targets(labels, boxes, valid))
     for classification in CLASSIFICATION:
-        want = terms_of(impl, outputs, t, classification, dtype)
-        got = terms_of(impl, outputs, Targets(labels, boxes, valid), classification, dtype)
+        want = terms_of(impl, outputs, x, classification, dtype)
+        got = terms_of(impl, outputs, padded, classification, dtype)
         for name, value in want.items():
             judge.close([got[name]], [value], 200 * UNIT_ROUNDOFF[dtype] * (abs(value) + 1), f"padded, term {name}")
 
@@ -434,7 +435,7 @@ def padding_of_targets(impl: Any, recipe: AnchoredInputs, dtype: str, judge: Jud
 def cells_that_learn_a_box(impl: Any, recipe: AnchoredInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     outputs = outputs_of(x, dtype, recipe.model.seed)
-    gradients = impl.training_loss_vjp(outputs, x.targets, WEIGHTS, "focal", dtype=dtype)
+    gradients = impl.training_loss_vjp(outputs, x.targets, x.weights, "focal", dtype=dtype)
     for b in range(len(x.targets.valid)):
         (learning,) = np.nonzero(np.asarray(gradients["cell_boxes"])[b].any(-1))
         (real,) = np.nonzero(x.targets.valid[b])
@@ -463,12 +464,12 @@ def cells_that_learn_a_box(impl: Any, recipe: AnchoredInputs, dtype: str, judge:
 def loss_agrees_with_central_differences(impl: Any, recipe: AnchoredInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     outputs, step = outputs_of(x, dtype, recipe.model.seed), 1e-6
-    assume(clear_choices(outputs, x.targets, dtype))
+    assume(clear_choices(outputs, x, dtype))
     rng = np.random.default_rng(recipe.model.seed)
-    gradients = impl.training_loss_vjp(outputs, x.targets, WEIGHTS, "matchability", dtype=dtype)
+    gradients = impl.training_loss_vjp(outputs, x.targets, x.weights, "matchability", dtype=dtype)
     names = [name for name in LEARNED_FROM if name in outputs]
     judge.holds(sorted(gradients) == sorted(names), f"got gradients of {sorted(gradients)}, expected {sorted(names)}")
-    held = fixed_loss(outputs, x.targets, x.model.config.denoising_groups)
+    held = fixed_loss(outputs, x)
     for name in names:
         direction = rng.uniform(0.5, 1, outputs[name].shape) * rng.choice([-1, 1], outputs[name].shape)
         values = [held({**outputs, name: outputs[name] + t * direction}) for t in (-step, 0.0, step)]
@@ -485,10 +486,11 @@ def loss_agrees_with_central_differences(impl: Any, recipe: AnchoredInputs, dtyp
         )
 
 
-def fixed_loss(at: Outputs, targets: Targets, groups: int) -> Callable[[Outputs], float]:
+def fixed_loss(at: Outputs, given: AnchoredArrays) -> Callable[[Outputs], float]:
     """The loss with matchability as a function of the outputs, whatever is taken as given being that of `at`."""
+    targets, weights, groups = given.targets, given.weights, given.model.config.denoising_groups
     number = max(1, int(targets.valid.sum()))
-    query = match(at["logits"], at["boxes"], targets, WEIGHTS)
+    query = match(at["logits"], at["boxes"], targets, weights)
     image, target = np.nonzero(targets.valid)
 
     def pairs_loss(
@@ -500,9 +502,9 @@ def fixed_loss(at: Outputs, targets: Targets, groups: int) -> Callable[[Outputs]
         v = 0.5 * np.where(matched, 1.0, sigmoid(x0) ** 1.5)
         found = b[which]
         giou = generalized_box_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(true))
-        total = WEIGHTS["class"] * (v * (z * softplus(-x) + (1 - z) * softplus(x))).sum()
+        total = weights["class"] * (v * (z * softplus(-x) + (1 - z) * softplus(x))).sum()
         return float(
-            (total + WEIGHTS["l1"] * np.abs(found - true).sum() + WEIGHTS["giou"] * (1 - giou).sum()) / divisor
+            (total + weights["l1"] * np.abs(found - true).sum() + weights["giou"] * (1 - giou).sum()) / divisor
         )
 
     def loss(o: Outputs) -> float:
@@ -534,8 +536,8 @@ def fixed_loss(at: Outputs, targets: Targets, groups: int) -> Callable[[Outputs]
             v = CLASS_WEIGHT * v * ~at["cell_padding"][..., None]
             x, found, true = o["cell_logits"], o["cell_boxes"][i, c], targets.boxes[i, t]
             giou = generalized_box_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(true))
-            total += WEIGHTS["class"] * float((v * (z * softplus(-x) + (1 - z) * softplus(x))).sum()) / number
-            total += (WEIGHTS["l1"] * np.abs(found - true).sum() + WEIGHTS["giou"] * (1 - giou).sum()) / cells
+            total += weights["class"] * float((v * (z * softplus(-x) + (1 - z) * softplus(x))).sum()) / number
+            total += (weights["l1"] * np.abs(found - true).sum() + weights["giou"] * (1 - giou).sum()) / cells
         return float(total)
 
     return loss

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from smca.conformance.inputs.matching import USUAL_LOSSES, WEIGHTS, LossArrays, LossInputs, loss_inputs
+from smca.conformance.inputs.matching import USUAL_LOSSES, LossArrays, LossInputs, loss_inputs
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF, giou_bound
 from smca.reference import boxes as oracle_boxes
@@ -32,12 +32,12 @@ CONTINUOUS = loss_inputs(logit=st.sampled_from([1.0, 0.1, 10.0]))
 
 
 def terms_of(impl: Any, x: LossArrays, dtype: str) -> dict[str, float]:
-    terms = impl.set_loss(x.logits, x.boxes, x.targets, WEIGHTS, dtype=dtype)
+    terms = impl.set_loss(x.logits, x.boxes, x.targets, x.weights, dtype=dtype)
     return {name: float(value) for name, value in terms.items()}
 
 
 def gradients_of(impl: Any, x: LossArrays, dtype: str) -> tuple[Array, Array]:
-    dlogits, dboxes = impl.set_loss_vjp(x.logits, x.boxes, x.targets, WEIGHTS, dtype=dtype)
+    dlogits, dboxes = impl.set_loss_vjp(x.logits, x.boxes, x.targets, x.weights, dtype=dtype)
     return np.asarray(dlogits, dtype=np.float64), np.asarray(dboxes, dtype=np.float64)
 
 
@@ -51,7 +51,7 @@ def clear_matching(x: LossArrays, dtype: str, classification: str = "focal") -> 
             x.boxes[m, b],
             x.targets.labels[b, real],
             x.targets.boxes[b, real],
-            WEIGHTS,
+            x.weights,
             classification,
         )
         rows, cols = matching.linear_sum_assignment(cost)
@@ -69,7 +69,7 @@ def bounds(x: LossArrays, dtype: str, query: npt.NDArray[np.int64] | None = None
     """Bound of every term: one rounding per logit and coordinate that enters, relative to its size, and one per sum. `query`: of
     each target, if it is not the focal loss's."""
     u, number = UNIT_ROUNDOFF[dtype], max(1, int(x.targets.valid.sum()))
-    query = oracle.match(x.logits, x.boxes, x.targets, WEIGHTS) if query is None else query
+    query = oracle.match(x.logits, x.boxes, x.targets, x.weights) if query is None else query
     limits: dict[str, float] = {}
     for m in range(len(x.logits)):
         image, target = np.nonzero(query[m] >= 0)
@@ -82,7 +82,7 @@ def bounds(x: LossArrays, dtype: str, query: npt.NDArray[np.int64] | None = None
             "l1": u * (np.abs(pred) + np.abs(true)).sum() * count,
             "giou": giou.sum() + u * 2 * count**2,
         }
-        limits |= {f"{name}/{m}": float(WEIGHTS[name] * value / number) for name, value in sums.items()}
+        limits |= {f"{name}/{m}": float(x.weights[name] * value / number) for name, value in sums.items()}
     return {**limits, "loss": sum(limits.values()) + u * len(limits) ** 2}
 
 
@@ -104,7 +104,7 @@ def compare(got: dict[str, float], expected: dict[str, float], limits: dict[str,
 def loss_equals_the_oracle(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     assume(clear_matching(x, dtype))
-    expected = oracle.set_loss({"logits": x.logits, "boxes": x.boxes}, x.targets, WEIGHTS)
+    expected = oracle.set_loss({"logits": x.logits, "boxes": x.boxes}, x.targets, x.weights)
     compare(terms_of(impl, x, dtype), expected, bounds(x, dtype), judge, "term")
 
 
@@ -126,7 +126,8 @@ def reordering(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
         x.targets.boxes[image][:, target],
         x.targets.valid[image][:, target],
     )
-    other = LossArrays(x.logits[:, image][:, :, query][..., column], x.boxes[:, image][:, :, query], t)
+    moved = x.logits[:, image][:, :, query][..., column], x.boxes[:, image][:, :, query]
+    other = LossArrays(*moved, t, x.weights)
     limits = {name: 2 * value for name, value in bounds(x, dtype).items()}
     compare(terms_of(impl, other, dtype), terms_of(impl, x, dtype), limits, judge, "reordered, term")
 
@@ -143,6 +144,31 @@ def layers_alone(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> Non
         for term in ("class", "l1", "giou"):
             limit = 2 * limits[f"{term}/{m}"]
             judge.close([whole[f"{term}/{m}"]], [alone[f"{term}/0"]], limit, f"{term}/{m} against that layer alone,")
+
+
+ONE_PAIR = loss_inputs(queries=1, targets=1, logit=st.sampled_from([1.0, 10.0]))
+"""One query and one object at most per image: the same matching with any weights."""
+
+
+def with_one_term(x: LossArrays, term: str) -> LossArrays:
+    return x._replace(weights={name: float(name == term) for name in x.weights})
+
+
+@property_of(
+    "set_loss.weights",
+    "each term is its own weight times what it is with a weight of 1",
+    LOSS,
+    ONE_PAIR,
+    into=PROPERTIES,
+)
+def weights_of_the_loss(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    whole, limits = terms_of(impl, x, dtype), bounds(x, dtype)
+    for term, weight in x.weights.items():
+        alone = terms_of(impl, with_one_term(x, term), dtype)
+        for m in range(len(x.logits)):
+            name = f"{term}/{m}"
+            judge.close([whole[name]], [weight * alone[name]], 2 * limits[name], f"{name} by its weight of {weight:g}")
 
 
 @property_of(
@@ -176,7 +202,7 @@ def perfect_boxes_cost_nothing(impl: Any, recipe: LossInputs, dtype: str, judge:
     targets = recipe.targets
     boxes, logits = x.boxes.copy(), np.full_like(x.logits, -12.0)
     boxes[:, :, :targets], logits[:, :, :targets] = x.targets.boxes, 12.0
-    terms, limits = terms_of(impl, LossArrays(logits, boxes, x.targets), dtype), bounds(x, dtype)
+    terms, limits = terms_of(impl, x._replace(logits=logits, boxes=boxes), dtype), bounds(x, dtype)
     for m in range(recipe.layers):
         judge.close([terms[f"l1/{m}"]], [0.0], 2 * limits[f"l1/{m}"] + 1e-30, f"l1/{m}")
         judge.close([terms[f"giou/{m}"]], [0.0], 2 * limits[f"giou/{m}"] + 100 * UNIT_ROUNDOFF[dtype], f"giou/{m}")
@@ -197,7 +223,7 @@ def corner(recipe: LossInputs, dtype: str) -> LossArrays:
     if recipe.targets:
         boxes[..., 0, :] = truth[:, 0]
     boxes[rng.random(boxes.shape[:-1]) < 0.2] = [1.0, 0.0, 1.0, 1.0]
-    return LossArrays(x.logits, boxes, Targets(x.targets.labels, truth, x.targets.valid))
+    return x._replace(boxes=boxes, targets=Targets(x.targets.labels, truth, x.targets.valid))
 
 
 @property_of(
@@ -240,8 +266,8 @@ def fixed_loss(x: LossArrays, query: npt.NDArray[np.int64]) -> float:
         pred, true = x.boxes[m, image, query[m, image, target]], x.targets.boxes[image, target]
         pairs = oracle_boxes.cxcywh_to_xyxy(pred), oracle_boxes.cxcywh_to_xyxy(true)
         giou = oracle_boxes.generalized_box_iou(*pairs)
-        total += WEIGHTS["class"] * oracle.sigmoid_focal_loss(x.logits[m], present).sum() / number
-        total += (WEIGHTS["l1"] * np.abs(pred - true).sum() + WEIGHTS["giou"] * (1 - giou).sum()) / number
+        total += x.weights["class"] * oracle.sigmoid_focal_loss(x.logits[m], present).sum() / number
+        total += (x.weights["l1"] * np.abs(pred - true).sum() + x.weights["giou"] * (1 - giou).sum()) / number
     return float(total)
 
 
@@ -258,7 +284,7 @@ def loss_agrees_with_central_differences(impl: Any, recipe: LossInputs, dtype: s
     x = recipe.arrays(dtype)
     assume(clear_matching(x, dtype))
     gradients = dict(zip(("logits", "boxes"), gradients_of(impl, x, dtype), strict=True))
-    query, rng, step = oracle.match(x.logits, x.boxes, x.targets, WEIGHTS), np.random.default_rng(recipe.seed), 1e-6
+    query, rng, step = oracle.match(x.logits, x.boxes, x.targets, x.weights), np.random.default_rng(recipe.seed), 1e-6
     for name, gradient in gradients.items():
         leaf = getattr(x, name)
         direction = rng.uniform(0.5, 1, leaf.shape) * rng.choice([-1, 1], leaf.shape)
@@ -292,8 +318,25 @@ def an_image_alone(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> N
     for b in range(2):
         one = slice(b, b + 1)
         t = Targets(x.targets.labels[one], x.targets.boxes[one], x.targets.valid[one])
-        single = gradients_of(impl, LossArrays(x.logits[:, one], x.boxes[:, one], t), dtype)
+        single = gradients_of(impl, LossArrays(x.logits[:, one], x.boxes[:, one], t, x.weights), dtype)
         divisor = max(1, int(t.valid.sum())) / max(1, int(x.targets.valid.sum()))
         for name, whole, alone in zip(("logits", "boxes"), both, single, strict=True):
             limit = 16 * u * (np.abs(alone).max(initial=0.0) + 1)
             judge.close(whole[:, one], alone * divisor, limit, f"gradient of {name} of image {b}")
+
+
+@property_of(
+    "set_loss_vjp.weights",
+    "the gradient is the sum of the terms' gradients, each times its own weight",
+    LOSS,
+    ONE_PAIR,
+    into=PROPERTIES,
+    dtypes=["float64", "float32"],
+)
+def gradients_by_their_weights(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
+    x, u = recipe.arrays(dtype), UNIT_ROUNDOFF[dtype]
+    apart = [(weight, gradients_of(impl, with_one_term(x, term), dtype)) for term, weight in x.weights.items()]
+    for n, (name, whole) in enumerate(zip(("logits", "boxes"), gradients_of(impl, x, dtype), strict=True)):
+        expected = sum(weight * gradients[n] for weight, gradients in apart)
+        size = sum(weight * np.abs(gradients[n]) for weight, gradients in apart)
+        judge.close(whole, expected, 16 * u * size, f"gradient of {name}")

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from smca.conformance.inputs.matching import WEIGHTS, LossArrays, LossInputs, loss_inputs
+from smca.conformance.inputs.matching import WITH_CLASS, LossArrays, LossInputs, loss_inputs
 from smca.conformance.inputs.softmax import (
     USUAL_ODDS,
     USUAL_SOFTMAX_LOSSES,
@@ -20,7 +20,7 @@ from smca.conformance.inputs.softmax import (
     softmax_loss_inputs,
 )
 from smca.conformance.properties.loss import CORNERS, bounds, clear_matching, compare, corner, fixed_loss
-from smca.conformance.properties.matching import ONE_IMAGE, cost_bound, one_image
+from smca.conformance.properties.matching import ONE_IMAGE, USUAL_IMAGES, Pairs, cost_bound, one_image
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF, accumulation_roundoff
 from smca.reference import losses, matching
@@ -120,14 +120,16 @@ def odds_have_the_gradient_of_their_definition(impl: Any, recipe: OddsInputs, dt
     judge.close(got, want, limit, "gradient of z")
 
 
-def cost(impl: Any, arguments: tuple[Any, ...], dtype: str) -> Array:
-    return np.asarray(impl.softmax_match_cost(*arguments, WEIGHTS, dtype=dtype), dtype=np.float64)
+def cost(impl: Any, x: Pairs, dtype: str) -> Array:
+    return np.asarray(impl.softmax_match_cost(*x, dtype=dtype), dtype=np.float64)
 
 
-@property_of("softmax_match_cost.equals_the_oracle", "equals the oracle", COST, ONE_IMAGE, into=PROPERTIES)
+@property_of(
+    "softmax_match_cost.equals_the_oracle", "equals the oracle", COST, ONE_IMAGE, into=PROPERTIES, always=USUAL_IMAGES
+)
 def cost_equals_the_oracle(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
     x = one_image(recipe, dtype)
-    judge.close(cost(impl, x, dtype), matching.match_cost(*x, WEIGHTS, "softmax"), cost_bound(*x, dtype), "cost")
+    judge.close(cost(impl, x, dtype), matching.match_cost(*x, "softmax"), cost_bound(*x, dtype), "cost")
 
 
 @property_of(
@@ -135,18 +137,19 @@ def cost_equals_the_oracle(impl: Any, recipe: LossInputs, dtype: str, judge: Jud
     "against a probability of 0 the class takes off at most its weight, in proportion to the probability, and no other class's "
     "logit affects it",
     COST,
-    loss_inputs(layers=1, batch=1, filled=1.0, targets=st.integers(1, 9)),
+    loss_inputs(layers=1, batch=1, filled=1.0, targets=st.integers(1, 9), weighting=WITH_CLASS),
     into=PROPERTIES,
 )
 def cost_falls_by_the_probability(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
-    logits, boxes, labels, truth = one_image(recipe, dtype)
-    none = cost(impl, (np.full_like(logits, -1e4), boxes, labels, truth), dtype)
-    own = cost(impl, (logits, boxes, labels, truth), dtype)
-    limit = 2 * cost_bound(np.zeros_like(logits), boxes, labels, truth, dtype) + 16 * UNIT_ROUNDOFF[dtype]
-    judge.close((none - own) / WEIGHTS["class"], sigmoid(logits[:, labels]), limit, "what the class takes off")
+    logits, boxes, labels, truth, weights = x = one_image(recipe, dtype)
+    none = cost(impl, (np.full_like(logits, -1e4), boxes, labels, truth, weights), dtype)
+    own = cost(impl, x, dtype)
+    limit = 2 * cost_bound(np.zeros_like(logits), boxes, labels, truth, weights, dtype) / weights["class"]
+    limit = limit + 16 * UNIT_ROUNDOFF[dtype]
+    judge.close((none - own) / weights["class"], sigmoid(logits[:, labels]), limit, "what the class takes off")
     raised = logits.copy()
     raised[:, labels[0]] += 1
-    after = cost(impl, (raised, boxes, labels, truth), dtype)
+    after = cost(impl, (raised, boxes, labels, truth, weights), dtype)
     judge.holds(bool((after == own)[:, labels != labels[0]].all()), "a cost of another class changed")
 
 
@@ -154,12 +157,12 @@ CONTINUOUS = softmax_loss_inputs()
 
 
 def terms_of(impl: Any, x: SoftmaxArrays, dtype: str) -> dict[str, float]:
-    terms = impl.softmax_set_loss(x.z, x.boxes, x.targets, WEIGHTS, dtype=dtype)
+    terms = impl.softmax_set_loss(x.z, x.boxes, x.targets, x.weights, dtype=dtype)
     return {name: float(value) for name, value in terms.items()}
 
 
 def gradients_of(impl: Any, x: SoftmaxArrays, dtype: str) -> tuple[Array, Array]:
-    dz, dboxes = impl.softmax_set_loss_vjp(x.z, x.boxes, x.targets, WEIGHTS, dtype=dtype)
+    dz, dboxes = impl.softmax_set_loss_vjp(x.z, x.boxes, x.targets, x.weights, dtype=dtype)
     return np.asarray(dz, dtype=np.float64), np.asarray(dboxes, dtype=np.float64)
 
 
@@ -169,7 +172,7 @@ def clear(x: SoftmaxArrays, dtype: str) -> bool:
 
 def matched(x: SoftmaxArrays) -> npt.NDArray[np.int64]:
     odds_of = x.with_odds
-    return losses.match(odds_of.logits, x.boxes, x.targets, WEIGHTS, "softmax")
+    return losses.match(odds_of.logits, x.boxes, x.targets, x.weights, "softmax")
 
 
 def limits_of(x: SoftmaxArrays, dtype: str) -> dict[str, float]:
@@ -177,7 +180,7 @@ def limits_of(x: SoftmaxArrays, dtype: str) -> dict[str, float]:
     query, number = matched(x), x.z[0, ..., 0].size
     of_class = UNIT_ROUNDOFF[dtype] * (1 + float(np.abs(x.z).max())) * (x.z.shape[-1] + np.log2(number + 1))
     limits = bounds(x.with_odds, dtype, query)
-    limits |= {f"class/{m}": WEIGHTS["class"] * of_class for m in range(len(x.z))}
+    limits |= {f"class/{m}": x.weights["class"] * of_class for m in range(len(x.z))}
     names = [name for name in limits if name != "loss"]
     return limits | {"loss": sum(limits[name] for name in names) + UNIT_ROUNDOFF[dtype] * len(names) ** 2}
 
@@ -194,7 +197,7 @@ def loss_equals_the_oracle(impl: Any, recipe: SoftmaxLossInputs, dtype: str, jud
     x = recipe.arrays(dtype)
     assume(clear(x, dtype))
     outputs = {"logits": x.with_odds.logits, "boxes": x.boxes, "class_logits": x.z}
-    expected = losses.set_loss(outputs, x.targets, WEIGHTS, "softmax")
+    expected = losses.set_loss(outputs, x.targets, x.weights, "softmax")
     compare(terms_of(impl, x, dtype), expected, limits_of(x, dtype), judge, "term")
 
 
@@ -213,10 +216,10 @@ def loss_counts_queries(impl: Any, recipe: SoftmaxLossInputs, dtype: str, judge:
     none = x._replace(targets=x.targets.__class__(x.targets.labels, x.targets.boxes, np.zeros_like(x.targets.valid)))
     of_equal, of_none = terms_of(impl, equal, dtype), terms_of(impl, none, dtype)
     for m in range(len(x.z)):
-        want = WEIGHTS["class"] * float(np.log(x.z.shape[-1]))
+        want = x.weights["class"] * float(np.log(x.z.shape[-1]))
         judge.close([of_equal[f"class/{m}"]], [want], limits[f"class/{m}"], f"class/{m} of equal outputs")
         p = softmax(x.z[m])[..., -1]
-        want = WEIGHTS["class"] * float(-np.log(p).mean())
+        want = x.weights["class"] * float(-np.log(p).mean())
         judge.close([of_none[f"class/{m}"]], [want], limits[f"class/{m}"], f"class/{m} without objects")
 
 
@@ -239,7 +242,7 @@ def reordering_of_loss(impl: Any, recipe: SoftmaxLossInputs, dtype: str, judge: 
     labels = np.pad(np.argsort(column)[t.labels[image][:, target]], ((0, 0), (1, 2)))
     moved = Targets(np.where(valid, labels, 0), np.where(valid[..., None], boxes, np.nan), valid)
     z = x.z[:, image][:, :, query][..., [*column.tolist(), columns - 1]]
-    other = SoftmaxArrays(z, x.boxes[:, image][:, :, query], moved)
+    other = SoftmaxArrays(z, x.boxes[:, image][:, :, query], moved, x.weights)
     limits = {name: 2 * value for name, value in limits_of(x, dtype).items()}
     compare(terms_of(impl, other, dtype), terms_of(impl, x, dtype), limits, judge, "reordered, term")
 
@@ -296,14 +299,14 @@ def loss_has_the_gradient_of_its_definition(impl: Any, recipe: SoftmaxLossInputs
         wanted[image, query[m, image, target]] = x.targets.labels[image, target]
         v = np.where(wanted == x.z.shape[-1] - 1, 0.1, 1.0)
         want[m] -= np.eye(x.z.shape[-1])[wanted]
-        want[m] *= WEIGHTS["class"] * v[..., None] / v.sum()
+        want[m] *= x.weights["class"] * v[..., None] / v.sum()
     of_z = UNIT_ROUNDOFF[dtype] * (1 + float(np.abs(x.z).max())) * x.z.shape[-1]
-    judge.close(dz, want, of_z * WEIGHTS["class"], "gradient of z")
+    judge.close(dz, want, of_z * x.weights["class"], "gradient of z")
 
     rng, step = np.random.default_rng(recipe.loss.seed), 1e-6
     direction = rng.uniform(0.5, 1, x.boxes.shape) * rng.choice([-1, 1], x.boxes.shape)
     # Whatever its class term says does not change with the boxes.
-    odds_of = LossArrays(np.zeros_like(x.z[..., :-1]), x.boxes, x.targets)
+    odds_of = LossArrays(np.zeros_like(x.z[..., :-1]), x.boxes, x.targets, x.weights)
     values = [fixed_loss(odds_of._replace(boxes=x.boxes + t * direction), query) for t in (-step, 0.0, step)]
     slope, bend = (values[2] - values[0]) / (2 * step), abs(values[2] - 2 * values[1] + values[0]) / step
     assume(bend < 1e-3 * (1 + abs(slope)))  # L1 and GIoU have kinks, where no difference quotient is the gradient
