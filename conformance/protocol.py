@@ -2,8 +2,9 @@
 
 An implementation is any object with some of the methods below. Each takes and returns NumPy arrays, has the argument
 order of its namesake in `smca.reference`, and one keyword more, ``dtype``: the arithmetic to use, one of the names that
-the object lists in ``dtypes``. Inputs arrive in float64 but hold only values that this dtype represents (centres and
-precisions: float32, where dtype is a half precision), so converting them loses nothing. A method that is missing or
+the object lists in ``dtypes``. Inputs arrive in float64 but hold only values that this dtype represents (centres,
+precisions and boxes: float32, where dtype is a half precision), so converting them loses nothing. Of scores in half
+precision, losses and costs are computed in float32. A method that is missing or
 None is reported as not implemented. ``example_adapter.py`` is a template, docs/conformance.md a guide.
 
 Shape letters: B images, N queries, h heads, d channels per head, J levels, L = H·W keys, M decoder layers, K classes,
@@ -17,7 +18,7 @@ T targets.
     multi_scale_smca_attention_vjp(grad_out, q, levels, level_weights, *, dtype)
         → dq, a list of (dk, dv, dcenter_xy, dprecision_xy) by level, dlevel_weights
     match_cost(logits [N, K], boxes [N, 4], labels [T], target_boxes [T, 4], weights, *, dtype) → [N, T]
-    assign(cost [n, m], *, dtype) → rows, cols, each [min(n, m)], as scipy.optimize.linear_sum_assignment; a cost of +inf forbids a pair
+    assign(cost [n, m], *, dtype) → rows, cols, each [min(n, m)], as scipy.optimize.linear_sum_assignment; +inf forbids a pair
     generalized_box_iou(boxes1 [n, 4], boxes2 [m, 4], *, dtype) → [n, m], boxes as xyxy
     set_loss(logits [M, B, N, K], boxes [M, B, N, 4], targets, weights, *, dtype) → {"class/0": …, "loss": …}
     set_loss_vjp(the same) → gradients of "loss" with respect to logits and boxes

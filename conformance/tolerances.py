@@ -73,8 +73,8 @@ TINY = 1e-290
 """Added to every bound: a bound of 0 would demand exact equality of numbers that underflow."""
 
 
-def prior_dtype(dtype: str) -> str:
-    """The dtype of centres, precisions and level weights that go with queries and keys in `dtype`: at least float32."""
+def at_least_float32(dtype: str) -> str:
+    """The dtype of centres, precisions and level weights that go with queries and keys in `dtype`, and of costs and losses."""
     return "float32" if dtype in ("float16", "bfloat16") else dtype
 
 

@@ -22,6 +22,7 @@ from smca.conformance.implementations.pytorch import (
     numpy_of,
 )
 from smca.conformance.protocol import Unavailable
+from smca.conformance.tolerances import at_least_float32
 from smca.datasets import Targets
 from smca.gpu.config import LossConfig
 from smca.gpu.loss import assignment, boxes, criterion, matcher
@@ -243,10 +244,9 @@ class Criterion:
         return dict(zip(leaves, map(numpy_of, gradients), strict=True))
 
     def _training_loss(self, outputs: Any, targets: Any, weights: Any, classification: Any, dtype: str) -> Any:
-        given = {"cell_anchors": dtype, "cell_padding": "bool"}
-        tensors = {
-            name: self._tensor(value, given.get(name, dtype), name not in given) for name, value in outputs.items()
-        }
+        given = {"cell_anchors": at_least_float32(dtype), "cell_padding": "bool"}
+        kinds = {name: at_least_float32(dtype) if name.endswith("boxes") else dtype for name in outputs} | given
+        tensors = {name: self._tensor(value, kinds[name], name not in given) for name, value in outputs.items()}
         padded_targets = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
         loss = LossConfig(weights["class"], weights["l1"], weights["giou"], classification)
         terms = self.criterion.SetCriterion(loss, matcher_backend=self.backend)(tensors, padded_targets)
@@ -256,7 +256,7 @@ class Criterion:
         self, scored: Any, boxes: Any, targets: Any, weights: Any, dtype: str, classification: Any = "focal"
     ) -> tuple[dict[str, Tensor], Any]:
         """scored: logits, or with a softmax the class head's outputs that they are made of."""
-        leaves = self._tensor(scored, dtype, True), self._tensor(boxes, dtype, True)
+        leaves = self._tensor(scored, dtype, True), self._tensor(boxes, at_least_float32(dtype), True)
         outputs = {"logits": leaves[0], "boxes": leaves[1]}
         if classification == "softmax":
             outputs |= {"logits": layers.log_odds(leaves[0]), "class_logits": leaves[0]}
@@ -264,6 +264,18 @@ class Criterion:
         loss = LossConfig(weights["class"], weights["l1"], weights["giou"], classification)
         module = self.criterion.SetCriterion(loss, matcher_backend=self.backend)
         return module(outputs, padded_targets), leaves
+
+
+class CriterionInHalf(Criterion):
+    """`smca.gpu.loss.criterion` on scores in half precision, such as a network may have under autocast, and boxes in float32. The
+    loss is computed in float32."""
+
+    dtypes = ("float16", "bfloat16")
+    match_cost = softmax_match_cost = generalized_box_iou = noised_queries = None  # type: ignore[assignment]
+
+    def __init__(self, backend: str, device: str) -> None:
+        super().__init__(backend, device)
+        self.name = f"criterion-half-{backend}"
 
 
 class SciPyAssignment:
@@ -315,6 +327,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
     "triton": lambda: Triton("cpu"),
     "triton-cuda": lambda: Triton("cuda"),
     "criterion-scipy": lambda: Criterion("scipy", "cpu"),
+    "criterion-half-scipy": lambda: CriterionInHalf("scipy", "cpu"),
     "criterion-cupy": lambda: Criterion("cupy", "cuda"),
     "scipy": SciPyAssignment,
     "cuda-assignment": CudaAssignment,

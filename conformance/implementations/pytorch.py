@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smca.conformance.inputs.model import STAGES
 from smca.conformance.protocol import Unavailable
-from smca.conformance.tolerances import prior_dtype
+from smca.conformance.tolerances import at_least_float32
 from smca.gpu import attention
 from smca.gpu.attention import dispatch, fused
 from smca.gpu.config import BackboneConfig, ModelConfig
@@ -68,7 +68,7 @@ class TorchAttention:
 
     def _leaves(self, values: Sequence[Array], dtype: str, grad: bool) -> list[Tensor]:
         """k, v (after q) in `dtype`; the centre and the precision behind them in at least float32."""
-        coarse = prior_dtype(dtype)
+        coarse = at_least_float32(dtype)
         wanted = [coarse if i >= len(values) - 2 else dtype for i in range(len(values))]
         return [self._tensor(value, name, grad) for value, name in zip(values, wanted, strict=True)]
 
@@ -116,14 +116,14 @@ class TorchAttention:
     def multi_scale_smca_attention(
         self, q: Array, levels: Sequence[Level], level_weights: Array, *, dtype: str
     ) -> Array:
-        coarse = prior_dtype(dtype)
+        coarse = at_least_float32(dtype)
         arguments = self._tensor(q, dtype), self._levels(levels, dtype, False), self._tensor(level_weights, coarse)
         return numpy_of(self._attend_to_levels(*arguments))
 
     def multi_scale_smca_attention_vjp(
         self, grad_out: Array, q: Array, levels: Sequence[Level], level_weights: Array, *, dtype: str
     ) -> Any:
-        coarse = prior_dtype(dtype)
+        coarse = at_least_float32(dtype)
         level_leaves = self._levels(levels, dtype, True)
         tensors = self._tensor(q, dtype, True), self._tensor(level_weights, coarse, True)
         out = self._attend_to_levels(tensors[0], level_leaves, tensors[1])

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from smca.conformance.tolerances import prior_dtype, round_to
+from smca.conformance.tolerances import at_least_float32, round_to
 from smca.reference.attention import Level
 
 Array = npt.NDArray[np.float64]
@@ -69,7 +69,7 @@ class AttentionInputs:
         center = self._centers(rng)
         precision = self._precisions(rng)
         mask = self._mask(rng)
-        coarse = prior_dtype(dtype)
+        coarse = at_least_float32(dtype)
         level = Level(
             round_to(k * scale, dtype),
             round_to(v, dtype),
@@ -195,7 +195,7 @@ class LevelsInputs:
             weights /= weights.sum(-1, keepdims=True)
         elif self.weights == "one hot":
             weights = (weights == weights.max(-1, keepdims=True)) * 1.0
-        coarse = prior_dtype(dtype)
+        coarse = at_least_float32(dtype)
         return LevelsArrays(q, levels, round_to(weights, coarse), grad_out)
 
     def _scaled(self, q: Array, k: Array, dtype: str) -> Array:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from smca.conformance.inputs.anchored import CONFIGURATIONS, AnchoredArrays, AnchoredInputs, anchored_inputs
 from smca.conformance.inputs.model import PADDING_APART, ModelArrays
 from smca.conformance.property import Judge, Property, property_of
-from smca.conformance.tolerances import UNIT_ROUNDOFF
+from smca.conformance.tolerances import UNIT_ROUNDOFF, at_least_float32, round_to
 from smca.reference import model as oracle
 from smca.reference.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
 from smca.reference.decoder import FurtherQueries
@@ -315,8 +315,7 @@ def outputs_of(x: AnchoredArrays, dtype: str, seed: int) -> Outputs:
                 [moved, sides * rng.uniform(0.7, 1.2, moved.shape)], axis=-1
             )
         outputs["cell_boxes"] = np.clip(outputs["cell_boxes"], 0.0, 1.0)
-    as_stored = np.dtype(dtype).type
-    return {n: v if v.dtype == bool else v.astype(as_stored).astype(np.float64) for n, v in outputs.items()}
+    return {name: value if value.dtype == bool else round_to(value, dtype) for name, value in outputs.items()}
 
 
 def expected_terms(outputs: Outputs, x: AnchoredArrays, classification: str) -> dict[str, float]:
@@ -335,8 +334,7 @@ def terms_of(impl: Any, outputs: Outputs, x: AnchoredArrays, classification: str
 
 def clear_choices(outputs: Outputs, x: AnchoredArrays, dtype: str) -> bool:
     """Whether rounding could not change the matching, nor which object owns which cell."""
-    targets = x.targets
-    gap = 1e4 * UNIT_ROUNDOFF[dtype]
+    targets, gap = x.targets, 1e4 * UNIT_ROUNDOFF[at_least_float32(dtype)]
     for m, b in np.ndindex(*outputs["logits"].shape[:2]):
         (real,) = np.nonzero(targets.valid[b])
         pair = outputs["logits"][m, b], outputs["boxes"][m, b]
@@ -378,22 +376,19 @@ CLASSIFICATION = ("focal", "matchability")
     "method.md §5 and §8; " + CELLS + "; " + NOISED + "; reference/losses.py, equations (S8) and (S9)",
     anchored_inputs(),
     into=PROPERTIES,
-    dtypes=WHOLE,
     examples_factor=0.5,
     always=CONFIGURATIONS,
 )
 def loss_equals_the_oracle(impl: Any, recipe: AnchoredInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
-    outputs = outputs_of(x, dtype, recipe.model.seed)
+    outputs, u = outputs_of(x, dtype, recipe.model.seed), UNIT_ROUNDOFF[at_least_float32(dtype)]
     assume(clear_choices(outputs, x, dtype))
     for classification in CLASSIFICATION:
         want = expected_terms(outputs, x, classification)
         got = terms_of(impl, outputs, x, classification, dtype)
         judge.holds(sorted(got) == sorted(want), f"got the terms {sorted(got)}, expected {sorted(want)}")
         for name, value in want.items():
-            judge.close(
-                [got[name]], [value], 200 * UNIT_ROUNDOFF[dtype] * (abs(value) + 1), f"term {name}, {classification}"
-            )
+            judge.close([got[name]], [value], 200 * u * (abs(value) + 1), f"term {name}, {classification}")
 
 
 @property_of(

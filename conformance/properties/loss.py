@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from smca.conformance.inputs.matching import USUAL_LOSSES, LossArrays, LossInputs, loss_inputs
 from smca.conformance.property import Judge, Property, property_of
-from smca.conformance.tolerances import UNIT_ROUNDOFF, giou_bound
+from smca.conformance.tolerances import UNDERFLOW, UNIT_ROUNDOFF, at_least_float32, giou_bound
 from smca.reference import boxes as oracle_boxes
 from smca.reference import losses as oracle
 from smca.reference import matching
@@ -43,7 +43,7 @@ def gradients_of(impl: Any, x: LossArrays, dtype: str) -> tuple[Array, Array]:
 
 def clear_matching(x: LossArrays, dtype: str, classification: str = "focal") -> bool:
     """Whether every matching survives the rounding of its costs: any other choice costs clearly more."""
-    gap = 1e4 * UNIT_ROUNDOFF[dtype]
+    gap = 1e4 * UNIT_ROUNDOFF[at_least_float32(dtype)]
     for m, b in np.ndindex(*x.logits.shape[:2]):
         (real,) = np.nonzero(x.targets.valid[b])
         cost = matching.match_cost(
@@ -68,6 +68,7 @@ def clear_matching(x: LossArrays, dtype: str, classification: str = "focal") -> 
 def bounds(x: LossArrays, dtype: str, query: npt.NDArray[np.int64] | None = None) -> dict[str, float]:
     """Bound of every term: one rounding per logit and coordinate that enters, relative to its size, and one per sum. `query`: of
     each target, if it is not the focal loss's."""
+    dtype = at_least_float32(dtype)
     u, number = UNIT_ROUNDOFF[dtype], max(1, int(x.targets.valid.sum()))
     query = oracle.match(x.logits, x.boxes, x.targets, x.weights) if query is None else query
     limits: dict[str, float] = {}
@@ -277,7 +278,6 @@ def fixed_loss(x: LossArrays, query: npt.NDArray[np.int64]) -> float:
     "method.md §5, and the definition of a derivative; the matching is not differentiated",
     CONTINUOUS,
     into=PROPERTIES,
-    dtypes=["float64", "float32"],
     always=USUAL_LOSSES,
 )
 def loss_agrees_with_central_differences(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
@@ -298,8 +298,12 @@ def loss_agrees_with_central_differences(impl: Any, recipe: LossInputs, dtype: s
         # L1 and GIoU have kinks: where the slopes of both sides differ, no difference quotient is the gradient.
         assume(abs((ahead - here) - (here - behind)) / step < 1e-3 * (1 + abs(wanted)))
         assume(abs((far - ahead) - (ahead - here)) / step < 1e-3 * (1 + abs(wanted)))
-        steep = np.abs(gradient).sum() * 2 + 1
-        limit = (1e-8 + abs((far - ahead) - (ahead - here)) / step * step + UNIT_ROUNDOFF[dtype] * 50) * steep
+        size = float(np.abs(gradient).sum())
+        exact = UNIT_ROUNDOFF[at_least_float32(dtype)] * 50
+        limit = (1e-8 + abs((far - ahead) - (ahead - here)) / step * step + exact) * (2 * size + 1)
+        limit += (
+            UNIT_ROUNDOFF[dtype] * size + UNDERFLOW[dtype] * gradient.size
+        )  # what comes back is stored in this dtype
         judge.close((gradient * direction).sum(), wanted, limit, f"gradient of {name} along a random direction, ")
 
 

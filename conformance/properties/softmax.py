@@ -22,7 +22,7 @@ from smca.conformance.inputs.softmax import (
 from smca.conformance.properties.loss import CORNERS, bounds, clear_matching, compare, corner, fixed_loss
 from smca.conformance.properties.matching import ONE_IMAGE, USUAL_IMAGES, Pairs, cost_bound, one_image
 from smca.conformance.property import Judge, Property, property_of
-from smca.conformance.tolerances import UNIT_ROUNDOFF, accumulation_roundoff
+from smca.conformance.tolerances import UNDERFLOW, UNIT_ROUNDOFF, accumulation_roundoff, at_least_float32
 from smca.reference import losses, matching
 from smca.reference import softmax_scores as oracle
 from smca.reference.layers import sigmoid, softmax
@@ -177,6 +177,7 @@ def matched(x: SoftmaxArrays) -> npt.NDArray[np.int64]:
 
 def limits_of(x: SoftmaxArrays, dtype: str) -> dict[str, float]:
     """As of the set loss for boxes; for the classes a rounding per output and query, of numbers of the size of the outputs."""
+    dtype = at_least_float32(dtype)
     query, number = matched(x), x.z[0, ..., 0].size
     of_class = UNIT_ROUNDOFF[dtype] * (1 + float(np.abs(x.z).max())) * (x.z.shape[-1] + np.log2(number + 1))
     limits = bounds(x.with_odds, dtype, query)
@@ -285,7 +286,6 @@ def finite_at_the_corners(impl: Any, recipe: SoftmaxLossInputs, dtype: str, judg
     "differentiating (K6); the matching is not differentiated",
     CONTINUOUS,
     into=PROPERTIES,
-    dtypes=["float64", "float32"],
     always=USUAL_SOFTMAX_LOSSES,
 )
 def loss_has_the_gradient_of_its_definition(impl: Any, recipe: SoftmaxLossInputs, dtype: str, judge: Judge) -> None:
@@ -300,8 +300,10 @@ def loss_has_the_gradient_of_its_definition(impl: Any, recipe: SoftmaxLossInputs
         v = np.where(wanted == x.z.shape[-1] - 1, 0.1, 1.0)
         want[m] -= np.eye(x.z.shape[-1])[wanted]
         want[m] *= x.weights["class"] * v[..., None] / v.sum()
-    of_z = UNIT_ROUNDOFF[dtype] * (1 + float(np.abs(x.z).max())) * x.z.shape[-1]
-    judge.close(dz, want, of_z * x.weights["class"], "gradient of z")
+    exact = UNIT_ROUNDOFF[at_least_float32(dtype)]
+    of_z = exact * (1 + float(np.abs(x.z).max())) * x.z.shape[-1]
+    stored = UNIT_ROUNDOFF[dtype] * np.abs(want) + UNDERFLOW[dtype]
+    judge.close(dz, want, of_z * x.weights["class"] + stored, "gradient of z")
 
     rng, step = np.random.default_rng(recipe.loss.seed), 1e-6
     direction = rng.uniform(0.5, 1, x.boxes.shape) * rng.choice([-1, 1], x.boxes.shape)
@@ -310,6 +312,6 @@ def loss_has_the_gradient_of_its_definition(impl: Any, recipe: SoftmaxLossInputs
     values = [fixed_loss(odds_of._replace(boxes=x.boxes + t * direction), query) for t in (-step, 0.0, step)]
     slope, bend = (values[2] - values[0]) / (2 * step), abs(values[2] - 2 * values[1] + values[0]) / step
     assume(bend < 1e-3 * (1 + abs(slope)))  # L1 and GIoU have kinks, where no difference quotient is the gradient
-    steep = np.abs(dboxes).sum() * 2 + 1
-    limit = (1e-8 + UNIT_ROUNDOFF[dtype] * 50) * steep + bend
+    size = float(np.abs(dboxes).sum())
+    limit = (1e-8 + exact * 50) * (2 * size + 1) + bend + UNIT_ROUNDOFF[dtype] * size + UNDERFLOW[dtype] * dboxes.size
     judge.close((dboxes * direction).sum(), slope, limit, "gradient of boxes along a random direction, ")

@@ -18,6 +18,7 @@ from smca.gpu.loss.classification import matchability_loss, mean_cross_entropy, 
 from smca.gpu.loss.count import boxes_per_process
 from smca.gpu.loss.dense_loss import dense_loss
 from smca.gpu.loss.matcher import BROKEN, match
+from smca.gpu.loss.precision import in_float32
 
 
 class SetCriterion(nn.Module):
@@ -199,8 +200,3 @@ def _class_logits(outputs: Mapping[str, Tensor]) -> Tensor:
             'set model.class_scores="softmax", or another loss.classification'
         )
     return in_float32(outputs["class_logits"])
-
-
-def in_float32(x: Tensor) -> Tensor:
-    """At least float32: under autocast the network is bf16, the loss never."""
-    return x if x.dtype == torch.float64 else x.float()

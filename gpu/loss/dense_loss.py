@@ -16,6 +16,7 @@ from torch.nn import functional
 from smca.datasets import Targets
 from smca.gpu.loss.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
 from smca.gpu.loss.count import boxes_per_process
+from smca.gpu.loss.precision import in_float32
 
 CELLS_PER_OBJECT = 6
 NEAR_SIDE = 0.4
@@ -43,7 +44,8 @@ def assign_cells(outputs: Mapping[str, Tensor], targets: Targets) -> Assignment:
         outputs: "cell_logits" [B, L, K], "cell_boxes" and "cell_anchors" [B, L, 4] cxcywh in 0–1, "cell_padding" [B, L] bool.
         targets: labels [B, T], boxes [B, T, 4] cxcywh in 0–1, valid [B, T]; padding may hold anything.
     """
-    logits, boxes, anchors, padding = (outputs[f"cell_{name}"] for name in ("logits", "boxes", "anchors", "padding"))
+    logits, boxes, anchors = (in_float32(outputs[f"cell_{name}"]) for name in ("logits", "boxes", "anchors"))
+    padding = outputs["cell_padding"]
     cells = logits.shape[1]
     real = targets.valid[:, None]  # [B, 1, T]
     true = targets.boxes.to(boxes.dtype).masked_fill(~targets.valid[..., None], 0.0)[:, None]  # [B, 1, T, 4]
@@ -79,7 +81,11 @@ def dense_loss(
     Returns:
         "class/cells", "l1/cells", "giou/cells": scalars, weighted.
     """
-    logits, boxes, padding = outputs["cell_logits"], outputs["cell_boxes"], outputs["cell_padding"]
+    logits, boxes, padding = (
+        in_float32(outputs["cell_logits"]),
+        in_float32(outputs["cell_boxes"]),
+        outputs["cell_padding"],
+    )
     owner, goal = assign_cells(outputs, targets)
     positive, owner = owner >= 0, owner.clamp(min=0)
     label = targets.labels.gather(1, owner)  # a cell that nobody owns has a goal of 0 at any class

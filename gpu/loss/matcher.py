@@ -24,6 +24,7 @@ from torch.nn import functional
 from smca.datasets import Targets
 from smca.gpu.loss import assignment
 from smca.gpu.loss.boxes import cxcywh_to_xyxy, generalized_box_iou
+from smca.gpu.loss.precision import in_float32
 
 BACKENDS = ("auto", "scipy", "cupy")
 BROKEN = -2
@@ -48,8 +49,9 @@ def match_costs(
         classification: of the loss: for "softmax" the class costs −p, as in DETR; otherwise what the focal loss would change by.
 
     Returns:
-        [M, B, N, T].
+        [M, B, N, T], in at least float32.
     """
+    logits, boxes = in_float32(logits), in_float32(boxes)
     layers, batch, queries, _ = logits.shape
     # Only the targets' own classes enter; gathering first keeps this at N × T instead of N × K.
     labels = targets.labels[None, :, None].expand(layers, batch, queries, -1)
@@ -97,7 +99,6 @@ def match(
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown matcher backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    logits = logits if logits.dtype == torch.float64 else logits.float()
     cost = match_costs(logits, boxes, targets, weights, classification)
     missing = "it takes float32 costs" if cost.dtype != torch.float32 else assignment.available(cost.device)
     if backend == "cupy" and missing:
