@@ -167,6 +167,8 @@ class LossInputs:
     logit: float = 1.0
     """Standard deviation of the logits."""
     weighting: Weighting = USUAL_WEIGHTING
+    apart: float = 0.0
+    """If not 0, the queries of an image are nearly the same, and only so far apart: many matchings cost nearly the least."""
     seed: int = 0
 
     def arrays(self, dtype: str) -> LossArrays:
@@ -176,6 +178,9 @@ class LossInputs:
         shape = (self.layers, self.batch, self.queries)
         logits = rng.normal(size=(*shape, self.classes)) * self.logit
         boxes, truth = random_boxes(rng, *shape), random_boxes(rng, self.batch, self.targets)
+        if self.apart:
+            boxes = boxes[:, :, :1] + self.apart * (boxes - 0.5)
+            logits = logits[:, :, :1] + self.apart * logits
         labels = rng.integers(0, self.classes, (self.batch, self.targets))
         if self.seed % 2 == 0:
             labels[:, :1] = self.classes - 1
@@ -197,8 +202,12 @@ USUAL_LOSSES = [
     LossInputs(layers=2, batch=2, queries=6, classes=3, targets=5, filled=0.5, seed=0),
     LossInputs(layers=1, batch=2, queries=2, classes=2, targets=4, filled=1.0, weighting=(1.0, 0.25, 5.0), seed=0),
     LossInputs(layers=2, batch=1, queries=5, classes=100, targets=3, filled=1.0, weighting=(5.0, 2.0, 0.25), seed=2),
+    LossInputs(
+        layers=2, batch=2, queries=6, classes=2, targets=4, filled=1.0, weighting=(1.0, 5.0, 2.0), apart=1e-4, seed=3
+    ),
 ]
-"""Always tried: padding before, between and behind the objects; more objects than queries; the last of many classes."""
+"""Always tried: padding before, between and behind the objects; more objects than queries; the last of many classes; queries that
+are nearly alike."""
 
 
 @st.composite
@@ -213,6 +222,7 @@ def loss_inputs(draw: st.DrawFn, /, **fixed: Any) -> LossInputs:
         "filled": st.sampled_from([1.0, 0.5, 0.0]),
         "logit": st.sampled_from([1.0, 0.1, 10.0, 1e4]),
         "weighting": WEIGHTINGS,
+        "apart": st.sampled_from([0.0, 0.0, 0.0, 1e-4]),
         "seed": SEEDS,
     }
     chosen = {**usual, **fixed}

@@ -22,17 +22,18 @@ import torch
 
 import smca.gpu
 import smca.reference
-from smca.conformance.implementations.ours import Criterion, Oracle
+from smca.conformance.implementations.ours import Criterion, CriterionInHalf, Oracle
 from smca.conformance.implementations.pytorch import LIFTED, Auto, TorchModel, Triton
 from smca.conformance.mutants.table import ORACLE, Mutant
 from smca.conformance.mutants.table_anchored import ANCHORED
 from smca.conformance.mutants.table_gpu import DROPOUT, KERNELS, LIFTING, PRODUCTION
+from smca.conformance.mutants.table_loss import LOSS
 from smca.conformance.mutants.table_softmax import SOFTMAX
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
 from smca.gpu.attention import fused as fused_attention
 
-MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING, *ANCHORED, *SOFTMAX]
+MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING, *ANCHORED, *SOFTMAX, *LOSS]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
@@ -71,6 +72,19 @@ _SOFTMAX = (
     "forward_vjp",
 )
 """What a bug of `table_softmax` can reach."""
+
+_LOSS = (
+    "match_cost",
+    "assign",
+    "set_loss",
+    "set_loss_vjp",
+    "training_loss",
+    "training_loss_vjp",
+    "softmax_match_cost",
+    "softmax_set_loss",
+    "softmax_set_loss_vjp",
+)
+"""What a bug of `table_loss` can reach."""
 
 _count = itertools.count()
 
@@ -207,10 +221,13 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
         noising: Any = Criterion("scipy", "cpu")  # of which only this is mutated
         noising.denoising = importlib.import_module(f"{name}.model.denoising")
         return [model, noising]
-    criterion: Any = Criterion("scipy", "cpu")
+    criteria: list[Any] = [Criterion("scipy", "cpu")]
+    if mutant in LOSS:
+        criteria.append(CriterionInHalf("scipy", "cpu"))
     for module in ("boxes", "matcher", "criterion"):
-        setattr(criterion, module, importlib.import_module(f"{name}.loss.{module}"))
-    return [criterion]
+        for criterion in criteria:
+            setattr(criterion, module, importlib.import_module(f"{name}.loss.{module}"))
+    return criteria
 
 
 def operations_of(mutant: Mutant) -> tuple[str, ...]:
@@ -219,6 +236,8 @@ def operations_of(mutant: Mutant) -> tuple[str, ...]:
         return _BEYOND
     if mutant in SOFTMAX:
         return _SOFTMAX
+    if mutant in LOSS:
+        return _LOSS
     if mutant in DROPOUT:
         return ("smca_attention_dropout",)
     return CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))
