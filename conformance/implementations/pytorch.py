@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from smca.conformance.inputs.model import STAGES
+from smca.conformance.inputs.model import STAGES, given_strides
 from smca.conformance.protocol import Unavailable
 from smca.conformance.tolerances import at_least_float32
 from smca.gpu import attention
@@ -29,16 +29,12 @@ from smca.reference.attention import Level
 
 Array = npt.NDArray[Any]
 
-BACKBONE = BackboneConfig(
-    options={"embedding_size": 8, "hidden_sizes": list(STAGES.values()), "depths": [1, 1], "layer_type": "basic"},
-    frozen_norm=False,
-)
-"""The backbone of a model whose features come from the inputs."""
-
 
 def production_config(config: reference_config.ModelConfig) -> ModelConfig:
-    """The model that the specification means, with a small backbone."""
-    return ModelConfig(backbone=BACKBONE, **dataclasses.asdict(config))
+    """The model that the specification means, with a small backbone, whose maps are not read: features come from the inputs."""
+    widths = [STAGES[stride] for stride in STAGES if stride <= max(8, *given_strides(config.strides))]
+    options = {"embedding_size": 8, "hidden_sizes": widths, "depths": [1] * len(widths), "layer_type": "basic"}
+    return ModelConfig(backbone=BackboneConfig(options=options, frozen_norm=False), **dataclasses.asdict(config))
 
 
 ALL = ("float64", "float32", "float16", "bfloat16")
@@ -50,6 +46,13 @@ AUTO = {**dict.fromkeys(ALL, dispatch.LIFTED_LOGIT_LIMIT), "float64": float("inf
 def numpy_of(tensor: Tensor) -> Array:
     """In float64, on the host."""
     return tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
+
+
+def has_padding(features: Sequence[Array], valid_sizes: Array, config: reference_config.ModelConfig) -> bool:
+    """Whether a cell holds no pixel of its image. Where none does, the model is told so, and works without masks."""
+    sizes = np.stack([np.shape(x)[2:] for x in features])  # [levels, 2]
+    strides = np.array(config.strides[: len(features)])[:, None, None]
+    return bool((np.ceil(valid_sizes / strides) < sizes[:, None]).any())
 
 
 class TorchAttention:
@@ -233,16 +236,19 @@ class TorchModel(TorchAttention):
         padded_size: tuple[int, int] | None = None,
     ) -> dict[str, Array]:
         model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
+        batch: dict[str, Any] = {"padded": has_padding(features, valid_sizes, config), "padded_size": padded_size}
         with torch.no_grad():
-            outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, padded_size=padded_size)
+            outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, **batch)
         return {name: numpy_of(value) for name, value in outputs.items()}
 
     def anchored_forward(
         self, params: Any, features: Any, valid_sizes: Array, config: Any, further: Any, *, dtype: str
     ) -> dict[str, Array]:
         model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
+        padded = has_padding(features, valid_sizes, config)
+        further = self._further(further, dtype)
         with torch.no_grad():
-            outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, self._further(further, dtype))
+            outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, further, padded=padded)
         return {name: numpy_of(value) for name, value in outputs.items()}
 
     def anchored_forward_vjp(
@@ -257,7 +263,9 @@ class TorchModel(TorchAttention):
         dtype: str,
     ) -> dict[str, Array]:
         model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
-        outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, self._further(further, dtype))
+        padded = has_padding(features, valid_sizes, config)
+        further = self._further(further, dtype)
+        outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, further, padded=padded)
         return self._gradients(model, params, {outputs[name]: grad for name, grad in gradients.items()}, dtype)
 
     def _further(self, further: Any, dtype: str) -> FurtherQueries | None:
@@ -290,7 +298,8 @@ class TorchModel(TorchAttention):
         dtype: str,
     ) -> dict[str, Array]:
         model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
-        outputs = model.detect([self._tensor(x, dtype) for x in features], sizes)
+        padded = has_padding(features, valid_sizes, config)
+        outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, padded=padded)
         gradients = {outputs["logits"]: grad_logits, outputs["boxes"]: grad_boxes}
         return self._gradients(model, params, gradients, dtype)
 

@@ -23,6 +23,7 @@ from smca.conformance.inputs.model import (
     ModelInputs,
     Options,
     Sizes,
+    doubling,
 )
 from smca.conformance.tolerances import round_to
 from smca.reference.decoder import FurtherQueries
@@ -93,6 +94,7 @@ _LISTED: list[tuple[Options, Sizes]] = [
     ([*SELECTED, IN_BOXES, LEVELS, ("num_queries", 9), ("cross_level_blocks", (0,))], ((8, 8), (64, 24))),
     ([*SELECTED, IN_BOXES, LEVELS, ("halve_finest", True), ("denoising_groups", 1)], ODD),
     ([*SELECTED, LEVELS, ("encoder", "conv"), ("halve_finest", True)], ((33, 47), (33, 47))),
+    ([*SELECTED, IN_BOXES, ("strides", (4, 16, 64)), ("box_refinement", True)], ((70, 47),)),
 ]
 
 _WEIGHTED: list[Weighting] = [USUAL_WEIGHTING, (1.0, 0.25, 5.0), (5.0, 2.0, 0.25)]
@@ -109,7 +111,7 @@ def anchored_inputs(draw: st.DrawFn, /, **fixed: Any) -> AnchoredInputs:
     usual: dict[str, Any] = {
         "query_init": st.sampled_from(["selected", "anchors"]),
         "prior_unit": st.sampled_from(["box", "pixels"]),
-        "strides": st.sampled_from([(8,), (4, 8, 16), (8, 16)]),
+        "strides": st.sampled_from([(8,), (4, 8, 16), (8, 16), (8, 32)]),
         "encoder": st.sampled_from([*PADDING_APART, "conv"]),
         "halve_finest": st.booleans(),
         "encoder_layers": st.integers(0, 1),
@@ -125,6 +127,7 @@ def anchored_inputs(draw: st.DrawFn, /, **fixed: Any) -> AnchoredInputs:
     options: dict[str, Any] = {}
     for name, values in (usual | fixed).items():
         options[name] = draw(values) if isinstance(values, st.SearchStrategy) else values
+    doubling(options)
     if options["cross_attention"] == "dense":
         del options["prior_scale"], options["prior_unit"]
     if options["query_init"] == "selected":

@@ -1,8 +1,9 @@
 """Inputs of the whole model, from backbone features on: a recipe of a few numbers, and parameters, features and sizes.
 
 Bounds, with their reasons: 12 to 24 channels and up to 5 queries and 3 layers, so that an example takes milliseconds
-and the gradient of every parameter can be had by differences; images of 5 to 70 pixels at strides of 4 to 32, so that
-maps go down to one cell, do not nest and are not square; every parameter random, because a zero hides what multiplies it.
+and the gradient of every parameter can be had by differences; images of 5 to 70 pixels at strides of 4 to 64, so that
+maps go down to one cell, do not nest and are not square; levels whose strides do not double; batches without padding whose
+sides are no multiples of a stride; every parameter random, because a zero hides what multiplies it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,18 @@ from smca.reference.parameters import parameter_shapes
 
 Array = npt.NDArray[np.float64]
 
-STAGES = {4: 8, 8: 12}
-"""Stride → channels of the maps that the backbone gives; levels beyond are made from the last."""
+STAGES = {4: 8, 8: 12, 16: 10, 32: 14, 64: 6}
+"""Stride → channels of a backbone's maps."""
+
+
+def given_strides(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the maps that the backbone gives: up to 8, and up to the last that is not twice the one before; the others are made.
+
+    >>> given_strides((4, 8, 16)), given_strides((4, 16, 32)), given_strides((8, 32))
+    ((4, 8), (4, 16), (8, 32))
+    """
+    jumps = [j for j in range(len(strides)) if j == 0 or strides[j] != 2 * strides[j - 1]]
+    return tuple(stride for j, stride in enumerate(strides) if j <= jumps[-1] or stride <= 8)
 
 
 class ModelArrays(NamedTuple):
@@ -79,7 +90,7 @@ class ModelInputs:
         """With values that `dtype` represents; what stands in padded cells is drawn like the rest."""
         rng, config = np.random.default_rng(self.seed), configuration(self.options)
         valid_sizes = np.array(self.sizes, dtype=np.float64)
-        backbone_strides = [stride for stride in config.strides if stride in STAGES]
+        backbone_strides = given_strides(config.strides)
         features = []
         for stride in backbone_strides:
             rows, columns = (-(-int(side) // stride) for side in valid_sizes.max(0))
@@ -136,17 +147,28 @@ _LISTED: list[tuple[Options, Sizes]] = [
     ([("strides", (4, 8)), ("encoder", "pyramid_conv"), ("halve_finest", True), ("pre_norm", True)], ODD),
     ([("cross_attention", "dense"), SOFTMAX], PADDED),
     ([LEVELS, SOFTMAX, ("num_classes", 1), ("pre_norm", True), ("encoder_layers", 0)], ODD),
+    ([("strides", (8, 32)), ("cross_level_blocks", (0,))], ODD),
+    ([("strides", (4, 16, 64)), ("encoder", "pyramid_conv"), ("encoder_layers", 2)], ((70, 47), (33, 64))),
+    ([("strides", (4, 16)), ("encoder", "pyramid_conv"), ("pre_norm", True), ("halve_finest", True)], ((33, 47),)),
+    ([LEVELS, ("query_init", "grid"), ("box_refinement", True)], ((37, 61), (37, 61))),
 ]
 
 CONFIGURATIONS = [ModelInputs(tuple(options), sizes, seed) for seed, (options, sizes) in enumerate(_LISTED)]
 """Every option and every pair that could hide one another, with padding and with sizes that do not nest."""
 
 
+def doubling(options: dict[str, Any]) -> None:
+    """Make the authors' encoder, which takes no other levels than those whose strides double, another one where they don't."""
+    strides = options["strides"]
+    if options["encoder"] == "conv" and any(strides[j] != 2 * strides[j - 1] for j in range(1, len(strides))):
+        options["encoder"] = "pyramid_conv"
+
+
 @st.composite
 def model_inputs(draw: st.DrawFn, /, **fixed: Any) -> ModelInputs:
     """Any configuration of the method, its options and its ablations; `fixed` pins fields of it."""
     usual: dict[str, Any] = {
-        "strides": st.sampled_from([(8,), (4, 8, 16), (8, 16), (4, 8), (4, 8, 16, 32)]),
+        "strides": st.sampled_from([(8,), (4, 8, 16), (8, 16), (4, 8), (4, 8, 16, 32), (8, 32), (4, 16, 64), (4, 16)]),
         "encoder": st.sampled_from([*PADDING_APART, "conv"]),
         "halve_finest": st.booleans(),
         "encoder_layers": st.integers(0, 2),
@@ -168,6 +190,7 @@ def model_inputs(draw: st.DrawFn, /, **fixed: Any) -> ModelInputs:
     options: dict[str, Any] = {}
     for name, values in (usual | fixed).items():
         options[name] = draw(values) if isinstance(values, st.SearchStrategy) else values
+    doubling(options)
     several = len(options["strides"]) > 1
     if not several:
         del options["scale_selection"]  # not an option of one level, nor the prior's of a model without one
