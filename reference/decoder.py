@@ -82,6 +82,7 @@ def decoder(
     config: ModelConfig,
     selected: FloatArray | None = None,
     further: FurtherQueries | None = None,
+    given: Sequence[FloatArray] | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """All layers and their decoded outputs. Equations (D1), (D2), (D8) to (D11).
 
@@ -92,6 +93,8 @@ def decoder(
         config: as configured.
         selected: with query_init="selected" the box logits that queries start on, [B, N, 4].
         further: D queries more per image, as in training; N stands for N + D below.
+        given: M arrays [B, N, 4], the ref of each layer wherever it is taken as given, (D9) and (D10): what a gradient does
+            not pass through. None = those that the layers compute, which are the same numbers.
 
     Returns:
         z [M, B, N, K], or [M, B, N, K + 1] with class_scores="softmax"; boxes [M, B, N, 4] (cxcywh in [0, 1] of the
@@ -107,7 +110,10 @@ def decoder(
 
     for index in range(config.decoder_layers):
         name = f"decoder.layers.{index}"
-        query_position = position_of_queries(reference_logits, params, config)  # p
+        if given is not None and config.box_refinement and index > 0:
+            reference_logits = given[index]  # (D9)
+        looked_at = reference_logits if given is None else given[index]
+        query_position = position_of_queries(looked_at, params, config)  # p
 
         state = t + query_position
         y = layer_norm(t, params, f"{name}.norm1") if config.pre_norm else t
@@ -122,7 +128,8 @@ def decoder(
             state = layer_norm(state, params, f"{name}.state_norm")  # O
         if uses_prior(config) and index == 0 and not has_anchors(config):
             reference_logits[..., :2] = initial_center_logits(state, params, config)
-        priors = spatial_prior(state, reference_logits, grids, params, name, config)
+        looked_at = looked_at if has_anchors(config) else reference_logits
+        priors = spatial_prior(state, looked_at, grids, params, name, config)
         level_weights = scale_selection(state, params, name, config)
 
         y = layer_norm(t, params, f"{name}.norm2") if config.pre_norm else t

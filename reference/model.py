@@ -49,6 +49,7 @@ def forward(
     config: ModelConfig,
     further: FurtherQueries | None = None,
     padded_size: tuple[int, int] | None = None,
+    given: Sequence[FloatArray] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """The model in evaluation mode. Equations (M1) to (M8).
 
@@ -61,6 +62,7 @@ def forward(
         further: queries beside the model's own, as training has them with denoising_groups > 0.
         padded_size: (height, width) in pixels that all images were padded to; None = to be treated as if each were alone.
             Read with padding_cells="nearest" only.
+        given: box logits that queries take as given, as `decoder.decoder` takes them: for derivatives by differences.
 
     Returns:
         "logits" [M, B, N, K] and "boxes" [M, B, N, 4] (cxcywh in [0, 1] of the unpadded image), M decoder layers, the
@@ -90,7 +92,7 @@ def forward(
     selected = None
     if cells is not None and config.query_init == "selected":
         selected = select_queries(cells, grids, config.num_queries)
-    z, boxes = decoder(memory, grids, weights, config, selected, further)  # (M7)
+    z, boxes = decoder(memory, grids, weights, config, selected, further, given)  # (M7)
     logits = log_odds(z) if config.class_scores == "softmax" else z
 
     n = config.num_queries

@@ -27,13 +27,14 @@ from smca.conformance.implementations.pytorch import LIFTED, Auto, TorchModel, T
 from smca.conformance.mutants.table import ORACLE, Mutant
 from smca.conformance.mutants.table_anchored import ANCHORED
 from smca.conformance.mutants.table_gpu import DROPOUT, KERNELS, LIFTING, PRODUCTION
+from smca.conformance.mutants.table_gradients import GRADIENTS
 from smca.conformance.mutants.table_loss import LOSS
 from smca.conformance.mutants.table_softmax import SOFTMAX
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
 from smca.gpu.attention import fused as fused_attention
 
-MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING, *ANCHORED, *SOFTMAX, *LOSS]
+MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING, *ANCHORED, *SOFTMAX, *LOSS, *GRADIENTS]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
@@ -238,6 +239,8 @@ def operations_of(mutant: Mutant) -> tuple[str, ...]:
         return _SOFTMAX
     if mutant in LOSS:
         return _LOSS
+    if mutant in GRADIENTS:
+        return ("forward_vjp", "anchored_forward_vjp")
     if mutant in DROPOUT:
         return ("smca_attention_dropout",)
     return CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))
