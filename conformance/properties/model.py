@@ -249,7 +249,7 @@ def check_derivative(
 @property_of(
     "forward_vjp.every_parameter",
     "the gradient of every parameter agrees with central differences of the oracle, boxes held fixed where they are taken as given",
-    "the definition of a derivative; reference/decoder.py, (D9): with box refinement none passes from one layer's boxes to the next",
+    "the definition of a derivative; reference/decoder.py, (D9): with box refinement none passes from a layer's boxes to the next",
     model_inputs(decoder_layers=st.integers(1, 3), encoder_layers=st.integers(0, 1)),
     into=PROPERTIES,
     dtypes=["float64"],
