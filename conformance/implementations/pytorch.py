@@ -55,6 +55,18 @@ def has_padding(features: Sequence[Array], valid_sizes: Array, config: reference
     return bool((np.ceil(valid_sizes / strides) < sizes[:, None]).any())
 
 
+def laid_out_like(dense: Tensor, values: Array) -> Tensor:
+    """The same numbers with the strides of an array. What lies between them in memory is NaN, in a mask True."""
+    if not isinstance(values, np.ndarray) or values.flags.c_contiguous:
+        return dense
+    strides = [stride // values.itemsize for stride in values.strides]
+    length = 1 + sum((count - 1) * stride for count, stride in zip(values.shape, strides, strict=True))
+    memory = dense.new_full((length,), float("nan") if dense.is_floating_point() else 1)
+    first = tuple(slice(0, 1 if stride == 0 else None) for stride in strides)
+    memory.as_strided(dense[first].shape, strides).copy_(dense[first])
+    return memory.as_strided(dense.shape, strides)
+
+
 class TorchAttention:
     """A backend of `smca.gpu.attention`."""
 
@@ -67,7 +79,8 @@ class TorchAttention:
         self.backend, self.device, self.dtypes, self.expanded_up_to = backend, device, tuple(dtypes), expanded_up_to
 
     def _tensor(self, values: Array, dtype: str, grad: bool = False) -> Tensor:
-        return torch.tensor(values, dtype=getattr(torch, dtype), device=self.device, requires_grad=grad)
+        dense = torch.tensor(values, dtype=getattr(torch, dtype), device=self.device)
+        return laid_out_like(dense, values).requires_grad_(grad)
 
     def _leaves(self, values: Sequence[Array], dtype: str, grad: bool) -> list[Tensor]:
         """k, v (after q) in `dtype`; the centre and the precision behind them in at least float32."""
@@ -76,7 +89,7 @@ class TorchAttention:
         return [self._tensor(value, name, grad) for value, name in zip(values, wanted, strict=True)]
 
     def _mask(self, mask: Array | None) -> Tensor | None:
-        return None if mask is None else torch.tensor(mask, device=self.device)
+        return None if mask is None else laid_out_like(torch.tensor(mask, device=self.device), mask)
 
     def _attend(self, *arguments: Any) -> Tensor:
         out: Tensor = self.attention.smca_attention(*arguments, backend=self.backend)

@@ -56,6 +56,9 @@ class AttentionInputs:
     padding: str = "none"
     """"none", "some" keys at random, "all but one" key of each image, or the "edge": last rows and columns."""
     seed: int = 0
+    layout: str = "contiguous"
+    """Of the arrays in memory: "contiguous"; "transposed", each with its axes in another order; "sliced", every other entry of a
+    larger array, along another axis each; "broadcast": all images are the first, with a stride of 0."""
 
     def arrays(self, dtype: str) -> AttentionArrays:
         """With values that `dtype` represents."""
@@ -78,7 +81,8 @@ class AttentionInputs:
             self.size,
             mask,
         )
-        return AttentionArrays(round_to(q * scale, dtype), level, round_to(rng.normal(size=q.shape), dtype))
+        grad_out = round_to(rng.normal(size=q.shape), dtype)
+        return _laid_out(AttentionArrays(round_to(q * scale, dtype), level, grad_out), self.layout)
 
     def _precisions(self, rng: np.random.Generator) -> Array:
         shape = (self.batch, self.heads, self.queries, 2)
@@ -118,11 +122,38 @@ class AttentionInputs:
         """Shapes, and the values worth reading."""
         x = self.arrays("float64")
         padded = "no mask" if x.level.key_padding_mask is None else f"{int(x.level.key_padding_mask.sum())} padded"
+        layout = "" if self.layout == "contiguous" else f", {self.layout} in memory"
         return (
-            f"q {x.q.shape}, map {self.size[0]} × {self.size[1]} ({padded}), largest logit {self.logit:g}, "
+            f"q {x.q.shape}{layout}, map {self.size[0]} × {self.size[1]} ({padded}), largest logit {self.logit:g}, "
             f"center_xy[0,0,0] = {x.level.center_xy[0, 0, 0].round(4).tolist()}, "
             f"precision_xy[0,0,0] = {x.level.precision_xy[0, 0, 0].round(4).tolist()}"
         )
+
+
+def _laid_out(x: AttentionArrays, layout: str) -> AttentionArrays:
+    """The same numbers (with "broadcast", those of the first image) in another layout; no two of q, k, v and the rest are laid out
+    alike."""
+    if layout == "contiguous":
+        return x
+
+    def laid_out(values: Any, order: tuple[int, ...], axis: int) -> Any:
+        if layout == "broadcast":
+            return np.broadcast_to(values[:1], values.shape)
+        if layout == "transposed":
+            return np.ascontiguousarray(values.transpose(order)).transpose(np.argsort(order))
+        every_other = (slice(None),) * axis + (slice(None, None, 2),)
+        return np.repeat(values, 2, axis=axis)[every_other]
+
+    level, mask = x.level, x.level.key_padding_mask
+    level = Level(
+        laid_out(level.k, (0, 1, 3, 2), 2),
+        laid_out(level.v, (3, 2, 0, 1), 1),
+        laid_out(level.center_xy, (2, 1, 0, 3), 3),
+        laid_out(level.precision_xy, (3, 0, 1, 2), 2),
+        level.size,
+        None if mask is None else laid_out(mask, (1, 0), 1),
+    )
+    return AttentionArrays(laid_out(x.q, (0, 2, 1, 3), 3), level, laid_out(x.grad_out, (3, 1, 2, 0), 2))
 
 
 SIDES = st.one_of(st.sampled_from([1, 2, 3]), st.integers(1, 9))
@@ -147,6 +178,7 @@ def attention_inputs(draw: st.DrawFn, /, **fixed: Any) -> AttentionInputs:
         "centers": st.sampled_from(["inside", "outside", "cell"]),
         "padding": st.sampled_from(["none", "some", "edge", "all but one"]),
         "seed": SEEDS,
+        "layout": st.sampled_from(["contiguous", "contiguous", "transposed", "sliced", "broadcast"]),
     }
     chosen = {**usual, **fixed}
     return AttentionInputs(
@@ -156,6 +188,9 @@ def attention_inputs(draw: st.DrawFn, /, **fixed: Any) -> AttentionInputs:
 
 USUAL = [AttentionInputs(2, 2, 5, 8, (3, 5), 10.0, 0.5, "even", "outside", "some", 1)]
 """A case with nothing simple about it: slow implementations see few others, and Hypothesis begins with the simplest."""
+
+LAYOUTS = [replace(USUAL[0], layout="transposed"), replace(USUAL[0], layout="sliced")]
+"""The same, with each array laid out in memory in another way."""
 
 STEEP = AttentionInputs(2, 2, 5, 8, (17, 19), 1.0, 4.0, "even", "inside", "some", 1)
 """Where little but the prior decides, and decides between many keys: what half precision loses of it shows."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from smca.conformance.inputs.attention import STEEP, USUAL, AttentionArrays, AttentionInputs, attention_inputs
+from smca.conformance.inputs.attention import LAYOUTS, STEEP, USUAL, AttentionArrays, AttentionInputs, attention_inputs
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.protocol import expanded_up_to, skips_below
 from smca.conformance.tolerances import UNIT_ROUNDOFF, AttentionBounds, attention_bounds
@@ -84,7 +84,7 @@ def real_keys(x: AttentionArrays) -> npt.NDArray[np.bool_]:
     DEFINITION,
     attention_inputs(),
     into=PROPERTIES,
-    always=[*USUAL, STEEP],
+    always=[*USUAL, *LAYOUTS, STEEP],
 )
 def equals_the_oracle(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)

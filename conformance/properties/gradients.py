@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from smca.conformance.inputs.attention import USUAL, AttentionArrays, AttentionInputs, attention_inputs
+from smca.conformance.inputs.attention import LAYOUTS, USUAL, AttentionArrays, AttentionInputs, attention_inputs
 from smca.conformance.properties.attention import PADDED, bounds, forward, poisoned, real_keys
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.protocol import expanded_up_to
@@ -33,7 +33,7 @@ def backward(impl: Any, x: AttentionArrays, dtype: str) -> tuple[Array, ...]:
     BACKWARD,
     attention_inputs(),
     into=PROPERTIES,
-    always=USUAL,
+    always=[*USUAL, *LAYOUTS],
 )
 def equals_the_oracle_of_gradients(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
