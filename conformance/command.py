@@ -132,7 +132,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
         passed, failed = (sum(o.status == status for o in group) for status in ("passed", "failed"))
         worst = max(o.worst.ratio for o in group)
         lacking = sum(o.status == "not implemented" for o in group)
-        also = f" ({lacking} not checked: they need an operation that it lacks)" if lacking else ""
+        also = f" ({lacking} not checked: it leaves them out, or lacks an operation that they need)" if lacking else ""
         lines.append(f"{start} {passed:6} {failed:6}  {f'{worst:.3g}' if worst >= 0 else 'exact'}{also}")
     examples, seconds = sum(o.worst.examples for o in outcomes), sum(o.seconds for o in outcomes)
     failures = sum(outcome.status == "failed" for outcome in outcomes)

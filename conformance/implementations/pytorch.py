@@ -183,6 +183,7 @@ class Triton(TorchAttention):
     """The fused kernels: on a GPU, or in Triton's interpreter on the CPU."""
 
     slow, examples_factor = True, 0.05
+    fused: Any = fused
 
     def __init__(self, device: str) -> None:
         if device == "cpu" and torch.cuda.is_available():
@@ -209,7 +210,7 @@ class Triton(TorchAttention):
     ) -> tuple[Array, ...]:
         leaves = self._leaves((q, k, v, center_xy, precision_xy), dtype, grad=True)
         arguments: tuple[Any, ...] = (*leaves, size, self._mask(mask), rate, seed)
-        out = fused.fused_smca_attention(*arguments)
+        out = self.fused.fused_smca_attention(*arguments)
         return tuple(map(numpy_of, (out, *torch.autograd.grad(out, leaves, self._tensor(grad_out, dtype)))))
 
 

@@ -99,8 +99,13 @@ _LISTED: list[tuple[Options, Sizes]] = [
 
 _WEIGHTED: list[Weighting] = [USUAL_WEIGHTING, (1.0, 0.25, 5.0), (5.0, 2.0, 0.25)]
 CONFIGURATIONS = [
-    AnchoredInputs(ModelInputs(tuple(options), sizes, seed), weighting=_WEIGHTED[seed % len(_WEIGHTED)])
-    for seed, (options, sizes) in enumerate(_LISTED)
+    *(
+        AnchoredInputs(ModelInputs(tuple(options), sizes, seed), weighting=_WEIGHTED[seed % len(_WEIGHTED)])
+        for seed, (options, sizes) in enumerate(_LISTED)
+    ),
+    AnchoredInputs(
+        ModelInputs((*ANCHORS, IN_BOXES, ("box_refinement", True), ("decoder_layers", 3)), PADDED, 100, extreme=True)
+    ),
 ]
 """Every option with every kind of query, with padding, and with fewer cells than queries."""
 
@@ -135,4 +140,8 @@ def anchored_inputs(draw: st.DrawFn, /, **fixed: Any) -> AnchoredInputs:
     side = st.one_of(st.integers(5, 24), st.sampled_from([33, 47, 64]))
     sizes = tuple(draw(st.lists(st.tuples(side, side), min_size=1, max_size=3)))
     filled = draw(st.sampled_from([0.7, 1.0, 0.0]))
-    return AnchoredInputs(ModelInputs(tuple(options.items()), sizes, draw(SEEDS)), filled, draw(WEIGHTINGS))
+    return AnchoredInputs(
+        ModelInputs(tuple(options.items()), sizes, draw(SEEDS), draw(st.sampled_from([False] * 3 + [True]))),
+        filled,
+        draw(WEIGHTINGS),
+    )

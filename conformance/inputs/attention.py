@@ -52,7 +52,7 @@ class AttentionInputs:
     spread: str = "even"
     """Of λ: "even", within a factor of 5; "wide", over four orders of magnitude; "one axis", with 0 for the other axis."""
     centers: str = "inside"
-    """"inside" the map, "outside" by up to a map, or on a "cell" centre."""
+    """"inside" the map, "outside" by up to a map, "far" outside by up to fifty, or on a "cell" centre."""
     padding: str = "none"
     """"none", "some" keys at random, "all but one" key of each image, or the "edge": last rows and columns."""
     seed: int = 0
@@ -98,6 +98,8 @@ class AttentionInputs:
         inside: Array = rng.uniform(0, 1, shape) * extent
         if self.centers == "outside":
             return np.asarray(inside * 3 - extent)
+        if self.centers == "far":
+            return np.asarray(inside * 101 - 50 * extent)
         if self.centers == "cell":
             return np.asarray(np.floor(inside) + 0.5)
         return inside

@@ -69,6 +69,7 @@ def distant_inputs(draw: st.DrawFn, /) -> DistantInputs:
         logit=1.0,
         precision=1.0,
         spread=st.sampled_from(["even", "wide", "one axis"]),
+        centers=st.sampled_from(["inside", "outside", "cell", "far"]),
     )
     return DistantInputs(draw(maps), draw(st.sampled_from([100.0, 30.0, 400.0])), draw(BEHIND))
 

@@ -36,6 +36,11 @@ def given_strides(strides: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(stride for j, stride in enumerate(strides) if j <= jumps[-1] or stride <= 8)
 
 
+_BIAS = "decoder.box_heads.0.layers.2.bias"
+_REFERENCES = {"grid": "decoder.query_center", "anchors": "decoder.query_anchor", "random": _BIAS, "selected": _BIAS}
+"""How queries begin → the parameter that decides where their boxes are before the second layer."""
+
+
 class ModelArrays(NamedTuple):
     """Arguments of forward."""
 
@@ -85,6 +90,8 @@ class ModelInputs:
     sizes: tuple[tuple[int, int], ...] = ((8, 8),)
     """(height, width) of each unpadded image."""
     seed: int = 0
+    extreme: bool = False
+    """Boxes lie within 10⁻⁵ or so of 0 or 1 when the second layer gets them."""
 
     def arrays(self, dtype: str) -> ModelArrays:
         """With values that `dtype` represents; what stands in padded cells is drawn like the rest."""
@@ -101,6 +108,8 @@ class ModelInputs:
             values = rng.normal(size=shape) * spread
             if (".norm" in name and name.endswith("weight")) or "state_norm.weight" in name:
                 values = values + 1.0
+            if self.extreme and name == _REFERENCES[config.query_init]:
+                values = values + rng.choice([-12.0, 12.0], shape)
             params[name] = round_to(values, dtype)
         return ModelArrays(params, features, valid_sizes, config)
 
@@ -108,7 +117,8 @@ class ModelInputs:
         """Configuration, sizes of images and maps."""
         config = configuration(self.options)
         changed = ", ".join(f"{name}={value!r}" for name, value in self.options) or "the small model as it is"
-        return f"{changed}; strides {config.strides}; images {self.sizes}; all parameters and features random"
+        extreme = "; boxes near 0 and 1" if self.extreme else ""
+        return f"{changed}; strides {config.strides}; images {self.sizes}; all parameters and features random{extreme}"
 
 
 PADDING_APART = ["attention", "pyramid_conv"]
@@ -153,7 +163,11 @@ _LISTED: list[tuple[Options, Sizes]] = [
     ([LEVELS, ("query_init", "grid"), ("box_refinement", True)], ((37, 61), (37, 61))),
 ]
 
-CONFIGURATIONS = [ModelInputs(tuple(options), sizes, seed) for seed, (options, sizes) in enumerate(_LISTED)]
+_REFINED: Options = [("query_init", "grid"), ("box_refinement", True), ("decoder_layers", 3)]
+CONFIGURATIONS = [
+    *(ModelInputs(tuple(options), sizes, seed) for seed, (options, sizes) in enumerate(_LISTED)),
+    ModelInputs((LEVELS, *_REFINED), ODD, 100, extreme=True),
+]
 """Every option and every pair that could hide one another, with padding and with sizes that do not nest."""
 
 
@@ -201,4 +215,4 @@ def model_inputs(draw: st.DrawFn, /, **fixed: Any) -> ModelInputs:
         options["cross_level_blocks"] = tuple(sorted(draw(st.sets(st.sampled_from(blocks)))))
     side = st.one_of(st.integers(5, 24), st.sampled_from([33, 47, 64, 70]))
     sizes = tuple(draw(st.lists(st.tuples(side, side), min_size=1, max_size=3)))
-    return ModelInputs(tuple(options.items()), sizes, draw(SEEDS))
+    return ModelInputs(tuple(options.items()), sizes, draw(SEEDS), draw(st.sampled_from([False, False, False, True])))

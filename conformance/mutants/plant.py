@@ -28,13 +28,14 @@ from smca.conformance.mutants.table import ORACLE, Mutant
 from smca.conformance.mutants.table_anchored import ANCHORED
 from smca.conformance.mutants.table_gpu import DROPOUT, KERNELS, LIFTING, PRODUCTION
 from smca.conformance.mutants.table_gradients import GRADIENTS
+from smca.conformance.mutants.table_inputs import INPUTS, LAYOUT
 from smca.conformance.mutants.table_loss import LOSS
 from smca.conformance.mutants.table_softmax import SOFTMAX
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
 from smca.gpu.attention import fused as fused_attention
 
-MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING, *ANCHORED, *SOFTMAX, *LOSS, *GRADIENTS]
+MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING, *ANCHORED, *SOFTMAX, *LOSS, *GRADIENTS, *INPUTS, *LAYOUT]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
@@ -139,7 +140,7 @@ def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
     """The fused kernels with the bug in them. Triton reads the source of what it compiles, so it has to be in a file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels: Any = Triton(device)
-    kernels.examples_factor = 0.25 if mutant in DROPOUT else 1.0
+    kernels.examples_factor = 0.25 if of_dropout(mutant) else 1.0
     kernels.dtypes = ("float16",) if mutant in LIFTING else ("float32",)
     text = (FOLDERS["smca.gpu"] / "attention/fused_kernels.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
@@ -210,6 +211,10 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
         elif mutant.bug.startswith("auto"):
             backend = Auto("cpu")
             backend.examples_factor, backend.dtypes = 1.0, ("float32", "float16")
+        elif mutant.bug.startswith("fused"):
+            backend = Triton("cuda" if torch.cuda.is_available() else "cpu")
+            backend.examples_factor, backend.dtypes = 0.25, ("float32",)
+            backend.fused = importlib.import_module(f"{name}.attention.fused")
         backend.attention = importlib.import_module(f"{name}.attention")
         backend.forward = backend.forward_vjp = None
         return [backend]
@@ -231,6 +236,11 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
     return criteria
 
 
+def of_dropout(mutant: Mutant) -> bool:
+    """Whether the bug shows with dropout only."""
+    return mutant in DROPOUT or (mutant in LAYOUT and ("dropout" in mutant.bug or "seed" in mutant.bug))
+
+
 def operations_of(mutant: Mutant) -> tuple[str, ...]:
     """What a bug can reach."""
     if mutant in ANCHORED:
@@ -241,8 +251,10 @@ def operations_of(mutant: Mutant) -> tuple[str, ...]:
         return _LOSS
     if mutant in GRADIENTS:
         return ("forward_vjp", "anchored_forward_vjp")
-    if mutant in DROPOUT:
+    if of_dropout(mutant):
         return ("smca_attention_dropout",)
+    if mutant in LAYOUT:
+        return ("smca_attention", "smca_attention_vjp")
     return CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))
 
 

@@ -31,7 +31,9 @@ FAVOURED = (
     "smca_attention.far_centers",
     "a centre far outside the map still tells its keys apart: log G is as exact as in its middle",
     "method.md §6: in half precision the logit must be formed from (x − c) directly, in float32",
-    attention_inputs(logit=0.0, centers="outside", precision=st.sampled_from([4.0, 50.0, 0.5])),
+    attention_inputs(
+        logit=0.0, centers=st.sampled_from(["outside", "far"]), precision=st.sampled_from([4.0, 50.0, 0.5])
+    ),
     into=PROPERTIES,
 )
 def far_centers(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
