@@ -27,8 +27,8 @@ import numpy as np
 
 from smca.datasets import find_split
 from smca.gpu.cli import run
-from smca.gpu.config import RunConfig, SyntheticConfig
-from smca.gpu.presets import small, small_pretrained
+from smca.gpu.config import RunConfig
+from smca.gpu.presets import shapes, small, small_pretrained
 from smca.gpu.train import train
 from smca.gpu.training.log import read_metrics
 
@@ -44,11 +44,8 @@ Line = dict[str, Any]
 
 
 def on_shapes(base: RunConfig) -> RunConfig:
-    """`base` on the built-in data in the size of its images: many objects, small ones among them, that hide each other."""
-    synthetic = SyntheticConfig(
-        image_size=base.model.image_short_side, max_objects=24, min_side=0.06, max_side=0.4, val_images=200
-    )
-    return replace(base, data="synthetic", synthetic=synthetic, cache_images=False)
+    """`base` on the data of the preset ``shapes``."""
+    return replace(base, data="synthetic", synthetic=shapes().synthetic, cache_images=False)
 
 
 def steps_of(config: RunConfig, folder: Path, steps: int, seed: int = 0) -> RunConfig:
