@@ -290,7 +290,7 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
     begun, first, killer, examples, message, without = time.perf_counter(), 0.0, "", 0, "", []
     with planted(mutant) as implementations:
         slow = any(getattr(implementation, "slow", False) for implementation in implementations)
-        order: list[tuple[Property, int | None]] = [(p, 0) for p in concerned if slow and p.oracle and p.always]
+        order: list[tuple[Property, int | None]] = [(p, 0) for p in concerned if slow and p.always]
         order += [(prop, None) for prop in concerned]
         for prop, number in order:
             for implementation in implementations:
