@@ -129,4 +129,4 @@ def dropout_inputs(draw: st.DrawFn, /) -> DropoutInputs:
 
 
 MANY_WEIGHTS = [DropoutInputs(AttentionInputs(batch=2, heads=2, queries=17, channels=32, size=(4, 5)), 0.3, 5)]
-"""Enough weights in every image, head and query to tell chance agreement from equal dropout; all read off at once, by 32 channels."""
+"""Enough weights in every image, head and query to tell chance agreement from equal dropout; 32 channels read all off at once."""
