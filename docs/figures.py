@@ -138,11 +138,12 @@ def draw_starts(path: Path) -> None:
         for start in starts.STARTS:
             values = sorted({line[column] for line in part if line["start"] == start})
             means = [starts.mean(part, start, column, value, "ap") for value in values]
-            axis.plot(values, means, marker=".", label=start)
+            if len(values) > 1:
+                axis.plot(values, means, marker=".", label=start)
         ticks = sorted({line[column] for line in part})
         axis.set_xscale("log"), axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks]), axis.minorticks_off()
         axis.set_xlabel({"minutes": "minutes of training", "images": "training images"}[column]), axis.set_ylabel("AP")
-        axis.set_title(title), axis.grid(alpha=0.3), axis.legend(loc="lower right")
+        axis.set_title(title), axis.grid(alpha=0.3), axis.legend(loc="best"), axis.set_ylim(bottom=0)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
