@@ -83,6 +83,7 @@ TIGHT = [
     _tight((3, 40), 400.0, 12, 2),
     _tight((9, 17), 400.0, 12, 3),
     _tight((40, 3), 400.0, 14, 5),
+    _tight((1, 16), 100.0, 45, 8),
     _tight((17, 9), 400.0, 13, 8, spread="one axis"),
     _tight((40, 3), 100.0, 13, 10, queries=3, centers="outside"),
     _tight((3, 40), 400.0, 12, 15, spread="one axis"),
