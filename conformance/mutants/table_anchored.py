@@ -12,8 +12,8 @@ ANCHORED: list[Mutant] = [
         # The specification: queries with boxes
         ("position made from the width for the centre", "reference", "decoder", "for pair in (box[..., :2], box[..., 2:]))", "for pair in (box[..., 2:], box[..., :2]))"),
         ("position not renewed from layer to layer", "reference", "decoder",
-         "query_position = position_of_queries(reference_logits, params, config)  # p",
-         "query_position = query_position if index else position_of_queries(reference_logits, params, config)"),
+         "query_position = position_of_queries(looked_at, params, config)  # p",
+         "query_position = query_position if index else position_of_queries(looked_at, params, config)"),
         ("prior in units of the height for the width", "reference", "prior", "unit_xy = (sigmoid(reference_logits[..., 2:]) * extent)", "unit_xy = (sigmoid(reference_logits[..., :1:-1]) * extent)"),
         ("prior narrower than half a cell", "reference", "prior", "LEAST_SIGMA = 0.5", "LEAST_SIGMA = 0.0001"),
         ("offset in pixels with a prior in boxes", "reference", "prior", "center_xy + unit_xy * offset_xy", "center_xy + 1.0 * offset_xy"),

@@ -343,4 +343,4 @@ def gradients_by_their_weights(impl: Any, recipe: LossInputs, dtype: str, judge:
     for n, (name, whole) in enumerate(zip(("logits", "boxes"), gradients_of(impl, x, dtype), strict=True)):
         expected = sum(weight * gradients[n] for weight, gradients in apart)
         size = sum(weight * np.abs(gradients[n]) for weight, gradients in apart)
-        judge.close(whole, expected, 16 * u * size, f"gradient of {name}")
+        judge.close(whole, expected, 16 * (u * size + UNDERFLOW[dtype]), f"gradient of {name}")

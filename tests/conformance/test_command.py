@@ -15,7 +15,7 @@ from smca.conformance.suite import PROPERTIES
 def test_passes_and_what_is_lacking_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--implementation", "scipy", "smca.conformance.implementations.example_adapter:Example", "--only", "s"])
     out = capsys.readouterr().out
-    assert "scipy              float64   assign                              3      0" in out
+    assert "scipy              float64   assign                              4      0" in out
     assert "scipy                        smca_attention                 not implemented" in out
     assert "example            float32   smca_attention                     17      0" in out
     assert "no properties failed" in out
