@@ -250,7 +250,8 @@ def operations_of(mutant: Mutant) -> tuple[str, ...]:
     if mutant in LOSS:
         return _LOSS
     if mutant in GRADIENTS:
-        return ("forward_vjp", "anchored_forward_vjp")
+        beyond = any(word in mutant.bug for word in ("anchored", "noised", "cells"))
+        return ("anchored_forward_vjp",) if beyond else ("forward_vjp",)
     if of_dropout(mutant):
         return ("smca_attention_dropout",)
     if mutant in LAYOUT:
