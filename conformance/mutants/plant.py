@@ -27,7 +27,7 @@ from smca.conformance.implementations.pytorch import LIFTED, Auto, TorchModel, T
 from smca.conformance.mutants.table import ORACLE, Mutant
 from smca.conformance.mutants.table_anchored import ANCHORED
 from smca.conformance.mutants.table_gpu import DROPOUT, KERNELS, LIFTING, PRODUCTION
-from smca.conformance.mutants.table_gradients import GRADIENTS
+from smca.conformance.mutants.table_gradients import BOXED, GRADIENTS
 from smca.conformance.mutants.table_inputs import INPUTS, LAYOUT
 from smca.conformance.mutants.table_loss import LOSS
 from smca.conformance.mutants.table_softmax import SOFTMAX
@@ -35,7 +35,20 @@ from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
 from smca.gpu.attention import fused as fused_attention
 
-MUTANTS = [*ORACLE, *PRODUCTION, *KERNELS, *DROPOUT, *LIFTING, *ANCHORED, *SOFTMAX, *LOSS, *GRADIENTS, *INPUTS, *LAYOUT]
+MUTANTS = [
+    *ORACLE,
+    *PRODUCTION,
+    *KERNELS,
+    *DROPOUT,
+    *LIFTING,
+    *ANCHORED,
+    *SOFTMAX,
+    *LOSS,
+    *GRADIENTS,
+    *BOXED,
+    *INPUTS,
+    *LAYOUT,
+]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
@@ -140,7 +153,7 @@ def _in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
     """The fused kernels with the bug in them. Triton reads the source of what it compiles, so it has to be in a file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels: Any = Triton(device)
-    kernels.examples_factor = 0.25 if of_dropout(mutant) else 1.0
+    kernels.examples_factor = 0.25 if mutant in DROPOUT else 1.0
     kernels.dtypes = ("float16",) if mutant in LIFTING else ("float32",)
     text = (FOLDERS["smca.gpu"] / "attention/fused_kernels.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
@@ -236,11 +249,6 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
     return criteria
 
 
-def of_dropout(mutant: Mutant) -> bool:
-    """Whether the bug shows with dropout only."""
-    return mutant in DROPOUT or (mutant in LAYOUT and ("dropout" in mutant.bug or "seed" in mutant.bug))
-
-
 def operations_of(mutant: Mutant) -> tuple[str, ...]:
     """What a bug can reach."""
     if mutant in ANCHORED:
@@ -250,9 +258,10 @@ def operations_of(mutant: Mutant) -> tuple[str, ...]:
     if mutant in LOSS:
         return _LOSS
     if mutant in GRADIENTS:
-        beyond = any(word in mutant.bug for word in ("anchored", "noised", "cells"))
-        return ("anchored_forward_vjp",) if beyond else ("forward_vjp",)
-    if of_dropout(mutant):
+        return ("forward_vjp",)
+    if mutant in BOXED:
+        return ("anchored_forward_vjp",)
+    if mutant in DROPOUT:
         return ("smca_attention_dropout",)
     if mutant in LAYOUT:
         return ("smca_attention", "smca_attention_vjp")

@@ -164,6 +164,8 @@ DROPOUT: list[Mutant] = [
          "zero + query, zero + bh.to(tl.int32), zero)", "zero + query, zero, zero)"),
         ("kernel: kept with the probability of being dropped", "gpu", "attention.fused_kernels",
          "uint_to_uniform_float(random) >= dropout", "uint_to_uniform_float(random) < dropout"),
+        ("fused: seed cut to 32 bits", "gpu", "attention.fused", "torch.full((1,), seed, dtype=torch.int64", "torch.full((1,), seed & 0xFFFFFFFF, dtype=torch.int64"),
+        ("kernel: dropout by the sum of key and query", "gpu", "attention.fused_kernels", "tl.philox(seed, zero + key, zero + query,", "tl.philox(seed, zero + key + query, zero,"),
     ]
 ]  # fmt: skip
 """Bugs in the fused kernels that show with dropout only."""

@@ -46,9 +46,16 @@ GRADIENTS: list[Mutant] = [
         ("the encoder's keys learn nothing of positions", "gpu", "model.encoder", "self.self_attn.project(x + pos, x + pos, x)", "self.self_attn.project(x + pos, x + pos.detach(), x)"),
         ("crossing levels learn half", "gpu", "model.encoder", "return self.self_attn.merge(torch.cat(each, dim=2))", "each = torch.cat(each, dim=2)\n        return self.self_attn.merge(0.5 * (each + each.detach()))"),
         ("self-attention of the queries does not teach who attends", "gpu", "model.decoder", "self.self_attn(y + position, y + position, y, sees=sees)", "self.self_attn((y + position).detach(), y + position, y, sees=sees)"),
+    ]
+]  # fmt: skip
+
+BOXED: list[Mutant] = [
+    Mutant(*entry)
+    for entry in [
         ("content of anchored queries learns half", "gpu", "model.decoder", "return self.query_content.expand(", f"return {_halved('self.query_content')}.expand("),
         ("labels of noised queries learn nothing", "gpu", "model.decoder", "functional.embedding(further.labels, self.label_embed)", "functional.embedding(further.labels, self.label_embed.detach())"),
         ("positions of anchored queries learn half", "gpu", "model.decoder", "cast(Tensor, self.box_position(torch.cat([center, size], dim=-1)))", "0.5 * ((z := self.box_position(torch.cat([center, size], dim=-1))) + z.detach())"),
         ("cells do not teach the encoder", "gpu", "model.detector", "cells = self.dense_head(memory, grids)", "cells = self.dense_head(memory.detach(), grids)"),
     ]
 ]  # fmt: skip
+"""The same of what only models with a box per query have."""

@@ -31,11 +31,9 @@ LAYOUT: list[Mutant] = [
     for entry in [
         ("fused: channels taken to be adjacent", "gpu", "attention.fused", "return tensor if tensor.stride(-1) == 1 else tensor.contiguous()", "return tensor"),
         ("fused: mask taken to be contiguous", "gpu", "attention.fused", "mask.contiguous().view(torch.uint8)", "mask.view(torch.uint8)"),
-        ("fused: seed cut to 32 bits", "gpu", "attention.fused", "torch.full((1,), seed, dtype=torch.int64", "torch.full((1,), seed & 0xFFFFFFFF, dtype=torch.int64"),
         ("kernel: v with the strides of k", "gpu", "attention.fused_kernels", "v = _rows(_head(v_ptr, v_strides, b, h), key, v_strides[2]", "v = _rows(_head(v_ptr, k_strides, b, h), key, k_strides[2]"),
         ("kernel: gradient with the strides of the output", "gpu", "attention.fused_kernels", "grad = _rows(_head(grad_ptr, grad_strides, b, h), query, grad_strides[2]",
          "grad = _rows(_head(grad_ptr, out_strides, b, h), query, out_strides[2]"),
-        ("kernel: dropout by the sum of key and query", "gpu", "attention.fused_kernels", "tl.philox(seed, zero + key, zero + query,", "tl.philox(seed, zero + key + query, zero,"),
     ]
 ]  # fmt: skip
 """Bugs in the fused kernels and in what calls them; they need Triton, and take seconds each in its interpreter."""
