@@ -1,5 +1,5 @@
 """Plausible bugs that show with inputs that are seldom tried: strides that do not double, images without padding that fill no whole
-cells, boxes near 0 and 1, arrays laid out in another way in memory, seeds of dropout beyond 32 bits. Each is one line changed."""
+cells, boxes near 0 and 1, arrays laid out in another way in memory. Each is one line changed."""
 
 # ruff: noqa: E501 - a table: pieces of source and what they become, side by side
 
