@@ -249,20 +249,17 @@ class TorchModel(TorchAttention):
         dtype: str,
         padded_size: tuple[int, int] | None = None,
     ) -> dict[str, Array]:
-        model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
-        batch: dict[str, Any] = {"padded": has_padding(features, valid_sizes, config), "padded_size": padded_size}
+        model = self._model(params, config, dtype)
         with torch.no_grad():
-            outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, **batch)
+            outputs = self._detect(model, features, valid_sizes, config, dtype, padded_size=padded_size)
         return {name: numpy_of(value) for name, value in outputs.items()}
 
     def anchored_forward(
         self, params: Any, features: Any, valid_sizes: Array, config: Any, further: Any, *, dtype: str
     ) -> dict[str, Array]:
-        model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
-        padded = has_padding(features, valid_sizes, config)
-        further = self._further(further, dtype)
+        model = self._model(params, config, dtype)
         with torch.no_grad():
-            outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, further, padded=padded)
+            outputs = self._detect(model, features, valid_sizes, config, dtype, further)
         return {name: numpy_of(value) for name, value in outputs.items()}
 
     def anchored_forward_vjp(
@@ -276,11 +273,27 @@ class TorchModel(TorchAttention):
         *,
         dtype: str,
     ) -> dict[str, Array]:
-        model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
-        padded = has_padding(features, valid_sizes, config)
-        further = self._further(further, dtype)
-        outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, further, padded=padded)
+        model = self._model(params, config, dtype)
+        outputs = self._detect(model, features, valid_sizes, config, dtype, further)
         return self._gradients(model, params, {outputs[name]: grad for name, grad in gradients.items()}, dtype)
+
+    def _detect(
+        self,
+        model: SMCADETR,
+        features: Any,
+        valid_sizes: Array,
+        config: Any,
+        dtype: str,
+        further: Any = None,
+        padded_size: tuple[int, int] | None = None,
+    ) -> dict[str, Tensor]:
+        return model.detect(
+            [self._tensor(x, dtype) for x in features],
+            torch.tensor(valid_sizes, device=self.device),
+            self._further(further, dtype),
+            padded=has_padding(features, valid_sizes, config),
+            padded_size=padded_size,
+        )
 
     def _further(self, further: Any, dtype: str) -> FurtherQueries | None:
         if further is None:
@@ -311,9 +324,8 @@ class TorchModel(TorchAttention):
         *,
         dtype: str,
     ) -> dict[str, Array]:
-        model, sizes = self._model(params, config, dtype), torch.tensor(valid_sizes, device=self.device)
-        padded = has_padding(features, valid_sizes, config)
-        outputs = model.detect([self._tensor(x, dtype) for x in features], sizes, padded=padded)
+        model = self._model(params, config, dtype)
+        outputs = self._detect(model, features, valid_sizes, config, dtype)
         gradients = {outputs["logits"]: grad_logits, outputs["boxes"]: grad_boxes}
         return self._gradients(model, params, gradients, dtype)
 
