@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis.strategies import SearchStrategy
 
+from smca.conformance.conduct import OTHER_SHAPE, WRONG_NUMBERS
 from smca.conformance.tolerances import CONSTANTS, TINY
 
 Array = npt.NDArray[np.float64]
@@ -25,6 +26,11 @@ class Recipe(Protocol):
 
 class Mismatch(AssertionError):
     """An implementation broke a property; the message holds all that is needed to investigate."""
+
+    def __init__(self, message: str, verdict: str = WRONG_NUMBERS) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+        """One of `conduct.VERDICTS`."""
 
 
 @dataclass
@@ -64,7 +70,7 @@ class Judge:
         """
         got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
         if got.shape != expected.shape:
-            raise self.mismatch(f"{what}: got shape {got.shape}, expected {expected.shape}")
+            raise self.mismatch(f"{what}: got shape {got.shape}, expected {expected.shape}", OTHER_SHAPE)
         if not got.size:
             return
         limit = np.broadcast_to(np.asarray(bound) * CONSTANTS[self.of.operation][0] + TINY, got.shape)
@@ -96,19 +102,34 @@ class Judge:
             index = ", ".join(str(int(i)) for i in np.argwhere(~np.isfinite(got))[0])
             raise self.mismatch(f"{what}[{index}] = {got[~np.isfinite(got)][0]}, expected a finite number")
 
-    def mismatch(self, finding: str) -> Mismatch:
+    def mismatch(self, finding: str, verdict: str = WRONG_NUMBERS) -> Mismatch:
         """The error for a finding: what failed, for which implementation and input, why it must hold, and how to repeat it."""
         prop = self.of
+        named = "" if verdict == WRONG_NUMBERS else f"    verdict: {verdict}\n"
         return Mismatch(
-            f"{prop.operation}: {prop.sentence}\n"
+            f"{prop.operation}: {prop.sentence}\n{named}"
             f"    {finding}\n"
             f"    implementation: {self.implementation}, {self.dtype}\n"
             f"    input: {self.recipe.describe() if self.recipe is not None else ''}\n"
             f"    why: {prop.equation}\n"
             f"    again:\n"
             f"        from smca.conformance.replay import *\n"
-            f"        replay({prop.name!r}, {(self.address or self.implementation)!r}, {self.dtype!r}, {self.recipe!r})"
+            f"        replay({prop.name!r}, {(self.address or self.implementation)!r}, {self.dtype!r}, {self.recipe!r})",
+            verdict,
         )
+
+
+@dataclass
+class Recorder(Judge):
+    """Records what an implementation returns, and judges nothing."""
+
+    seen: list[Array] = field(default_factory=list)
+
+    def close(self, got: Any, expected: npt.ArrayLike, bound: npt.ArrayLike, what: str) -> None:
+        self.seen.append(np.array(got, dtype=np.float64))
+
+    def holds(self, condition: bool, message: str) -> None:
+        pass
 
 
 @dataclass(frozen=True)
