@@ -5,6 +5,7 @@
     smca conformance --implementation 'exec:./port'      yours, a program in any language
     smca conformance --only smca_attention --profile ci  part of it, more examples
     smca conformance --mutants                           plant every known bug and see which property finds it
+    smca conformance --write-vectors build/vectors       inputs and expected outputs as files, for any language
     smca conformance --report docs/numerics.md           the worst errors over many examples, as a table
 
 Exit status 1 if a property fails or a mutant lives.
@@ -30,7 +31,9 @@ from smca.conformance.report import mutants_table, numerics
 from smca.conformance.results import summary, write_json, write_junit
 from smca.conformance.runner import PROFILES, Case, Outcome, cases, run
 from smca.conformance.suite import PROPERTIES
+from smca.conformance.vectors import write_vectors
 from smca.conformance.xfails import judged, read_xfails
+from smca.reference import SPECIFICATION_VERSION
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
         help="write the worst errors of all comparisons with the oracle to this Markdown file (as docs/numerics.md)",
     )
     parser.add_argument(
+        "--write-vectors",
+        type=Path,
+        metavar="DIR",
+        help="write inputs, expected outputs and bounds of chosen examples of every operation to this folder, as safetensors "
+        "and an index, for ports that test themselves without Python",
+    )
+    parser.add_argument(
         "--examples",
         type=int,
         default=10_000,
@@ -102,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--time-limit: expected seconds above 0, got {args.time_limit:g}")
     if args.list:
         _list(chosen)
+    elif args.write_vectors is not None:
+        files = write_vectors(args.write_vectors)
+        print(f"wrote {len(files)} vectors of specification {SPECIFICATION_VERSION} to {args.write_vectors}")
     elif args.mutants:
         _mutants(args, chosen)
     elif args.report is not None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 
 from smca.conformance.conduct import OTHER_SHAPE, WRONG_NUMBERS
@@ -90,6 +91,20 @@ class Judge:
                 f"    off by {error[at]:.3g}, bound {limit[at]:.3g}; {wrong} of {got.size} entries are over their bounds{note}"
             )
 
+    def along(
+        self, parts: Sequence[tuple[Any, npt.NDArray[Any]]], expected: float, bound: npt.ArrayLike, what: str
+    ) -> None:
+        """Gradients, along one direction in all of them, are within a bound of a derivative.
+
+        Args:
+            parts: each gradient under test, with its direction, of the same shape.
+            expected: the derivative along it.
+            bound: as in `close`.
+            what: is compared, in words.
+        """
+        got = sum(float((np.asarray(gradient, dtype=np.float64) * direction).sum()) for gradient, direction in parts)
+        self.close(got, expected, bound, f"{what} along a direction, ")
+
     def holds(self, condition: bool, message: str) -> None:
         """`condition` is true; otherwise `message` is the finding."""
         if not condition:
@@ -167,6 +182,16 @@ class Property:
 
 
 Check = Callable[[Any, Any, str, Judge], None]
+
+
+def assume(condition: bool) -> None:
+    """Rejects an example for which the property says nothing. Other than Hypothesis's own, it may be called anywhere.
+
+    Raises:
+        UnsatisfiedAssumption: `condition` is false.
+    """
+    if not condition:
+        raise UnsatisfiedAssumption
 
 
 def property_of(

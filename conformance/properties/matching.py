@@ -19,7 +19,7 @@ from smca.conformance.inputs.matching import (
     loss_inputs,
 )
 from smca.conformance.property import Judge, Property, property_of
-from smca.conformance.tolerances import UNIT_ROUNDOFF, giou_bound, round_to
+from smca.conformance.tolerances import UNIT_ROUNDOFF, at_least_float32, giou_bound, round_to
 from smca.reference import boxes as oracle_boxes
 from smca.reference import matching as oracle
 
@@ -218,7 +218,9 @@ def assignment(impl: Any, matrix: Array, dtype: str, judge: Judge) -> tuple[Arra
 def total_bound(matrix: Array, dtype: str) -> float:
     """Dual variables are sums of costs along a path: as many roundings as there are rows, of numbers of that size."""
     return float(
-        UNIT_ROUNDOFF[dtype] * (min(matrix.shape) + 1) ** 2 * np.abs(matrix[np.isfinite(matrix)]).max(initial=0.0)
+        UNIT_ROUNDOFF[at_least_float32(dtype)]
+        * (min(matrix.shape) + 1) ** 2
+        * np.abs(matrix[np.isfinite(matrix)]).max(initial=0.0)
     )
 
 
@@ -300,5 +302,5 @@ def constants(impl: Any, recipe: CostInputs, dtype: str, judge: Judge) -> None:
         added = np.round(rng.uniform(-64, 64, matrix.shape[axis]))
         other = matrix + (added[:, None] if axis == 0 else added)
         bound = total_bound(matrix, dtype) + 2 * total_bound(other, dtype)
-        after = assignment(impl, round_to(other, dtype), dtype, judge)[1]
+        after = assignment(impl, round_to(other, at_least_float32(dtype)), dtype, judge)[1]
         judge.close(after, before + added.sum(), bound, f"total with constants added to {name}")
