@@ -24,6 +24,8 @@ from smca.conformance.protocol import address_of, name_of
 from smca.conformance.runner import PROFILES, Case, Outcome, Profile, run
 from smca.conformance.suite import PROPERTIES
 
+START_LIMIT = 300.0
+"""Seconds that may pass until the process has imported the implementation and made it."""
 EXPLANATION_LIMIT = 300.0
 """Seconds that may pass until a failure is explained."""
 
@@ -55,9 +57,9 @@ class Apart:
         }
         recipe, tried = "", 0
         try:
-            self._conversation.say(json.dumps(question).encode() + b"\n")
+            if self._conversation.say(json.dumps(question).encode() + b"\n"):
+                self._conversation.hear(START_LIMIT)
             while True:
-                # The first answer may have to wait for the imports of the implementation.
                 answer = self._conversation.hear(self._time_limit)
                 if "outcome" in answer:
                     return _outcome(case, answer["outcome"], self._explanation(answer["outcome"]["status"]))
@@ -138,6 +140,7 @@ def main() -> None:
             answers.write(json.dumps(what) + "\n")
             answers.flush()
 
+        answer({"ready": True})
         for line in questions:
             question = json.loads(line)
             case = Case(properties[question["property"]], implementation, question["dtype"])

@@ -36,14 +36,18 @@ class Conversation(Generic[Answer]):
         self._command, self._read, self._environment = list(command), read, environment
         self._process: subprocess.Popen[bytes] | None = None
 
-    def say(self, data: bytes) -> None:
+    def say(self, data: bytes) -> bool:
         """Write to its standard input.
+
+        Returns:
+            Whether it was started for that.
 
         Raises:
             Gone: it does not read.
             OSError: it cannot be started.
         """
-        if self._process is None:
+        starts = self._process is None
+        if starts:
             self._start()
         assert self._process is not None
         assert self._process.stdin is not None
@@ -52,6 +56,7 @@ class Conversation(Generic[Answer]):
             self._process.stdin.flush()
         except OSError:
             raise self._gone() from None
+        return starts
 
     def hear(self, time_limit: float) -> Answer:
         """Its next answer.
@@ -109,7 +114,7 @@ class Conversation(Generic[Answer]):
     def _gone(self, answer: BaseException | None = None) -> Gone:
         assert self._process is not None
         try:
-            status = self._process.wait(timeout=0.5)
+            status = self._process.wait(timeout=0.5 if isinstance(answer, ValueError) else 10.0)
         except subprocess.TimeoutExpired:
             status = None
         self._errors.seek(0)

@@ -31,6 +31,7 @@ import numpy.typing as npt
 from hypothesis.errors import UnsatisfiedAssumption
 
 from smca.conformance.implementations.oracle import Oracle
+from smca.conformance.inputs.anchored import CONFIGURATIONS as MODELS
 from smca.conformance.inputs.attention import AttentionInputs, LevelsInputs
 from smca.conformance.inputs.matching import BoxInputs, CostInputs, LossInputs
 from smca.conformance.property import Array, Judge, Property
@@ -124,6 +125,7 @@ FURTHER: dict[str, tuple[Any, ...]] = {
             ]
         )
     ),
+    "noised_queries": tuple(recipe for recipe in MODELS if dict(recipe.model.options).get("denoising_groups")),
     "assign": tuple(
         CostInputs(rows, columns, kind, seed)
         for seed, (rows, columns, kind) in enumerate(
@@ -146,7 +148,8 @@ SOME = {
         for dtype in _HALVES
     },
 }
-"""Operation and dtype → which of the chosen examples are written, of those that are large; every configuration of the model is, once
+"""Operation and dtype → which of the chosen examples are written, of those that are large; every configuration of the model
+is, once
 at least."""
 
 

@@ -31,7 +31,10 @@ def folder_of(package: str) -> Path:
     Raises:
         Unavailable: it is not installed.
     """
-    spec = importlib.util.find_spec(f"smca.{package}")
+    try:
+        spec = importlib.util.find_spec(f"smca.{package}")
+    except ModuleNotFoundError:
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise Unavailable(f"smca.{package} is not installed: it comes with the whole project, smca-detr")
     return Path(spec.submodule_search_locations[0])
