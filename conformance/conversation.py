@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import queue
 import subprocess
@@ -79,6 +80,7 @@ class Conversation(Generic[Answer]):
 
     def end(self) -> None:
         """End the process, if there is one."""
+        atexit.unregister(self.end)
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -103,6 +105,7 @@ class Conversation(Generic[Answer]):
         assert process.stdout is not None
         self._thread = threading.Thread(target=self._listen, args=(process.stdout, self._answers), daemon=True)
         self._thread.start()
+        atexit.register(self.end)  # later, as the interpreter ends, the thread would keep its stream's lock forever
 
     def _listen(self, stream: BinaryIO, answers: queue.Queue[Answer | BaseException]) -> None:
         try:

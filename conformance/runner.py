@@ -23,8 +23,9 @@ from smca.conformance.conduct import (
     Misconduct,
     Watched,
 )
+from smca.conformance.implementations.registry import implementation_of
 from smca.conformance.property import Judge, Mismatch, Property, Recorder, Worst
-from smca.conformance.protocol import OPERATIONS, address_of, dtypes_of, implemented, leaves_out, load_outside, name_of
+from smca.conformance.protocol import OPERATIONS, address_of, dtypes_of, implemented, leaves_out, name_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF
 
 
@@ -223,7 +224,7 @@ def _unsteady(case: Case, judge: Judge, recipe: Any) -> Mismatch | None:
     what was
     asked before. An outside implementation is made anew to find out."""
     judge.recipe, address = recipe, address_of(case.implementation)
-    implementation = load_outside(address) if ":" in address else case.implementation
+    implementation = implementation_of(address) if ":" in address else case.implementation
     seen = []
     for _ in range(2):
         recorder = Recorder(case.prop, judge.implementation, case.dtype, recipe)
