@@ -11,7 +11,7 @@ from typing import Any
 from smca.conformance.implementations.registry import implementation_of
 from smca.conformance.inputs.anchored import AnchoredInputs
 from smca.conformance.inputs.attention import AttentionInputs, LevelsInputs
-from smca.conformance.inputs.distance import DistantInputs, DropoutInputs
+from smca.conformance.inputs.distance import DistantInputs, DropoutInputs, ManyInputs
 from smca.conformance.inputs.matching import BoxInputs, CostInputs, LossInputs
 from smca.conformance.inputs.model import ModelInputs
 from smca.conformance.inputs.softmax import OddsInputs, SoftmaxLossInputs
@@ -29,6 +29,7 @@ __all__ = [
     "DropoutInputs",
     "LevelsInputs",
     "LossInputs",
+    "ManyInputs",
     "ModelInputs",
     "OddsInputs",
     "SoftmaxLossInputs",

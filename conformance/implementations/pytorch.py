@@ -215,6 +215,25 @@ class Triton(TorchAttention):
         return tuple(map(numpy_of, (out, *torch.autograd.grad(out, leaves, self._tensor(grad_out, dtype)))))
 
 
+class AutocastTriton(Triton):
+    """The fused kernels on float32 tensors under autocast, held to the bounds of the lower dtype."""
+
+    quick_operations = ("smca_attention",)
+    smca_attention_dropout = None  # type: ignore[assignment]
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.dtypes = ("bfloat16",)
+        self.name = self.name.replace("triton", "autocast-triton")
+
+    def _tensor(self, values: Array, dtype: str, grad: bool = False) -> Tensor:
+        return super()._tensor(values, "float32", grad)
+
+    def _attend(self, *arguments: Any) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16):
+            return super()._attend(*arguments)
+
+
 class TorchModel(TorchAttention):
     """A backend that can run the whole model as well as attention alone."""
 

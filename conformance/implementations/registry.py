@@ -53,6 +53,8 @@ IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
     "autocast-cuda": Ours("pytorch", "Autocast", ("cuda",)),
     "triton": Ours("pytorch", "Triton", ("cpu",)),
     "triton-cuda": Ours("pytorch", "Triton", ("cuda",)),
+    "autocast-triton": Ours("pytorch", "AutocastTriton", ("cpu",)),
+    "autocast-triton-cuda": Ours("pytorch", "AutocastTriton", ("cuda",)),
     "criterion-scipy": Ours("losses", "Criterion", ("scipy", "cpu")),
     "criterion-half-scipy": Ours("losses", "CriterionInHalf", ("scipy", "cpu")),
     "criterion-cupy": Ours("losses", "Criterion", ("cupy", "cuda")),

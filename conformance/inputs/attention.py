@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from smca.conformance.tolerances import at_least_float32, round_to
 from smca.reference.attention import Level
+from smca.reference.gaussian import key_minus_center
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -54,7 +55,8 @@ class AttentionInputs:
     centers: str = "inside"
     """"inside" the map, "outside" by up to a map, "far" outside by up to fifty, or on a "cell" centre."""
     padding: str = "none"
-    """"none", "some" keys at random, "all but one" key of each image, or the "edge": last rows and columns."""
+    """"none", "some" keys at random, "all but one" key of each image, or the "edge": last rows and columns, or
+    all that are "near" the first query: most of the map, so that log G of those that are left is large and not far apart."""
     seed: int = 0
     layout: str = "contiguous"
     """Of the arrays in memory: "contiguous"; "transposed", each with its axes in another order; "sliced", every other entry of a
@@ -71,7 +73,7 @@ class AttentionInputs:
         scale = (self.logit / largest) ** 0.5
         center = self._centers(rng)
         precision = self._precisions(rng)
-        mask = self._mask(rng)
+        mask = self._mask(rng, center)
         coarse = at_least_float32(dtype)
         level = Level(
             round_to(k * scale, dtype),
@@ -104,12 +106,15 @@ class AttentionInputs:
             return np.asarray(np.floor(inside) + 0.5)
         return inside
 
-    def _mask(self, rng: np.random.Generator) -> Mask | None:
+    def _mask(self, rng: np.random.Generator, center: Array) -> Mask | None:
         keys = self.size[0] * self.size[1]
         if self.padding == "none":
             return None
         real = rng.integers(keys, size=self.batch)
         mask = np.ones((self.batch, keys), dtype=np.bool_)
+        if self.padding == "near":
+            away = np.linalg.norm(key_minus_center(center[:, 0, 0], self.size), axis=-1)  # [B, L]
+            return np.asarray(away < 0.8 * away.max(-1, keepdims=True))
         if self.padding == "some":
             mask = rng.random((self.batch, keys)) < 0.5
         elif self.padding == "edge":
@@ -196,6 +201,9 @@ LAYOUTS = [replace(USUAL[0], layout="transposed"), replace(USUAL[0], layout="sli
 
 STEEP = AttentionInputs(2, 2, 5, 8, (17, 19), 1.0, 4.0, "even", "inside", "some", 1)
 """Where little but the prior decides, and decides between many keys: what half precision loses of it shows."""
+
+RING = replace(STEEP, queries=1, padding="near")
+"""Where only keys far from the centre are left, at much the same distance: what half precision loses of the precision shows."""
 
 
 class LevelsArrays(NamedTuple):

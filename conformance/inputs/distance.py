@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from smca.conformance.inputs.attention import AttentionArrays, AttentionInputs, attention_inputs
-from smca.conformance.tolerances import round_to
+from smca.conformance.tolerances import UNIT_ROUNDOFF, round_to
+from smca.reference.attention import Level
 from smca.reference.gaussian import key_minus_center
 
 
@@ -90,6 +91,32 @@ TIGHT = [
 ]
 """Cases that just meet a bound on what is skipped, each in another way: blocks within a row and over several rows, either axis,
 several queries in one block, a key on the edge of being visible. Random examples too seldom come near these."""
+
+
+@dataclass(frozen=True)
+class ManyInputs:
+    """Many keys, each of whose weights is just less than what a sum in this dtype still takes up, behind a first few that are
+    large."""
+
+    size: tuple[int, int] = (40, 64)
+    first: int = 32
+    """Keys with the largest weight, 1."""
+    channels: int = 8
+    seed: int = 0
+
+    def arrays(self, dtype: str) -> AttentionArrays:
+        """With values that `dtype` represents; no prior, and of all keys the same value, which is then what comes out."""
+        rng, keys = np.random.default_rng(self.seed), self.size[0] * self.size[1]
+        q, k = np.zeros((1, 1, 1, self.channels)), np.zeros((1, 1, keys, self.channels))
+        q[..., 0] = 1.0
+        k[0, 0, self.first :, 0] = np.log(0.8 * UNIT_ROUNDOFF[dtype]) * self.channels**0.5
+        v = np.broadcast_to(round_to(rng.uniform(0.5, 2.0, self.channels), dtype), k.shape).copy()
+        level = Level(round_to(k, dtype), v, np.full((1, 1, 1, 2), 0.5), np.zeros((1, 1, 1, 2)), self.size, None)
+        return AttentionArrays(q, level, np.ones_like(q))
+
+    def describe(self) -> str:
+        """Shapes, and the values worth reading."""
+        return f"map {self.size[0]} × {self.size[1]}, the first {self.first} keys' weights 1, all others just below what 1 resolves"
 
 
 @dataclass(frozen=True)

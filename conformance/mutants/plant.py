@@ -17,6 +17,7 @@ from smca.conformance.mutants.table_gpu import DROPOUT, KERNELS, LIFTING, PRODUC
 from smca.conformance.mutants.table_gradients import BOXED, GRADIENTS
 from smca.conformance.mutants.table_inputs import INPUTS, LAYOUT
 from smca.conformance.mutants.table_loss import LOSS
+from smca.conformance.mutants.table_precision import PRECISION
 from smca.conformance.mutants.table_softmax import SOFTMAX
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
@@ -34,6 +35,7 @@ MUTANTS = [
     *BOXED,
     *INPUTS,
     *LAYOUT,
+    *PRECISION,
 ]
 
 _ATTENTION = (
@@ -136,7 +138,7 @@ def operations_of(mutant: Mutant) -> tuple[str, ...]:
         return ("anchored_forward_vjp",)
     if mutant in DROPOUT:
         return ("smca_attention_dropout",)
-    if mutant in LAYOUT:
+    if mutant in LAYOUT or mutant in PRECISION:
         return ("smca_attention", "smca_attention_vjp")
     return CONCERNS.get(mutant.module.rpartition(".")[2], ("forward", "forward_vjp"))
 

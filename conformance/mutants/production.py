@@ -14,13 +14,16 @@ from unittest import mock
 import torch
 
 from smca.conformance.implementations.losses import Criterion, CriterionInHalf
-from smca.conformance.implementations.pytorch import LIFTED, Auto, TorchModel, Triton
+from smca.conformance.implementations.pytorch import LIFTED, Auto, Autocast, AutocastTriton, TorchModel, Triton
 from smca.conformance.mutants.importing import changed, folder_of
 from smca.conformance.mutants.table import Mutant
 from smca.conformance.mutants.table_gpu import DROPOUT, LIFTING
 from smca.conformance.mutants.table_loss import LOSS
+from smca.conformance.mutants.table_precision import PRECISION
 from smca.conformance.mutants.table_softmax import SOFTMAX
 from smca.gpu.attention import fused as fused_attention
+
+HALVES = ("float16", "bfloat16")
 
 
 @contextmanager
@@ -29,7 +32,7 @@ def in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels: Any = Triton(device)
     kernels.examples_factor = 0.25 if mutant in DROPOUT else 1.0
-    kernels.dtypes = ("float16",) if mutant in LIFTING else ("float32",)
+    kernels.dtypes = ("float16",) if mutant in LIFTING else HALVES if mutant in PRECISION else ("float32",)
     text = (folder_of("gpu") / "attention/fused_kernels.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"mutant_{Path(folder).name}.py"
@@ -47,15 +50,22 @@ def in_production(name: str, mutant: Mutant) -> list[Any]:
     """Implementations that use the package `name`, where the bug is."""
     if mutant.module.startswith("attention."):
         # The backend that the bug is named after; any other bug shows in every backend.
-        backend: Any = TorchModel("eager", "cpu", ("float64", "float16"), {})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        backend: Any = TorchModel(
+            "eager", "cpu", ("float64", *HALVES) if mutant in PRECISION else ("float64", "float16"), {}
+        )
         if mutant.bug.startswith("lifted"):
-            backend = TorchModel("lifted", "cpu", ("float64", "float16"), LIFTED)
+            backend = TorchModel("lifted", "cpu", backend.dtypes, LIFTED)
+        elif mutant.bug.startswith("autocast"):
+            backend = AutocastTriton(device) if mutant.module == "attention.fused" else Autocast("cpu")
+            backend.examples_factor = 1.0
         elif mutant.bug.startswith("auto"):
             backend = Auto("cpu")
             backend.examples_factor, backend.dtypes = 1.0, ("float32", "float16")
         elif mutant.bug.startswith("fused"):
-            backend = Triton("cuda" if torch.cuda.is_available() else "cpu")
-            backend.examples_factor, backend.dtypes = 0.25, ("float32",)
+            backend = Triton(device)
+            backend.examples_factor, backend.dtypes = 0.25, HALVES if mutant in PRECISION else ("float32",)
+        if isinstance(backend, Triton):
             backend.fused = importlib.import_module(f"{name}.attention.fused")
         backend.attention = importlib.import_module(f"{name}.attention")
         backend.forward = backend.forward_vjp = None

@@ -8,7 +8,17 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from smca.conformance.inputs.attention import LAYOUTS, STEEP, USUAL, AttentionArrays, AttentionInputs, attention_inputs
+from smca.conformance.inputs.attention import (
+    LAYOUTS,
+    RING,
+    SEEDS,
+    STEEP,
+    USUAL,
+    AttentionArrays,
+    AttentionInputs,
+    attention_inputs,
+)
+from smca.conformance.inputs.distance import ManyInputs
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.protocol import expanded_up_to, skips_below
 from smca.conformance.tolerances import UNIT_ROUNDOFF, AttentionBounds, attention_bounds
@@ -84,11 +94,26 @@ def real_keys(x: AttentionArrays) -> npt.NDArray[np.bool_]:
     DEFINITION,
     attention_inputs(),
     into=PROPERTIES,
-    always=[*USUAL, *LAYOUTS, STEEP],
+    always=[*USUAL, *LAYOUTS, STEEP, RING],
 )
 def equals_the_oracle(impl: Any, recipe: AttentionInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     judge.close(forward(impl, x, dtype), oracle.smca_attention(*x.arguments), bounds(impl, x, dtype).out, "output")
+
+
+@property_of(
+    "smca_attention.small_weights_add_up",
+    "however many keys of small weight there are, values that are all the same come out as they are",
+    "method.md §2: the weights of A add up to 1; sums over keys are accumulated in at least float32",
+    st.builds(ManyInputs, st.sampled_from([(40, 64), (64, 33)]), seed=SEEDS),
+    into=PROPERTIES,
+    dtypes=["float16", "bfloat16"],
+    examples_factor=0.1,
+    always=[ManyInputs()],
+)
+def small_weights_add_up(impl: Any, recipe: ManyInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    judge.close(forward(impl, x, dtype), x.level.v[:, :, :1], bounds(impl, x, dtype).out, "output")
 
 
 @property_of(
