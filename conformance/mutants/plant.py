@@ -24,6 +24,7 @@ import smca.gpu
 import smca.reference
 from smca.conformance.implementations.ours import Criterion, CriterionInHalf, Oracle
 from smca.conformance.implementations.pytorch import LIFTED, Auto, TorchModel, Triton
+from smca.conformance.implementations.trainer import START, Trainer
 from smca.conformance.mutants.table import ORACLE, Mutant
 from smca.conformance.mutants.table_anchored import ANCHORED
 from smca.conformance.mutants.table_gpu import DROPOUT, KERNELS, LIFTING, PRODUCTION
@@ -31,7 +32,9 @@ from smca.conformance.mutants.table_gradients import BOXED, GRADIENTS
 from smca.conformance.mutants.table_inputs import INPUTS, LAYOUT
 from smca.conformance.mutants.table_loss import LOSS
 from smca.conformance.mutants.table_softmax import SOFTMAX
+from smca.conformance.mutants.table_training import TRAINING
 from smca.conformance.property import Property
+from smca.conformance.protocol import Unavailable
 from smca.conformance.runner import Case, Profile, run
 from smca.gpu.attention import fused as fused_attention
 
@@ -48,13 +51,14 @@ MUTANTS = [
     *BOXED,
     *INPUTS,
     *LAYOUT,
+    *TRAINING,
 ]
 
 FOLDERS = {package.__name__: Path(str(package.__path__[0])) for package in (smca.reference, smca.gpu)}
 REPLACED = {
     "reference": r"smca\.reference",
     # In the production package, only what holds mutants or uses them is replaced: the rest, with its registrations, is shared.
-    "gpu": r"smca\.gpu(?=\.(?:attention|loss|model)\b)",
+    "gpu": r"smca\.gpu(?=\.(?:attention|loss|model|training)\b)",
 }
 _ATTENTION = (
     "smca_attention",
@@ -100,6 +104,9 @@ _LOSS = (
     "softmax_set_loss_vjp",
 )
 """What a bug of `table_loss` can reach."""
+
+_TRAINING = ("train", "set_loss_vjp", "softmax_set_loss_vjp")
+"""What a bug of `table_training` can reach."""
 
 _count = itertools.count()
 
@@ -208,6 +215,8 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
                 "dense_loss",
                 "denoising",
                 "softmax_scores",
+                "losses_backward",
+                "training_run",
             ):
                 setattr(oracle, module, importlib.import_module(f"{name}.{module}"))
             yield [oracle]
@@ -216,6 +225,14 @@ def planted(mutant: Mutant) -> Iterator[list[Any]]:
 
 
 def _production(name: str, mutant: Mutant) -> list[Any]:
+    if mutant in TRAINING:
+        if START != "fork":
+            raise Unavailable("other processes have the bug only if they are forked, which a GPU forbids")
+        trainer = Trainer()
+        trainer.criterion = importlib.import_module(f"{name}.loss.criterion")
+        for module in ("guard", "optimizer", "resume", "setup", "step"):
+            setattr(trainer, module, importlib.import_module(f"{name}.training.{module}"))
+        return [trainer]
     if mutant.module.startswith("attention."):
         # The backend that the bug is named after; any other bug shows in every backend.
         backend: Any = TorchModel("eager", "cpu", ("float64", "float16"), {})
@@ -251,6 +268,8 @@ def _production(name: str, mutant: Mutant) -> list[Any]:
 
 def operations_of(mutant: Mutant) -> tuple[str, ...]:
     """What a bug can reach."""
+    if mutant in TRAINING:
+        return _TRAINING
     if mutant in ANCHORED:
         return _BEYOND
     if mutant in SOFTMAX:
