@@ -227,7 +227,7 @@ def _stop(run: Run, log: RunLog, number: int) -> NoReturn:
 
 def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
     """Take the steps of an epoch that are left, up to the last step of all or the end of the time."""
-    config, optimizer, scaler, check = run.config, run.optimizer, run.scaler, run.check
+    config, optimizer, check = run.config, run.optimizer, run.check
     run.evaluate_now = False
     run.augmented.set_epoch(run.epoch)
     run.batches.start_at(run.epoch, run.batch)

@@ -145,9 +145,7 @@ def decay_of(name: str, settings: TrainingSettings) -> float:
     return settings.weight_decay if settings.decayed == "all" or of_a_layer else 0.0
 
 
-def gradient_of(
-    params: Params, shards: Shards, settings: TrainingSettings
-) -> tuple[float, dict[str, FloatArray]]:
+def gradient_of(params: Params, shards: Shards, settings: TrainingSettings) -> tuple[float, dict[str, FloatArray]]:
     """The loss of a step and its gradient, not clipped. Equations (R1) to (R4).
 
     Args:

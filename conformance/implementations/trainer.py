@@ -85,7 +85,9 @@ class Trainer:
                 return work(0, 1)
             start: Any = multiprocessing.get_context(START)
             receiver, sender = start.Pipe(duplex=False)
-            children = [start.Process(target=_in_group, args=(work, rank, world, folder, sender)) for rank in range(world)]
+            children = [
+                start.Process(target=_in_group, args=(work, rank, world, folder, sender)) for rank in range(world)
+            ]
             with warnings.catch_warnings():  # Python warns of forking where there are threads, which none of these use
                 warnings.simplefilter("ignore", DeprecationWarning)
                 for child in children:
@@ -118,7 +120,12 @@ class Trainer:
             trajectory["average"].append({} if run.average is None else _arrays(run.average))
             if run.step == settings.resume_after:
                 path = folder / f"{rank}.pt"
-                facts = {"config": run.config.model.to_json(), "logged": {}, "total_steps": len(steps), "train_seconds": 0.0}  # which one must have
+                facts = {
+                    "config": run.config.model.to_json(),
+                    "logged": {},
+                    "total_steps": len(steps),
+                    "train_seconds": 0.0,
+                }  # which one must have
                 files.save_checkpoint(path, {**facts, **self.resume.state_of(run)})
                 run = self._run(folder, params, steps, settings, dtype, rank, world)  # which knows of nothing
                 self.resume.restore(run, files.load_checkpoint(path))
@@ -170,7 +177,9 @@ class Trainer:
             base_lrs=[group["lr"] for group in made.param_groups],
             check=self.guard.FiniteCheck(model, folder, delayed=False),
             half=None,
-            scaler=torch.amp.GradScaler("cpu", settings.loss_scale if scaled else 1.0, growth_interval=10**6, enabled=scaled),
+            scaler=torch.amp.GradScaler(
+                "cpu", settings.loss_scale if scaled else 1.0, growth_interval=10**6, enabled=scaled
+            ),
         )
 
 

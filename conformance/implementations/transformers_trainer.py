@@ -136,7 +136,10 @@ class TransformersTrainer:
 def _tensors(x: Array, targets: Any, kind: torch.dtype) -> dict[str, Any]:
     """A part as the library takes it: no padding, a dictionary of objects per image."""
     objects = [
-        {"class_labels": torch.tensor(targets.labels[b, valid]), "boxes": torch.tensor(targets.boxes[b, valid], dtype=kind)}
+        {
+            "class_labels": torch.tensor(targets.labels[b, valid]),
+            "boxes": torch.tensor(targets.boxes[b, valid], dtype=kind),
+        }
         for b, valid in enumerate(targets.valid)
     ]
     return {"x": torch.tensor(x, dtype=kind), "labels": objects}

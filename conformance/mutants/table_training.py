@@ -19,7 +19,9 @@ _STEPPED = "optimizer.step()\n    scaler.update()\n"
 _EMA = "    if run.average is not None:\n        update_average(run.average, run.model, average_decay(config.optim.ema_decay, run.step))"
 _TERMS = "added = run.terms_of(outputs, batch.targets, num_boxes)"
 _BACKWARD = 'scaler.scale(added["loss"]).backward()  # type: ignore[no-untyped-call]'
-_CLIP = "    scaler.unscale_(optimizer)\n    norm = whole(clip_gradient(run.model.parameters(), config.optim.clip_norm))"
+_CLIP = (
+    "    scaler.unscale_(optimizer)\n    norm = whole(clip_gradient(run.model.parameters(), config.optim.clip_norm))"
+)
 _GIVEN = "given = outputs, targets, settings.weights, settings.classification"
 
 TRAINING: list[Mutant] = [

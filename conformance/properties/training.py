@@ -23,8 +23,8 @@ from smca.conformance.inputs.training import (
     merged,
     training_inputs,
 )
-from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.properties.loss import clear_matching
+from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF
 from smca.reference import losses
 from smca.reference.losses import Targets
@@ -39,9 +39,7 @@ PROPERTIES: list[Property] = []
 
 WHOLE = ("float64", "float32")
 STEP = "reference/training_step.py, equations (R1) to (R8), with those of losses, losses_backward and optimizers"
-DEALT = (
-    "reference/training_step.py, (R1) to (R4): sums over all images divided by all objects, however the images are dealt out"
-)
+DEALT = "reference/training_step.py, (R1) to (R4): sums over all images divided by all objects, however the images are dealt out"
 NUDGE = {"float64": 2.0**-30, "float32": 2.0**-22}
 """Relative, in measuring how far a run moves; for float32 of the size of its roundings, so that what is not smooth shows."""
 
@@ -134,11 +132,16 @@ def _clear(x: TrainingArrays, expected: Trajectory, nudged: list[list[dict[str, 
                 return False
             moved = [forward(params[number], images)["boxes"] for params in nudged]
             far = max(float(np.abs(boxes - outputs["boxes"]).max(initial=0.0)) for boxes in moved)
-            query = losses.match(outputs["logits"], outputs["boxes"], targets, x.settings.weights, x.settings.classification)
+            query = losses.match(
+                outputs["logits"], outputs["boxes"], targets, x.settings.weights, x.settings.classification
+            )
             layer, image, target = np.nonzero(query >= 0)
             ours = outputs["boxes"][layer, image, query[layer, image, target]]
             apart = _edges(ours) - _edges(targets.boxes[image, target])
-            if np.abs(apart).min(initial=np.inf) < 8 * far * UNIT_ROUNDOFF[dtype] / NUDGE[dtype] + 8 * UNIT_ROUNDOFF[dtype]:
+            if (
+                np.abs(apart).min(initial=np.inf)
+                < 8 * far * UNIT_ROUNDOFF[dtype] / NUDGE[dtype] + 8 * UNIT_ROUNDOFF[dtype]
+            ):
                 return False
     return True
 
@@ -187,7 +190,16 @@ def run_equals_the_oracle(impl: Any, recipe: TrainingInputs, dtype: str, judge: 
 
 
 UNEVEN = TrainingInputs(
-    steps=3, parts=2, images=1, filled=0.4, objects=3, classes=3, clip_norm=0.1, ema_decay=0.9, decayed="weights", seed=10
+    steps=3,
+    parts=2,
+    images=1,
+    filled=0.4,
+    objects=3,
+    classes=3,
+    clip_norm=0.1,
+    ema_decay=0.9,
+    decayed="weights",
+    seed=10,
 )
 """Parts with unequally many objects."""
 
@@ -287,7 +299,7 @@ def _dealt_anew(step: TrainingStepInputs, rng: np.random.Generator) -> TrainingS
 @property_of(
     "train.classes",
     "renaming the classes renames the rows of the class head, and changes nothing else: no class is another one's, or none",
-    "method.md §5: every class has a sigmoid of its own; there is none for \"no object\"",
+    'method.md §5: every class has a sigmoid of its own; there is none for "no object"',
     training_inputs(steps=st.sampled_from([3, 1]), classes=st.integers(3, 5), kind=st.just(("adamw", 6, 6))),
     into=PROPERTIES,
     dtypes=WHOLE,
@@ -309,6 +321,8 @@ def classes(impl: Any, recipe: TrainingInputs, dtype: str, judge: Judge) -> None
         steps.append(TrainingStepInputs(shards, step.factor))
     _, limits = expected_and_limits(recipe, dtype)
     want, got = run(impl, x, dtype), run(impl, x._replace(params=renamed(x.params, 0), steps=steps), dtype)
-    twice = Trajectory(2 * limits.loss, 2 * limits.gradient_norm, *({n: 2 * v for n, v in renamed(of, 1).items()} for of in limits[2:]))
+    twice = Trajectory(
+        2 * limits.loss, 2 * limits.gradient_norm, *({n: 2 * v for n, v in renamed(of, 1).items()} for of in limits[2:])
+    )
     renamed_want = want._replace(params=renamed(want.params, 1), average=renamed(want.average, 1))
     compare(got, renamed_want, twice, judge, "with classes renamed, ")

@@ -39,7 +39,9 @@ def taken_by_muon(x: TrainingArrays, name: str) -> bool:
     "train.average_follows",
     "after each step the average has moved once, by 1 − δ towards the parameters, from the first weights on and across a stop",
     "reference/optimizers.py, (O8): average ← δ_t·average + (1 − δ_t)·θ with δ_t = min(δ, (1 + t)/(10 + t)), once per step",
-    training_inputs(ema_decay=st.sampled_from([0.9, 0.5, 0.3]), steps=st.sampled_from([6, 3]), resume_after=st.integers(0, 1)),
+    training_inputs(
+        ema_decay=st.sampled_from([0.9, 0.5, 0.3]), steps=st.sampled_from([6, 3]), resume_after=st.integers(0, 1)
+    ),
     into=PROPERTIES,
     dtypes=WHOLE,
     examples_factor=0.25,
@@ -47,13 +49,17 @@ def taken_by_muon(x: TrainingArrays, name: str) -> bool:
 def average_follows(impl: Any, recipe: TrainingInputs, dtype: str, judge: Judge) -> None:
     x = recipe.arrays(dtype)
     got, u = run(impl, x, dtype), UNIT_ROUNDOFF[dtype]
-    judge.holds(sorted(got.average) == sorted(x.params), f"averages of {sorted(got.average)}, expected {sorted(x.params)}")
+    judge.holds(
+        sorted(got.average) == sorted(x.params), f"averages of {sorted(got.average)}, expected {sorted(x.params)}"
+    )
     for name, params in got.params.items():
         last = x.params[name]
         for t, (average, param) in enumerate(zip(got.average[name], params, strict=True)):
             kept = min(x.settings.ema_decay, (1 + t) / (10 + t))
             size = np.abs(last) + np.abs(param)
-            judge.close(average, kept * last + (1 - kept) * param, 4 * u * size, f"average of {name} after step {t + 1} ")
+            judge.close(
+                average, kept * last + (1 - kept) * param, 4 * u * size, f"average of {name} after step {t + 1} "
+            )
             last = average
 
 
@@ -97,21 +103,27 @@ def first_step(impl: Any, recipe: TrainingInputs, dtype: str, judge: Judge) -> N
             rate = factor * x.settings.muon_lr * max(1.0, moved.shape[0] / moved.shape[1]) ** 0.5
             rate *= x.settings.backbone_lr / x.settings.lr if name.startswith("backbone.") else 1.0
             largest = float(np.linalg.norm(moved, 2)) / rate
-            judge.holds(0.68 <= largest <= 1.21, f"{name} moved by a largest singular value of {largest:.3g} times its rate")
+            judge.holds(
+                0.68 <= largest <= 1.21, f"{name} moved by a largest singular value of {largest:.3g} times its rate"
+            )
             continue
         share = np.abs(moved) / (factor * adamws_rate(x, name))
         slack = 100 * UNIT_ROUNDOFF[dtype] * (1 + np.abs(x.params[name]) / (factor * adamws_rate(x, name)))
         judge.holds(bool((share <= 1 + slack).all()), f"{name} moved by up to {share.max():.4g} of its rate")
-        boxes = name.startswith("box_head.")  # which GIoU alone leaves without a gradient where one box lies within the other
-        if not boxes or (recipe.weighting[1] > 0 and any(t.valid.any() for parts in x.steps[0].shards for _, t in parts)):
+        boxes = name.startswith(
+            "box_head."
+        )  # which GIoU alone leaves without a gradient where one box lies within the other
+        if not boxes or (
+            recipe.weighting[1] > 0 and any(t.valid.any() for parts in x.steps[0].shards for _, t in parts)
+        ):
             most = float(np.median(share))
             judge.holds(most > 0.9, f"{name}: half of its entries moved by less than {most:.4g} of its rate")
 
 
 @property_of(
     "train.class_loss_in_closed_form",
-    "with the same score for every class of every query, the class loss is a formula, whatever is matched with what",
-    "method.md §5: w/boxes · ( T·¼·(1 − p)²·(−ln p) + (B·N·K − T)·¾·p²·(−ln(1 − p)) ) per layer, boxes = max(1, T)",
+    "with the same score for every class of every query, the class loss is a formula, whatever is matched",
+    "method.md §5: w/boxes · ( T·¼·(1 − p)²·(−ln p) + (B·N·K − T)·¾·p²·(−ln(1 − p)) ) for each layer",
     training_inputs(steps=1, weighting=st.sampled_from([(2.0, 0.0, 0.0), (0.25, 0.0, 0.0)]), classification="focal"),
     into=PROPERTIES,
     dtypes=WHOLE,

@@ -40,9 +40,7 @@ def take_step(run: Run, parts: Sequence[Batch], lr_factor: float) -> tuple[dict[
     for number, (host_batch, batch) in enumerate(zip(parts, batches, strict=True)):
         with adding_up(run.parallel, now=number + 1 == len(parts)):
             # Of a divided model no copies of the weights are to stay in memory for the length of a step.
-            with torch.autocast(
-                run.device.type, run.half, enabled=run.half is not None, cache_enabled=not config.fsdp
-            ):
+            with torch.autocast(run.device.type, run.half, enabled=run.half is not None, cache_enabled=not config.fsdp):
                 outputs = run.parallel(
                     batch.images.contiguous(memory_format=torch.channels_last),
                     batch.padding_mask if host_batch.padding_mask.any() else None,

@@ -1,4 +1,4 @@
-"""smca.reference.losses_backward, small_detector, optimizers, training_step, training_run: against differences, torch, and by hand."""
+"""losses_backward, small_detector, optimizers, training_step and training_run: against differences, against torch, by hand."""
 
 from __future__ import annotations
 
@@ -91,12 +91,13 @@ def test_an_empty_batch_has_a_gradient_of_its_scores_alone() -> None:
 
 def test_focal_terms_backward_by_differences_and_far_out() -> None:
     x = np.array([-3.0, -0.5, 0.0, 2.0])
-    for which, present in ((0, np.ones(4)), (1, np.zeros(4))):
-        for alpha, gamma in ((0.25, 2.0), (0.75, 1.5)):
-            slope = np.diag(
-                [differences(lambda v: sigmoid_focal_loss(v, present[:1], alpha, gamma).sum(), x[i : i + 1])[0] for i in range(4)]
-            )
-            np.testing.assert_allclose(focal_terms_backward(x, alpha, gamma)[which], np.diag(slope), rtol=1e-7)
+    for alpha, gamma in ((0.25, 2.0), (0.75, 1.5)):
+        for found, present in zip(focal_terms_backward(x, alpha, gamma), (np.ones(4), np.zeros(4)), strict=True):
+
+            def loss(logits: Any, present: Any = present, alpha: float = alpha, gamma: float = gamma) -> float:
+                return float(sigmoid_focal_loss(logits, present, alpha, gamma).sum())
+
+            np.testing.assert_allclose(found, differences(loss, x), rtol=1e-7)
     positive, negative = focal_terms_backward(np.array([-1e4, 1e4]))
     np.testing.assert_allclose(positive, [-0.25, 0.0], atol=1e-300)
     np.testing.assert_allclose(negative, [0.0, 0.75], atol=1e-300)
@@ -108,9 +109,9 @@ def test_the_gradient_of_giou_is_its_slope(kind: str) -> None:
     wanted = np.concatenate([rng.uniform(0.4, 0.6, (20, 2)), rng.uniform(0.2, 0.4, (20, 2))], axis=1)
     ours = {
         "any": np.concatenate([rng.uniform(0.3, 0.7, (20, 2)), rng.uniform(0.1, 0.5, (20, 2))], axis=1),
-        "apart": wanted + [1.0, 0.9, 0.0, 0.1],
-        "inside": wanted * [1.0, 1.0, 0.5, 0.4],
-        "around": wanted * [1.0, 1.0, 2.0, 1.5],
+        "apart": wanted + np.array([1.0, 0.9, 0.0, 0.1]),
+        "inside": wanted * np.array([1.0, 1.0, 0.5, 0.4]),
+        "around": wanted * np.array([1.0, 1.0, 2.0, 1.5]),
     }[kind]
 
     def loss(boxes: Any) -> float:
@@ -126,7 +127,10 @@ def test_boxes_without_area_have_a_finite_gradient() -> None:
     assert not giou_loss_backward(flat[:1], flat[:1]).any()
 
 
-def small(seed: int, sizes: Sizes = Sizes(inputs=3, channels=4, classes=2, layers=2)) -> dict[str, Any]:
+SMALL = Sizes(inputs=3, channels=4, classes=2, layers=2)
+
+
+def small(seed: int, sizes: Sizes = SMALL) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape) / 2 for name, shape in parameter_shapes(sizes).items()}
 
