@@ -38,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smca.reference.arrays import FloatArray
-from smca.reference.losses import PaddedTargets, set_loss
+from smca.reference.losses import Targets, set_loss
 from smca.reference.losses_backward import set_loss_backward
 from smca.reference.optimizers import Moments, adamw, average_decay, clip, muon, norm_of, update_average
 from smca.reference.small_detector import Params, backward, forward
@@ -46,7 +46,7 @@ from smca.reference.small_detector import Params, backward, forward
 LEAST_SIDE = 16
 HEADS = ("class_head", "box_head")
 
-Part = tuple[FloatArray, PaddedTargets]
+Part = tuple[FloatArray, Targets]
 """x [B, N, I] of some images (`small_detector`), and their objects."""
 Shards = Sequence[Sequence[Part]]
 """The images of a step: shards[process][part]. Processes have equally many parts."""
@@ -157,7 +157,7 @@ def gradient_of(params: Params, shards: Shards, settings: TrainingSettings) -> t
         ValueError: as `small_detector.forward` and `set_loss`.
     """
     processes = len(shards)
-    objects = sum(int(np.asarray(targets.valid).sum()) for parts in shards for _, targets in parts)
+    objects = sum(int(targets.valid.sum()) for parts in shards for _, targets in parts)
     num_boxes = max(1, objects) / processes  # (R1)
     loss, total = 0.0, {name: np.zeros(value.shape) for name, value in params.items()}
     for parts in shards:

@@ -138,10 +138,11 @@ class Trainer:
     def _run(self, folder: Path, params: Any, steps: Any, settings: Any, dtype: Any, rank: int, world: int) -> Any:
         """As `setup.set_up` puts it together, of a network of another class and without data."""
         model: Any = detector_of(params, dtype)
+        weights = settings.weights
         muon = {"muon_lr": settings.muon_lr} if settings.optimizer == "muon" else {}
         config = RunConfig(
             output=folder,
-            loss=LossConfig(*(settings.weights[term] for term in ("class", "l1", "giou")), settings.classification),
+            loss=LossConfig(weights["class"], weights["l1"], weights["giou"], settings.classification),
             optim=OptimConfig(
                 settings.optimizer,
                 lr=settings.lr,
@@ -186,7 +187,7 @@ class Trainer:
 def _in_group(work: Any, rank: int, world: int, folder: str, results: Any) -> None:
     """What each of several processes runs; the first one, or one that fails, sends what it has to say."""
     torch.set_num_threads(1)
-    store = distributed.FileStore(f"{folder}/store", world)
+    store = distributed.FileStore(f"{folder}/store", world)  # type: ignore[attr-defined]
     try:
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
         found = work(rank, world)

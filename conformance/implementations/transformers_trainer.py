@@ -73,9 +73,9 @@ class TransformersTrainer:
         kind, losses, norms, found = getattr(torch, dtype), [], [], []
         factors = [step.factor for step in steps]
 
-        class InOrder(LIBRARY.Trainer):  # type: ignore[misc, name-defined]
+        class InOrder(LIBRARY.Trainer):  # type: ignore[misc]
             def get_train_dataloader(self) -> Any:
-                return self.accelerator.prepare(DataLoader(parts, collate_fn=lambda items: items[0]))
+                return self.accelerator.prepare(DataLoader(given, collate_fn=lambda items: items[0]))
 
             def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
                 self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -88,7 +88,7 @@ class TransformersTrainer:
                 losses.append(loss.item())
                 return loss
 
-        class Note(LIBRARY.TrainerCallback):  # type: ignore[misc, name-defined]
+        class Note(LIBRARY.TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
                 values = model.detector.state_dict()
                 found.append({name: value.double().numpy().copy() for name, value in values.items()})
@@ -99,7 +99,7 @@ class TransformersTrainer:
                 if "grad_norm" in logs:
                     norms.append(float(logs["grad_norm"]))
 
-        parts = [_tensors(x, targets, kind) for step in steps for x, targets in step.shards[0]]
+        given: Any = [_tensors(x, targets, kind) for step in steps for x, targets in step.shards[0]]
         stopping = [settings.resume_after > 0]
         with tempfile.TemporaryDirectory() as folder:
 
@@ -119,7 +119,7 @@ class TransformersTrainer:
                     use_cpu=True,
                 )
                 model = _WithLoss(detector_of(params, kind), dict(settings.weights))
-                made = InOrder(model, arguments, train_dataset=parts, callbacks=[Note()])
+                made = InOrder(model, arguments, train_dataset=given, callbacks=[Note()])
                 made.remove_callback(LIBRARY.PrinterCallback)
                 return made
 

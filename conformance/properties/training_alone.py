@@ -152,8 +152,7 @@ SLOPES = training_inputs(
 
 @property_of(
     "train.gradient_is_the_slope",
-    "the norm of the gradient is that of the slopes of the run's own loss, parameter by parameter, and AdamW's first step goes down "
-    "each of them",
+    "the norm of the gradient is that of the slopes of the run's own loss, entry by entry, and AdamW's first step goes down each",
     "the definition of a derivative; reference/optimizers.py, (O4) at s = 1",
     SLOPES,
     into=PROPERTIES,
