@@ -2,8 +2,10 @@
 
     smca conformance                                     all of ours, quick profile
     smca conformance --implementation mine.port:Port     yours (docs/conformance.md shows how to write it)
+    smca conformance --implementation 'exec:./port'      yours, a program in any language
     smca conformance --only smca_attention --profile ci  part of it, more examples
     smca conformance --mutants                           plant every known bug and see which property finds it
+    smca conformance --write-vectors build/vectors       inputs and expected outputs as files, for any language
     smca conformance --report docs/numerics.md           the worst errors over many examples, as a table
 
 Exit status 1 if a property fails or a mutant lives.
@@ -11,58 +13,108 @@ Exit status 1 if a property fails or a mutant lives.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import torch
-import tyro
-from rich.console import Console
-from rich.progress import Progress
-
+from smca.conformance.apart import Apart
 from smca.conformance.diagnosis import explain
-from smca.conformance.implementations.ours import IMPLEMENTATIONS
+from smca.conformance.implementations.registry import EXEC, IMPLEMENTATIONS, TIME_LIMIT, implementation_of
 from smca.conformance.mutants.plant import MUTANTS, kill
+from smca.conformance.progress import followed
 from smca.conformance.property import Property
-from smca.conformance.protocol import Unavailable, implemented, name_of
-from smca.conformance.replay import implementation_of
+from smca.conformance.protocol import Unavailable, address_of, name_of
 from smca.conformance.report import mutants_table, numerics
-from smca.conformance.runner import PROFILES, Outcome, cases, run
+from smca.conformance.results import summary, write_json, write_junit
+from smca.conformance.runner import PROFILES, Case, Outcome, cases, run
 from smca.conformance.suite import PROPERTIES
+from smca.conformance.vectors import write_vectors
+from smca.conformance.xfails import judged, read_xfails
+from smca.reference import SPECIFICATION_VERSION
 
 
-@dataclass(frozen=True)
-class ConformanceArgs:
-    """Check implementations of SMCA against the specification."""
-
-    implementation: tuple[str, ...] = ()
-    """One of ours by name, or yours as package.module:Class; may be several. None given: all of ours that run here."""
-    profile: Literal["quick", "ci", "deep"] = "quick"
-    """Examples per property: quick 20, the same each time; ci 100 and deep 5000, new ones each time."""
-    only: str = ""
-    """Part of the name of the properties to check, such as "smca_attention_vjp" or "padded"."""
-    list: bool = False
-    """Only list implementations and properties."""
-    mutants: bool = False
-    """Plant each known bug by itself and report which property finds it, after how many examples."""
-    report: Path | None = None
-    """Write the worst errors of all comparisons with the oracle to this Markdown file (as docs/numerics.md)."""
-    examples: int = 10_000
-    """With --report: least number of examples per operation, over all implementations and dtypes."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="smca conformance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--implementation",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="one of ours by name (see --list), yours as package.module:Class, or a program as 'exec:./port --option'; may be "
+        "several, and given several times (default: all of ours that run here)",
+    )
+    parser.add_argument(
+        "--profile",
+        choices=list(PROFILES),
+        default="quick",
+        help="examples per property: quick 20, the same each time; ci 100 and deep 5000, new ones each time (default: quick)",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help='part of the name of the properties to check, such as "smca_attention_vjp" or "padded"',
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=TIME_LIMIT,
+        metavar="SECONDS",
+        help="an implementation of yours that takes longer for an example is ended, and said to hang (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--xfails", type=Path, metavar="FILE", help="properties that are expected to fail, one per line"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to this file")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="the same as JUnit XML, for continuous integration")
+    parser.add_argument("--list", action="store_true", help="only list implementations and properties")
+    parser.add_argument(
+        "--mutants",
+        action="store_true",
+        help="plant each known bug by itself and report which property finds it, after how many examples",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write the worst errors of all comparisons with the oracle to this Markdown file (as docs/numerics.md)",
+    )
+    parser.add_argument(
+        "--write-vectors",
+        type=Path,
+        metavar="DIR",
+        help="write inputs, expected outputs and bounds of chosen examples of every operation to this folder, as safetensors "
+        "and an index, for ports that test themselves without Python",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="with --report: least number of examples per operation, over all implementations and dtypes (default: %(default)s)",
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``smca conformance``."""
-    args = tyro.cli(ConformanceArgs, args=argv, prog="smca conformance")
-    torch.set_num_threads(1)  # examples are small: more threads would only wait for each other
+    """Entry point of ``smca conformance`` and ``python -m smca.conformance``."""
+    args = _parser().parse_args(argv)
     chosen = [prop for prop in PROPERTIES if args.only in prop.name]
     if not chosen:
         raise ValueError(f"--only {args.only!r}: no property has that in its name; see --list for the names")
+    if args.time_limit <= 0:
+        raise ValueError(f"--time-limit: expected seconds above 0, got {args.time_limit:g}")
     if args.list:
         _list(chosen)
+    elif args.write_vectors is not None:
+        files = write_vectors(args.write_vectors)
+        print(f"wrote {len(files)} vectors of specification {SPECIFICATION_VERSION} to {args.write_vectors}")
     elif args.mutants:
         _mutants(args, chosen)
     elif args.report is not None:
@@ -71,12 +123,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _check(args, chosen)
 
 
-def _made(args: ConformanceArgs) -> list[object]:
+def _made(args: argparse.Namespace) -> list[Any]:
     """The implementations asked for; by default all of ours that this machine can run."""
     made = []
     for name in args.implementation or IMPLEMENTATIONS:
         try:
-            made.append(implementation_of(name))
+            made.append(implementation_of(name, args.time_limit))
         except Unavailable as reason:
             if args.implementation:
                 raise ValueError(f"--implementation {name}: {reason}") from None
@@ -96,66 +148,50 @@ def _list(chosen: Sequence[Property]) -> None:
         print(f"{prop.name}\n    {prop.sentence}\n    {prop.equation}")
 
 
-def _check(args: ConformanceArgs, chosen: Sequence[Property]) -> None:
+def _check(args: argparse.Namespace, chosen: Sequence[Property]) -> None:
     profile = PROFILES[args.profile]
+    expected = [] if args.xfails is None else read_xfails(args.xfails, [prop.name for prop in PROPERTIES])
     everything = list(cases(chosen, _made(args), profile))
-    console, outcomes = Console(stderr=True), []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("checking", total=len(everything))
-        for case in everything:
-            progress.update(task, description=f"{name_of(case.implementation)} {case.dtype} {case.prop.name}")
-            outcomes.append(run(case, profile))
-            progress.advance(task)
-    for outcome in outcomes:
-        if outcome.status == "failed":
-            print("\n".join(filter(None, [outcome.message, explain(outcome)])), end="\n\n")
+    apart: dict[str, Apart] = {}
+    outcomes: list[Outcome] = []
+
+    def described(case: Case) -> str:
+        return f"{name_of(case.implementation)} {case.dtype} {case.prop.name}"
+
+    try:
+        for case in followed(everything, described):
+            address = address_of(case.implementation)
+            if ":" not in address or address.startswith(EXEC):  # ours, or in a process of its own already
+                outcome = run(case, profile)
+            else:
+                if address not in apart:
+                    apart[address] = Apart(case.implementation, args.time_limit)
+                outcome = apart[address].run(case, profile)
+            outcomes.append(judged(outcome, expected))
+    finally:
+        for process in apart.values():
+            process.end()
+    failures = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for outcome in failures:
+        print("\n".join(filter(None, [outcome.message, outcome.explanation or explain(outcome)])), end="\n\n")
     print("\n".join(summary(outcomes)))
-    if any(outcome.status == "failed" for outcome in outcomes):
+    if args.json is not None:
+        write_json(args.json, outcomes, profile.name)
+    if args.junit is not None:
+        write_junit(args.junit, outcomes)
+    if failures:
         raise SystemExit(1)
 
 
-def summary(outcomes: Sequence[Outcome]) -> list[str]:
-    """One line per implementation, dtype and operation: what passed, what failed, what is missing."""
-    lines: list[str] = []
-    groups: dict[tuple[str, str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        case = outcome.case
-        missing = not implemented(case.implementation, case.prop.operation)
-        key = name_of(case.implementation), "" if missing else case.dtype, case.prop.operation
-        groups.setdefault(key, []).append(outcome)
-    lines.append(f"{'implementation':18} {'dtype':9} {'operation':30} {'passed':>6} {'failed':>6}  worst error / bound")
-    for (name, dtype, operation), group in groups.items():
-        start = f"{name:18} {dtype:9} {operation:30}"
-        if not dtype:
-            lines.append(f"{start} not implemented")
-            continue
-        passed, failed = (sum(o.status == status for o in group) for status in ("passed", "failed"))
-        worst = max(o.worst.ratio for o in group)
-        lacking = sum(o.status == "not implemented" for o in group)
-        also = f" ({lacking} not checked: it leaves them out, or lacks an operation that they need)" if lacking else ""
-        lines.append(f"{start} {passed:6} {failed:6}  {f'{worst:.3g}' if worst >= 0 else 'exact'}{also}")
-    examples, seconds = sum(o.worst.examples for o in outcomes), sum(o.seconds for o in outcomes)
-    failures = sum(outcome.status == "failed" for outcome in outcomes)
-    lines.append(
-        f"{examples} examples in {seconds:.0f} s; {failures or 'no'} propert{'y' if failures == 1 else 'ies'} failed"
-    )
-    return lines
-
-
-def _mutants(args: ConformanceArgs, chosen: Sequence[Property]) -> None:
+def _mutants(args: argparse.Namespace, chosen: Sequence[Property]) -> None:
     warnings.simplefilter("ignore", RuntimeWarning)  # a bug may divide by 0 on its way to being found
     results = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("planting", total=len(MUTANTS))
-        for mutant in MUTANTS:
-            progress.update(task, description=mutant.bug)
-            try:
-                results.append(
-                    kill(mutant, chosen, PROFILES[args.profile], thorough=mutant.module != "attention.fused_kernels")
-                )
-            except Unavailable as reason:
-                print(f"not planted: {mutant.bug} ({reason})")
-            progress.advance(task)
+    for mutant in followed(MUTANTS, lambda mutant: mutant.bug):
+        try:
+            thorough = mutant.module != "attention.fused_kernels"
+            results.append(kill(mutant, chosen, PROFILES[args.profile], thorough=thorough))
+        except Unavailable as reason:
+            print(f"not planted: {mutant.bug} ({reason})")
     print("\n".join(mutants_table(results)))
     if not all(result.killer for result in results):
         sys.exit(1)

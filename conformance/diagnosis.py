@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from smca.conformance.conduct import WRONG_NUMBERS
 from smca.conformance.mutants.plant import MUTANTS, operations_of, planted
-from smca.conformance.property import Judge
+from smca.conformance.property import Recorder
 from smca.conformance.protocol import name_of
 from smca.conformance.runner import Outcome
 from smca.conformance.simplify import describe_simplifications
 from smca.conformance.tolerances import UNIT_ROUNDOFF
-
-
-@dataclass
-class _Recorder(Judge):
-    """Records what an implementation returns, and judges nothing."""
-
-    seen: list[npt.NDArray[np.float64]] = field(default_factory=list)
-
-    def close(self, got: Any, expected: npt.ArrayLike, bound: npt.ArrayLike, what: str) -> None:
-        self.seen.append(np.asarray(got, dtype=np.float64))
-
-    def holds(self, condition: bool, message: str) -> None:
-        pass
 
 
 def explain(outcome: Outcome) -> str:
@@ -41,7 +28,7 @@ def known_bugs(outcome: Outcome) -> str:
     Only for comparisons with the oracle: the others have no wrong numbers to reproduce.
     """
     prop = outcome.case.prop
-    if outcome.status != "failed" or not prop.oracle or not outcome.failing:
+    if outcome.verdict != WRONG_NUMBERS or not prop.oracle or not outcome.failing:
         return ""
     names = []
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -62,7 +49,7 @@ def known_bugs(outcome: Outcome) -> str:
 
 
 def _outputs(implementation: Any, outcome: Outcome, recipe: Any) -> list[npt.NDArray[np.float64]] | None:
-    judge = _Recorder(outcome.case.prop, name_of(implementation), outcome.case.dtype, recipe)
+    judge = Recorder(outcome.case.prop, name_of(implementation), outcome.case.dtype, recipe)
     try:
         outcome.case.prop.check(implementation, recipe, outcome.case.dtype, judge)
     except Exception:  # an error of any kind: there are no numbers to compare

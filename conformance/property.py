@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 
+from smca.conformance.conduct import OTHER_SHAPE, WRONG_NUMBERS
 from smca.conformance.tolerances import CONSTANTS, TINY
 
 Array = npt.NDArray[np.float64]
@@ -25,6 +27,11 @@ class Recipe(Protocol):
 
 class Mismatch(AssertionError):
     """An implementation broke a property; the message holds all that is needed to investigate."""
+
+    def __init__(self, message: str, verdict: str = WRONG_NUMBERS) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+        """One of `conduct.VERDICTS`."""
 
 
 @dataclass
@@ -64,7 +71,7 @@ class Judge:
         """
         got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
         if got.shape != expected.shape:
-            raise self.mismatch(f"{what}: got shape {got.shape}, expected {expected.shape}")
+            raise self.mismatch(f"{what}: got shape {got.shape}, expected {expected.shape}", OTHER_SHAPE)
         if not got.size:
             return
         limit = np.broadcast_to(np.asarray(bound) * CONSTANTS[self.of.operation][0] + TINY, got.shape)
@@ -84,6 +91,20 @@ class Judge:
                 f"    off by {error[at]:.3g}, bound {limit[at]:.3g}; {wrong} of {got.size} entries are over their bounds{note}"
             )
 
+    def along(
+        self, parts: Sequence[tuple[Any, npt.NDArray[Any]]], expected: float, bound: npt.ArrayLike, what: str
+    ) -> None:
+        """Gradients, along one direction in all of them, are within a bound of a derivative.
+
+        Args:
+            parts: each gradient under test, with its direction, of the same shape.
+            expected: the derivative along it.
+            bound: as in `close`.
+            what: is compared, in words.
+        """
+        got = sum(float((np.asarray(gradient, dtype=np.float64) * direction).sum()) for gradient, direction in parts)
+        self.close(got, expected, bound, f"{what} along a direction, ")
+
     def holds(self, condition: bool, message: str) -> None:
         """`condition` is true; otherwise `message` is the finding."""
         if not condition:
@@ -96,19 +117,34 @@ class Judge:
             index = ", ".join(str(int(i)) for i in np.argwhere(~np.isfinite(got))[0])
             raise self.mismatch(f"{what}[{index}] = {got[~np.isfinite(got)][0]}, expected a finite number")
 
-    def mismatch(self, finding: str) -> Mismatch:
+    def mismatch(self, finding: str, verdict: str = WRONG_NUMBERS) -> Mismatch:
         """The error for a finding: what failed, for which implementation and input, why it must hold, and how to repeat it."""
         prop = self.of
+        named = "" if verdict == WRONG_NUMBERS else f"    verdict: {verdict}\n"
         return Mismatch(
-            f"{prop.operation}: {prop.sentence}\n"
+            f"{prop.operation}: {prop.sentence}\n{named}"
             f"    {finding}\n"
             f"    implementation: {self.implementation}, {self.dtype}\n"
             f"    input: {self.recipe.describe() if self.recipe is not None else ''}\n"
             f"    why: {prop.equation}\n"
             f"    again:\n"
             f"        from smca.conformance.replay import *\n"
-            f"        replay({prop.name!r}, {(self.address or self.implementation)!r}, {self.dtype!r}, {self.recipe!r})"
+            f"        replay({prop.name!r}, {(self.address or self.implementation)!r}, {self.dtype!r}, {self.recipe!r})",
+            verdict,
         )
+
+
+@dataclass
+class Recorder(Judge):
+    """Records what an implementation returns, and judges nothing."""
+
+    seen: list[Array] = field(default_factory=list)
+
+    def close(self, got: Any, expected: npt.ArrayLike, bound: npt.ArrayLike, what: str) -> None:
+        self.seen.append(np.array(got, dtype=np.float64))
+
+    def holds(self, condition: bool, message: str) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -146,6 +182,16 @@ class Property:
 
 
 Check = Callable[[Any, Any, str, Judge], None]
+
+
+def assume(condition: bool) -> None:
+    """Rejects an example for which the property says nothing. Other than Hypothesis's own, it may be called anywhere.
+
+    Raises:
+        UnsatisfiedAssumption: `condition` is false.
+    """
+    if not condition:
+        raise UnsatisfiedAssumption
 
 
 def property_of(

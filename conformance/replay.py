@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smca.conformance.implementations.ours import IMPLEMENTATIONS
+from smca.conformance.implementations.registry import implementation_of
 from smca.conformance.inputs.anchored import AnchoredInputs
 from smca.conformance.inputs.attention import AttentionInputs, LevelsInputs
 from smca.conformance.inputs.distance import DistantInputs, DropoutInputs
@@ -17,7 +17,8 @@ from smca.conformance.inputs.model import ModelInputs
 from smca.conformance.inputs.softmax import OddsInputs, SoftmaxLossInputs
 from smca.conformance.inputs.training import TrainingInputs
 from smca.conformance.property import Judge
-from smca.conformance.protocol import address_of, load_outside, name_of
+from smca.conformance.protocol import address_of, name_of
+from smca.conformance.runner import checked
 from smca.conformance.suite import PROPERTIES
 
 __all__ = [
@@ -58,21 +59,5 @@ def replay(property_name: str, implementation: Any, dtype: str, recipe: Any) -> 
         raise ValueError(f"no property {property_name!r}: choose one of {', '.join(prop.name for prop in PROPERTIES)}")
     made = implementation_of(implementation) if isinstance(implementation, str) else implementation
     judge = Judge(matching[0], name_of(made), dtype, recipe, address=address_of(made))
-    matching[0].check(made, recipe, dtype, judge)
+    checked(judge, made, recipe)
     return judge
-
-
-def implementation_of(name: str) -> Any:
-    """One of ours by name, or "package.module:Class".
-
-    Raises:
-        ValueError: no such implementation.
-        Unavailable: it cannot run on this machine.
-    """
-    if ":" in name:
-        return load_outside(name)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no implementation {name!r}: choose one of {', '.join(IMPLEMENTATIONS)}, or name yours as package.module:Class"
-        )
-    return IMPLEMENTATIONS[name]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import platform
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from smca.conformance.mutants.plant import MutantResult
+from smca.conformance.progress import followed
 from smca.conformance.property import Property
 from smca.conformance.protocol import OPERATIONS
 from smca.conformance.runner import PROFILES, Case, Outcome, cases, run
@@ -55,23 +54,22 @@ def numerics(path: Path, implementations: Sequence[Any], properties: Sequence[Pr
     for case in cases([prop for prop in properties if _against_oracle(prop)], implementations, PROFILES["deep"]):
         if case.missing is None:
             by_operation[case.prop.operation].append(case)
-    outcomes: list[Outcome] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=sum(map(len, by_operation.values())))
-        for operation_cases in by_operation.values():
-            factors = {
-                case: case.prop.examples_factor * float(getattr(case.implementation, "examples_factor", 1.0))
-                for case in operation_cases
-            }
-            quick = [case for case in operation_cases if not getattr(case.implementation, "slow", False)]
-            number = int(np.ceil(examples / sum(factors[case] for case in quick))) if quick else 0
-            for case in operation_cases:
-                progress.update(task, description=f"{case.prop.operation} {case.dtype}")
-                wanted = number or round(ONLY_SLOW_EXAMPLES / factors[case])
-                if quick and case not in quick:
-                    wanted = round(SLOW_EXAMPLES / factors[case])
-                outcomes.append(run(case, PROFILES["deep"], examples=wanted))
-                progress.advance(task)
+    wanted: dict[Case, int] = {}
+    for operation_cases in by_operation.values():
+        factors = {
+            case: case.prop.examples_factor * float(getattr(case.implementation, "examples_factor", 1.0))
+            for case in operation_cases
+        }
+        quick = [case for case in operation_cases if not getattr(case.implementation, "slow", False)]
+        number = int(np.ceil(examples / sum(factors[case] for case in quick))) if quick else 0
+        for case in operation_cases:
+            wanted[case] = number or round(ONLY_SLOW_EXAMPLES / factors[case])
+            if quick and case not in quick:
+                wanted[case] = round(SLOW_EXAMPLES / factors[case])
+    outcomes = [
+        run(case, PROFILES["deep"], examples=wanted[case])
+        for case in followed(list(wanted), lambda case: f"{case.prop.operation} {case.dtype}")
+    ]
     path.write_text("\n".join([INTRODUCTION, *_numerics_lines(outcomes), ""]), encoding="utf-8")
     print(f"wrote {path}")
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
@@ -85,10 +83,17 @@ def _against_oracle(prop: Property) -> bool:
     return prop.oracle or prop.name in ("set_loss_vjp.agrees_with_central_differences", "forward_vjp.every_parameter")
 
 
+def _pytorch() -> str:
+    try:
+        return f", PyTorch {importlib.metadata.version('torch')}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _numerics_lines(outcomes: Sequence[Outcome]) -> list[str]:
     lines = [
-        f"Measured {date.today().isoformat()}: Python {platform.python_version()}, NumPy {np.__version__}, PyTorch "
-        f"{torch.__version__}, {platform.machine()}; `smca conformance --report docs/numerics.md`.",
+        f"Measured {date.today().isoformat()}: Python {platform.python_version()}, NumPy {np.__version__}{_pytorch()}, "
+        f"{platform.machine()}; `smca conformance --report docs/numerics.md`.",
         "",
     ]
     for operation in OPERATIONS:

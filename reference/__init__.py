@@ -47,3 +47,6 @@ Shape letters: B images, N queries, h heads, d channels per head, C = h·d, K cl
 L = H·W keys, row-major (index = row·W + column). The cell in column i and row j has its centre at (i + ½, j + ½). A
 `size` is (height, width); a point is (x, y).
 """
+
+SPECIFICATION_VERSION = "1.0"
+"""Of the numbers that this package gives: the first part changes where one of them does, the second where something is added."""

@@ -1,5 +1,5 @@
 """Implementations held to the specification: ours, an example for yours, and those of transformers."""
 
-from smca.conformance.implementations.ours import IMPLEMENTATIONS
+from smca.conformance.implementations.registry import IMPLEMENTATIONS, implementation_of
 
-__all__ = ["IMPLEMENTATIONS"]
+__all__ = ["IMPLEMENTATIONS", "implementation_of"]

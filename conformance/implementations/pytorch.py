@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from smca.conformance.implementations import torch_setting  # noqa: F401 - first: before Triton is imported
+from smca.conformance.implementations.registry import ALL
 from smca.conformance.inputs.model import STAGES, given_strides
 from smca.conformance.protocol import Unavailable
 from smca.conformance.tolerances import at_least_float32
@@ -37,7 +39,6 @@ def production_config(config: reference_config.ModelConfig) -> ModelConfig:
     return ModelConfig(backbone=BackboneConfig(options=options, frozen_norm=False), **dataclasses.asdict(config))
 
 
-ALL = ("float64", "float32", "float16", "bfloat16")
 LIFTED = dict.fromkeys(ALL, float("inf"))
 AUTO = {**dict.fromkeys(ALL, dispatch.LIFTED_LOGIT_LIMIT), "float64": float("inf")}
 """dtype → largest λ·(extent/2)² at which log G is in the expanded form; in half precision that is computed in float32."""

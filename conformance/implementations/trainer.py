@@ -24,6 +24,7 @@ import torch._dynamo  # DistributedDataParallel needs it: imported once here, no
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from smca.conformance.implementations.oracle import by_place
 from smca.conformance.implementations.pytorch import numpy_of
 from smca.datasets import Batch, Targets
 from smca.gpu import files
@@ -133,7 +134,8 @@ class Trainer:
             of: {name: np.stack([arrays[name] for arrays in trajectory[of]]) for name in trajectory[of][0]}
             for of in ("params", "average")
         }
-        return {name: np.array(trajectory[name]) for name in ("loss", "gradient_norm")} | stacked
+        numbers = {name: np.array(trajectory[name]) for name in ("loss", "gradient_norm")}
+        return numbers | by_place(stacked["params"], stacked["average"])
 
     def _run(self, folder: Path, params: Any, steps: Any, settings: Any, dtype: Any, rank: int, world: int) -> Any:
         """As `setup.set_up` puts it together, of a network of another class and without data."""

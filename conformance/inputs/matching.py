@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from smca.conformance.inputs.attention import SEEDS
-from smca.conformance.tolerances import UNIT_ROUNDOFF, round_to
+from smca.conformance.tolerances import UNIT_ROUNDOFF, at_least_float32, round_to
 from smca.reference.losses import Targets
 
 Array = npt.NDArray[np.float64]
@@ -103,8 +103,8 @@ class CostInputs:
     seed: int = 0
 
     def array(self, dtype: str) -> Array:
-        """[rows, columns]."""
-        rng = np.random.default_rng(self.seed)
+        """[rows, columns]; with a half precision, float32's values, as costs are."""
+        rng, dtype = np.random.default_rng(self.seed), at_least_float32(dtype)
         shape = (self.rows, self.columns)
         by_kind: dict[str, Callable[[], npt.NDArray[Any]]] = {
             "random": lambda: rng.normal(size=shape),

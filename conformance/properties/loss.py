@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from hypothesis import assume
 from hypothesis import strategies as st
 
 from smca.conformance.inputs.matching import USUAL_LOSSES, LossArrays, LossInputs, loss_inputs
-from smca.conformance.property import Judge, Property, property_of
+from smca.conformance.property import Judge, Property, assume, property_of
 from smca.conformance.tolerances import UNDERFLOW, UNIT_ROUNDOFF, at_least_float32, giou_bound
 from smca.reference import boxes as oracle_boxes
 from smca.reference import losses as oracle
@@ -304,7 +303,7 @@ def loss_agrees_with_central_differences(impl: Any, recipe: LossInputs, dtype: s
         limit += (
             UNIT_ROUNDOFF[dtype] * size + UNDERFLOW[dtype] * gradient.size
         )  # what comes back is stored in this dtype
-        judge.close((gradient * direction).sum(), wanted, limit, f"gradient of {name} along a random direction, ")
+        judge.along([(gradient, direction)], wanted, limit, f"gradient of {name}")
 
 
 @property_of(

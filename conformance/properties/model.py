@@ -242,8 +242,8 @@ def check_derivative(
         return
     # Many ReLUs that switch look like a bend. Of three estimates of their effect, each may be small by chance, hardly all.
     limit = abs(coarse - wanted) + (abs(bend) + abs(far_bend)) / step + noise + 1e-6 * abs(wanted)
-    got = sum((np.asarray(gradients[name]) * direction).sum() for name, direction in moved.items())
-    judge.close(got, wanted, limit, f"gradient of {', '.join(params)} along a direction, ")
+    parts = [(gradients[name], direction) for name, direction in moved.items()]
+    judge.along(parts, wanted, limit, f"gradient of {', '.join(params)}")
 
 
 @property_of(

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from hypothesis import assume
 from hypothesis import strategies as st
 
 from smca.conformance.inputs.matching import WITH_CLASS, LossArrays, LossInputs, loss_inputs
@@ -21,7 +20,7 @@ from smca.conformance.inputs.softmax import (
 )
 from smca.conformance.properties.loss import CORNERS, bounds, clear_matching, compare, corner, fixed_loss
 from smca.conformance.properties.matching import ONE_IMAGE, USUAL_IMAGES, Pairs, cost_bound, one_image
-from smca.conformance.property import Judge, Property, property_of
+from smca.conformance.property import Judge, Property, assume, property_of
 from smca.conformance.tolerances import UNDERFLOW, UNIT_ROUNDOFF, accumulation_roundoff, at_least_float32
 from smca.reference import losses, matching
 from smca.reference import softmax_scores as oracle
@@ -314,4 +313,4 @@ def loss_has_the_gradient_of_its_definition(impl: Any, recipe: SoftmaxLossInputs
     assume(bend < 1e-3 * (1 + abs(slope)))  # L1 and GIoU have kinks, where no difference quotient is the gradient
     size = float(np.abs(dboxes).sum())
     limit = (1e-8 + exact * 50) * (2 * size + 1) + bend + UNIT_ROUNDOFF[dtype] * size + UNDERFLOW[dtype] * dboxes.size
-    judge.close((dboxes * direction).sum(), slope, limit, "gradient of boxes along a random direction, ")
+    judge.along([(dboxes, direction)], slope, limit, "gradient of boxes")

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from hypothesis import assume
 from hypothesis import strategies as st
 
 from smca.conformance.inputs.matching import LossArrays
@@ -24,7 +23,7 @@ from smca.conformance.inputs.training import (
     training_inputs,
 )
 from smca.conformance.properties.loss import clear_matching
-from smca.conformance.property import Judge, Property, property_of
+from smca.conformance.property import Judge, Property, assume, property_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF
 from smca.reference import losses
 from smca.reference.losses import Targets
@@ -46,9 +45,12 @@ NUDGE = {"float64": 2.0**-30, "float32": 2.0**-22}
 
 def run(impl: Any, x: TrainingArrays, dtype: str) -> Trajectory:
     found = impl.train(x.params, x.steps, x.settings, dtype=dtype)
-    loss, norm = (np.asarray(found[name], dtype=np.float64) for name in ("loss", "gradient_norm"))
-    by_name = [{n: np.asarray(v, dtype=np.float64) for n, v in found[of].items()} for of in ("params", "average")]
-    return Trajectory(loss, norm, *by_name)
+    arrays = {name: np.asarray(value, dtype=np.float64) for name, value in found.items()}
+    params, average = (
+        {name.removeprefix(place): value for name, value in arrays.items() if name.startswith(place)}
+        for place in ("params.", "average.")
+    )
+    return Trajectory(arrays["loss"], arrays["gradient_norm"], params, average)
 
 
 def expected_and_limits(recipe: TrainingInputs, dtype: str) -> tuple[Trajectory, Trajectory]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from hypothesis import assume
 from hypothesis import strategies as st
 
 from smca.conformance.inputs.training import TrainingArrays, TrainingInputs, training_inputs
 from smca.conformance.properties.training import WHOLE, expected_and_limits, run
-from smca.conformance.property import Judge, Property, property_of
+from smca.conformance.property import Judge, Property, assume, property_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF
 
 Array = npt.NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""Every property of every implementation, and proof that the suite would find each of the planted bugs."""
+"""Every property of every implementation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytest
 
 from smca.conformance import replay as replay_module
 from smca.conformance.diagnosis import explain
-from smca.conformance.implementations.ours import IMPLEMENTATIONS
-from smca.conformance.mutants.plant import MUTANTS, kill, planted
+from smca.conformance.implementations.registry import IMPLEMENTATIONS, implementation_of
 from smca.conformance.protocol import Unavailable, name_of
-from smca.conformance.replay import implementation_of, replay
+from smca.conformance.replay import replay
 from smca.conformance.runner import PROFILES, Case, cases, run
 from smca.conformance.suite import PROPERTIES
 from smca.reference.gaussian import key_minus_center
@@ -47,17 +46,6 @@ def test_property(case: Case, request: pytest.FixtureRequest) -> None:
     assert outcome.status == "passed", f"{outcome.message}\n{explain(outcome)}"
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a bug may divide by 0 on its way to being found
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
-def test_every_mutant_dies(mutant: Any, request: pytest.FixtureRequest) -> None:
-    try:
-        result = kill(mutant, PROPERTIES, PROFILES[request.config.getoption("--profile")])
-    except Unavailable as reason:
-        pytest.skip(str(reason))
-    assert result.killer, f"no property noticed: {mutant.bug} (in {mutant.package}/{mutant.module}.py)"
-    assert mutant.bug not in result.message, "a mutant must be caught by what it computes, not by failing to load"
-
-
 def test_the_oracle_is_not_compared_with_itself() -> None:
     compared = {
         name: {
@@ -67,14 +55,13 @@ def test_the_oracle_is_not_compared_with_itself() -> None:
         }
         for name in ("oracle", "eager")
     }
-    assert compared["oracle"] == {"assign"}, "whose totals are compared with SciPy's"
+    assert compared["oracle"] == set()
     assert {"smca_attention", "smca_attention_vjp", "forward"} <= compared["eager"]
 
 
-def test_names_are_unique_and_mutants_enough() -> None:
+def test_names_are_unique() -> None:
     for name, count in Counter(prop.name for prop in PROPERTIES).items():
         assert count == 1, f"two properties are called {name}"
-    assert len({mutant.bug for mutant in MUTANTS}) == len(MUTANTS) == 371  # as README.md and docs say
 
 
 def test_a_failure_prints_what_replays_it() -> None:
@@ -131,37 +118,3 @@ class PassesOver:
 def test_what_passes_over_keys_is_held_to_what_it_says(margin: float, says: float, status: str) -> None:
     prop = next(prop for prop in PROPERTIES if prop.name == "smca_attention.distant_keys_count")
     assert run(Case(prop, PassesOver(margin, says), "float64"), PROFILES["quick"]).status == status
-
-
-@pytest.mark.parametrize(
-    ("bug", "operation", "lines"),
-    [
-        ("lifted: centre from the corner, cells from the middle", "smca_attention", ["λ_x = 0", "q = 0"]),
-        ("padded targets matched", "set_loss", ["no padding among the targets", ""]),
-        ("labels of padding wanted of the first query", "softmax_set_loss", ["no padding among the targets", ""]),
-    ],
-)
-def test_what_a_failure_hangs_on_is_said(bug: str, operation: str, lines: list[str]) -> None:
-    """The report names the simplifications with which an example passes, and those with which it still fails."""
-    mutant = next(mutant for mutant in MUTANTS if mutant.bug == bug)
-    prop = next(prop for prop in PROPERTIES if prop.name == f"{operation}.equals_the_oracle")
-    with planted(mutant) as (implementation,):
-        text = explain(run(Case(prop, implementation, "float64"), PROFILES["quick"]))
-    passes, _, fails = text.partition("    it still fails with: ")
-    assert "it passes with: " in passes
-    assert lines[0] in passes
-    assert lines[1] in fails
-
-
-@pytest.mark.parametrize("mutant", MUTANTS[::17], ids=lambda mutant: mutant.bug)
-def test_a_known_bug_is_called_by_its_name(mutant: Any) -> None:
-    """An implementation that fails in the same way as a mutant is reported with that mutant's name."""
-    if mutant.package != "reference":
-        pytest.skip("diagnoses are of the specification's bugs")
-    with planted(mutant) as (implementation,):
-        for case in cases([prop for prop in PROPERTIES if prop.oracle], [implementation], PROFILES["quick"]):
-            outcome = run(case, PROFILES["quick"])
-            if outcome.status == "failed":
-                assert mutant.bug in explain(outcome)
-                return
-    pytest.fail("no comparison with the oracle failed")

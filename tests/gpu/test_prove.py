@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from smca.conformance.implementations.ours import IMPLEMENTATIONS
+from smca.conformance.implementations.registry import IMPLEMENTATIONS
 from smca.gpu import prove
 from smca.gpu.benchmark.command import GROUPS, BenchmarkArgs
 from smca.gpu.prove import PARTS, Part, Result, Runner
