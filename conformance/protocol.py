@@ -45,7 +45,7 @@ and of DETR's own scores and loss (docs/method.md §5), z being the outputs for 
 
 and of what happens around the model in training (reference/training_step.py), for the detector of `smca.reference.small_detector`:
 
-    train(params, steps, settings, *, dtype) → {"loss": [S], "gradient_norm": [S], "params.<name>": [S, …], "average.<name>": [S, …]}
+    train(params, steps, settings, *, dtype) → {"loss": [S], "gradient_norm": [S], "params.<name>": [S, …], "average.<name>": …}
         of S steps, each with `shards`, [process][part] of (x [B, N, I], targets), and `factor`, of all learning rates; settings:
         `TrainingSettings`. The loss is that before the step, the norm that before clipping, the rest is as after the step. Without
         an average (ema_decay=0) there is none of its names.

@@ -111,16 +111,16 @@ def adamw(
     return decayed - rate * unbiased_first / (np.sqrt(unbiased_second) + EPSILON), Moments(first, second)  # (O4)
 
 
-def orthogonalize(matrix: FloatArray) -> FloatArray:
+def nearest_orthogonal(matrix: FloatArray) -> FloatArray:
     """Nearly the orthogonal matrix nearest to a matrix [m, n]: its singular vectors, singular values of about 1. Equation (O6).
 
     Of a matrix of zeros, zeros. Two singular values that differ by a factor of 5 end near 1:
 
-    >>> orthogonalize(np.diag([5.0, 1.0])).round(2).tolist()
+    >>> nearest_orthogonal(np.diag([5.0, 1.0])).round(2).tolist()
     [[0.72, 0.0], [0.0, 0.8]]
     """
     if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T
+        return nearest_orthogonal(matrix.T).T
     norm = np.sqrt(np.sum(matrix**2))
     x: FloatArray = matrix / norm if norm > 0 else matrix
     for _ in range(NEWTON_SCHULZ_STEPS):
@@ -150,7 +150,7 @@ def muon(
     momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient  # (O5)
     ahead = (1 - MOMENTUM) * gradient + MOMENTUM * momentum
     rows, columns = parameter.shape
-    return parameter - rate * np.sqrt(max(1.0, rows / columns)) * orthogonalize(ahead), momentum  # (O7)
+    return parameter - rate * np.sqrt(max(1.0, rows / columns)) * nearest_orthogonal(ahead), momentum  # (O7)
 
 
 def average_decay(decay: float, steps_before: int) -> float:
@@ -162,10 +162,10 @@ def average_decay(decay: float, steps_before: int) -> float:
     return min(decay, (1 + steps_before) / (10 + steps_before))
 
 
-def update_average(average: ByName, params: ByName, decay: float) -> dict[str, FloatArray]:
+def moved_average(average: ByName, params: ByName, decay: float) -> dict[str, FloatArray]:
     """The average of the weights after a step that led to `params`, with δ_t = `decay`. Equation (O8).
 
-    >>> update_average({"a": np.array([1.0])}, {"a": np.array([2.0])}, 0.75)["a"].tolist()
+    >>> moved_average({"a": np.array([1.0])}, {"a": np.array([2.0])}, 0.75)["a"].tolist()
     [1.25]
     """
     return {name: decay * average[name] + (1 - decay) * params[name] for name in average}

@@ -40,11 +40,11 @@ class Trajectory(NamedTuple):
     """Likewise; without an average none."""
 
 
-def save(state: TrainingState) -> dict[str, FloatArray]:
+def checkpoint_of(state: TrainingState) -> dict[str, FloatArray]:
     """A checkpoint: every array by its name.
 
     >>> state = first_state({"a.weight": np.array([1.0])}, TrainingSettings(ema_decay=0.5))
-    >>> sorted(save(state))
+    >>> sorted(checkpoint_of(state))
     ['average/a.weight', 'first/a.weight', 'params/a.weight', 'second/a.weight', 'steps']
     """
     arrays = {"steps": np.array(float(state.steps))}
@@ -55,11 +55,11 @@ def save(state: TrainingState) -> dict[str, FloatArray]:
     return arrays
 
 
-def load(arrays: Mapping[str, FloatArray]) -> TrainingState:
+def restored(arrays: Mapping[str, FloatArray]) -> TrainingState:
     """The state that a checkpoint was saved of.
 
     >>> state = first_state({"a.weight": np.array([1.0])}, TrainingSettings(ema_decay=0.5))
-    >>> load(save(state)) == state
+    >>> restored(checkpoint_of(state)) == state
     True
     """
     places: dict[str, dict[str, FloatArray]] = {
@@ -74,7 +74,7 @@ def load(arrays: Mapping[str, FloatArray]) -> TrainingState:
     return TrainingState(places["params"], places["average"], moments, places["momentum"], steps)
 
 
-def train(params: Params, steps: Sequence[TrainingStepInputs], settings: TrainingSettings) -> Trajectory:
+def training_run(params: Params, steps: Sequence[TrainingStepInputs], settings: TrainingSettings) -> Trajectory:
     """A run. After `settings.resume_after` steps it is saved, and goes on from what was saved.
 
     Args:
@@ -93,7 +93,7 @@ def train(params: Params, steps: Sequence[TrainingStepInputs], settings: Trainin
     >>> zeros = {n: np.zeros(s) for n, s in parameter_shapes(Sizes(inputs=1, channels=2, classes=1, layers=1)).items()}
     >>> nothing = Targets(np.zeros((1, 0), dtype=int), np.zeros((1, 0, 4)), np.zeros((1, 0), dtype=bool))
     >>> step = TrainingStepInputs([[(np.ones((1, 1, 1)), nothing)]])
-    >>> trajectory = train(zeros, [step, step], TrainingSettings(lr=1e-3, ema_decay=0.9, resume_after=1))
+    >>> trajectory = training_run(zeros, [step, step], TrainingSettings(lr=1e-3, ema_decay=0.9, resume_after=1))
     >>> trajectory.params["class_head.bias"].ravel().round(5).tolist()
     [-0.001, -0.002]
     >>> trajectory.average["class_head.bias"].ravel().round(5).tolist()
@@ -105,7 +105,7 @@ def train(params: Params, steps: Sequence[TrainingStepInputs], settings: Trainin
         states.append(state)
         numbers.append(of_step)
         if state.steps == settings.resume_after:
-            state = load(save(state))
+            state = restored(checkpoint_of(state))
     return Trajectory(
         np.array([n.loss for n in numbers]),
         np.array([n.gradient_norm for n in numbers]),

@@ -40,7 +40,7 @@ import numpy as np
 from smca.reference.arrays import FloatArray
 from smca.reference.losses import Targets, set_loss
 from smca.reference.losses_backward import set_loss_backward
-from smca.reference.optimizers import Moments, adamw, average_decay, clip, muon, norm_of, update_average
+from smca.reference.optimizers import Moments, adamw, average_decay, clip, moved_average, muon, norm_of
 from smca.reference.small_detector import Params, backward, forward
 
 LEAST_SIDE = 16
@@ -224,5 +224,5 @@ def training_step(
             params[name], moments[name] = adamw(params[name], gradient, moments[name], state.steps + 1, rate, decay)
     average = state.average
     if settings.ema_decay:
-        average = update_average(average, params, average_decay(settings.ema_decay, state.steps))  # (R7)
+        average = moved_average(average, params, average_decay(settings.ema_decay, state.steps))  # (R7)
     return TrainingState(params, average, moments, momentum, state.steps + 1), numbers

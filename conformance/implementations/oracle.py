@@ -100,7 +100,7 @@ class Oracle:
         return gradients["class_logits"], gradients["boxes"]
 
     def train(self, params: Any, steps: Any, settings: Any, *, dtype: str) -> dict[str, Array]:
-        went = self.training_run.train(params, steps, settings)
+        went = self.training_run.training_run(params, steps, settings)
         return {"loss": went.loss, "gradient_norm": went.gradient_norm} | by_place(went.params, went.average)
 
     def forward(self, *arguments: Any, dtype: str, padded_size: tuple[int, int] | None = None) -> Any:

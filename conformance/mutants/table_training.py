@@ -14,7 +14,7 @@ from smca.conformance.mutants.table import Mutant
 _PROCESS = "    for parts in shards:\n"
 _PART = "        for x, targets in parts:\n"
 _OWN = "max(1, int(np.asarray(targets.valid).sum()))"
-_AVERAGE = "average = update_average(average, params, average_decay(settings.ema_decay, state.steps))  # (R7)"
+_AVERAGE = "average = moved_average(average, params, average_decay(settings.ema_decay, state.steps))  # (R7)"
 _STEPPED = "optimizer.step()\n    scaler.update()\n"
 _EMA = "    if run.average is not None:\n        update_average(run.average, run.model, average_decay(config.optim.ema_decay, run.step))"
 _TERMS = "added = run.terms_of(outputs, batch.targets, num_boxes)"

@@ -28,8 +28,7 @@ from smca.conformance.tolerances import UNIT_ROUNDOFF
 from smca.reference import losses
 from smca.reference.losses import Targets
 from smca.reference.small_detector import forward
-from smca.reference.training_run import TrainingStepInputs, Trajectory
-from smca.reference.training_run import train as oracle_train
+from smca.reference.training_run import TrainingStepInputs, Trajectory, training_run
 from smca.reference.training_step import first_state, gradient_of, training_step
 
 Array = npt.NDArray[np.float64]
@@ -71,7 +70,7 @@ def expected_and_limits(recipe: TrainingInputs, dtype: str) -> tuple[Trajectory,
 def _expected_and_limits(recipe: TrainingInputs, dtype: str) -> tuple[Trajectory, Trajectory] | None:
     """The same for every implementation; None for an example that is left out."""
     x, rng = recipe.arrays(dtype), np.random.default_rng(recipe.seed)
-    expected, first = oracle_train(*x), gradient_of(x.params, x.steps[0].shards, x.settings)[1]
+    expected, first = training_run(*x), gradient_of(x.params, x.steps[0].shards, x.settings)[1]
     u, size, nudged = UNIT_ROUNDOFF[dtype], NUDGE[dtype], []
     for _ in range(2):
         nudged.append(_nudged(x, rng, size))
