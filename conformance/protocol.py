@@ -42,6 +42,13 @@ and of DETR's own scores and loss (docs/method.md §5), z being the outputs for 
     softmax_match_cost(logits [N, K], …as match_cost) → [N, T]; the logits are log-odds
     softmax_set_loss(z [M, B, N, K + 1], …as set_loss) → {"class/0": …, "loss": …}, "no object" weighing 0.1
     softmax_set_loss_vjp(the same) → gradients of "loss" with respect to z and boxes
+
+and of what happens around the model in training (reference/training_step.py), for the detector of `smca.reference.small_detector`:
+
+    train(params, steps, settings, *, dtype) → {"loss": [S], "gradient_norm": [S], "params.<name>": [S, …], "average.<name>": …}
+        of S steps, each with `shards`, [process][part] of (x [B, N, I], targets), and `factor`, of all learning rates; settings:
+        `TrainingSettings`. The loss is that before the step, the norm that before clipping, the rest is as after the step. Without
+        an average (ema_decay=0) there is none of its names.
 """
 
 from __future__ import annotations
@@ -73,6 +80,7 @@ OPERATIONS = (
     "softmax_match_cost",
     "softmax_set_loss",
     "softmax_set_loss_vjp",
+    "train",
 )
 """All operations that an implementation may offer."""
 

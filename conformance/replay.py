@@ -15,6 +15,7 @@ from smca.conformance.inputs.distance import DistantInputs, DropoutInputs, ManyI
 from smca.conformance.inputs.matching import BoxInputs, CostInputs, LossInputs
 from smca.conformance.inputs.model import ModelInputs
 from smca.conformance.inputs.softmax import OddsInputs, SoftmaxLossInputs
+from smca.conformance.inputs.training import TrainingInputs
 from smca.conformance.property import Judge
 from smca.conformance.protocol import address_of, name_of
 from smca.conformance.runner import checked
@@ -33,6 +34,7 @@ __all__ = [
     "ModelInputs",
     "OddsInputs",
     "SoftmaxLossInputs",
+    "TrainingInputs",
     "replay",
 ]
 

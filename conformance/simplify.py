@@ -15,6 +15,7 @@ from smca.conformance.inputs.attention import AttentionArrays, AttentionInputs, 
 from smca.conformance.inputs.matching import LossArrays, LossInputs
 from smca.conformance.inputs.model import ModelInputs
 from smca.conformance.inputs.softmax import OddsInputs, SoftmaxLossInputs
+from smca.conformance.inputs.training import TrainingInputs
 from smca.conformance.property import Judge
 from smca.conformance.protocol import name_of
 from smca.conformance.runner import Outcome
@@ -104,6 +105,24 @@ def simpler(recipe: Any) -> Iterator[tuple[str, Any]]:
             ("no shift", "shift", 0.0),
         ]
         for words, field, value in fewer:
+            if getattr(recipe, field) != value:
+                yield words, dataclasses.replace(recipe, **{field: value})
+    elif isinstance(recipe, TrainingInputs):
+        plainer: list[tuple[str, str, Any]] = [
+            ("one step", "steps", 1),
+            ("one process", "processes", 1),
+            ("one part", "parts", 1),
+            ("one image a part", "images", 1),
+            ("one layer", "layers", 1),
+            ("no padding among the targets", "filled", 1.0),
+            ("AdamW for all", "optimizer", "adamw"),
+            ("no decay", "weight_decay", 0.0),
+            ("no clipping", "clip_norm", 0.0),
+            ("no average", "ema_decay", 0.0),
+            ("no stop", "resume_after", 0),
+            ("no scale of the loss", "loss_scale", 1.0),
+        ]
+        for words, field, value in plainer:
             if getattr(recipe, field) != value:
                 yield words, dataclasses.replace(recipe, **{field: value})
     elif isinstance(recipe, ModelInputs):

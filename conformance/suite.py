@@ -14,6 +14,8 @@ from smca.conformance.properties import (
     multi_scale,
     softmax,
     symmetry,
+    training,
+    training_alone,
 )
 from smca.conformance.property import Property
 
@@ -29,4 +31,6 @@ PROPERTIES: list[Property] = [
     *model.PROPERTIES,
     *anchored.PROPERTIES,
     *softmax.PROPERTIES,
+    *training.PROPERTIES,
+    *training_alone.PROPERTIES,
 ]

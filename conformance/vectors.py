@@ -42,7 +42,8 @@ from smca.conformance.wire import Tensors, Texts, encode, encode_result, packed
 from smca.reference import SPECIFICATION_VERSION
 
 LEFT_OUT = {
-    "smca_attention_dropout": "which weights are dropped is up to the implementation; the suite reads it off, vectors cannot"
+    "smca_attention_dropout": "which weights are dropped is up to the implementation; the suite reads it off, vectors cannot",
+    "train": "a trainer is tested where it can be called; files of ten steps would be larger than all others together",
 }
 """Operation → why it has no vectors."""
 

@@ -55,6 +55,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "softmax_match_cost": _COST,
     "softmax_set_loss": _SOFTMAX_LOSS,
     "softmax_set_loss_vjp": _SOFTMAX_LOSS,
+    "train": ("params", "steps", "settings"),
 }
 """Operation → the names of its arguments, in their order."""
 
@@ -84,6 +85,7 @@ RESULTS: dict[str, str | tuple[str, ...]] = {
     "softmax_match_cost": "cost",
     "softmax_set_loss": NAMED,
     "softmax_set_loss_vjp": ("dz", "dboxes"),
+    "train": NAMED,
 }
 """Operation → the name of its result, the names of the parts of a tuple, or ``NAMED``. ``levels`` is a list, by level, of
 four gradients,

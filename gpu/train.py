@@ -37,18 +37,16 @@ from smca.datasets import Batch, DetectionDataset
 from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import detect, evaluate_detections, warnings_of, why_ap_is_zero
 from smca.gpu.files import LAST_FOLDER, MODEL_FOLDER
-from smca.gpu.loss import boxes_per_process
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
 from smca.gpu.presets import PRESETS
-from smca.gpu.training.bad_step import Step
 from smca.gpu.training.batch_size import find_batch_size, found_message
 from smca.gpu.training.determinism import deterministic, without_denormals
 from smca.gpu.training.fast_run import prepare, report, shortened
 from smca.gpu.training.lock import only_run_in
 from smca.gpu.training.log import RunLog
-from smca.gpu.training.optimizer import clip_gradient, learning_rate_factor, set_learning_rates, update_average
+from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates
 from smca.gpu.training.order import seed_step
 from smca.gpu.training.processes import (
     as_the_first_says,
@@ -61,7 +59,8 @@ from smca.gpu.training.processes import (
 from smca.gpu.training.replay import replay
 from smca.gpu.training.resume import claim, clear, plain, resume, save
 from smca.gpu.training.setup import Criterion, Run, set_batch_size, set_up
-from smca.gpu.training.sharding import adding_up, unsharded, whole, whole_weights
+from smca.gpu.training.sharding import unsharded, whole_weights
+from smca.gpu.training.step import take_step
 from smca.gpu.training.stop import Stop, StoppedError
 from smca.gpu.training.trackers import Tracker, make_trackers
 from smca.gpu.weights import open_source, plan_start
@@ -228,7 +227,7 @@ def _stop(run: Run, log: RunLog, number: int) -> NoReturn:
 
 def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
     """Take the steps of an epoch that are left, up to the last step of all or the end of the time."""
-    config, optimizer, scaler, check = run.config, run.optimizer, run.scaler, run.check
+    config, optimizer, check = run.config, run.optimizer, run.check
     run.evaluate_now = False
     run.augmented.set_epoch(run.epoch)
     run.batches.start_at(run.epoch, run.batch)
@@ -241,38 +240,7 @@ def _train_epoch(run: Run, log: RunLog, stop: Stop) -> None:
         lr_factor = learning_rate_factor(config.optim, run.step, run.epoch, run.total_steps)
         set_learning_rates(optimizer, run.base_lrs, lr_factor)
         seed_step(run.device, config.seed, run.step, run.rank)
-
-        # From here to the end of the step nothing waits for the GPU.
-        batches = [part.to(run.device, non_blocking=True) for part in parts]
-        num_boxes = boxes_per_process(torch.stack([batch.targets.valid.sum() for batch in batches]).sum())
-        step = Step(parts, run.step, run.epoch, lr_factor, num_boxes)
-        terms: dict[str, Tensor] = {}
-        for number, (host_batch, batch) in enumerate(zip(parts, batches, strict=True)):
-            with adding_up(run.parallel, now=number + 1 == len(parts)):
-                # Of a divided model no copies of the weights are to stay in memory for the length of a step.
-                with torch.autocast(
-                    run.device.type, run.half, enabled=run.half is not None, cache_enabled=not config.fsdp
-                ):
-                    outputs = run.parallel(
-                        batch.images.contiguous(memory_format=torch.channels_last),
-                        batch.padding_mask if host_batch.padding_mask.any() else None,
-                        batch.targets,
-                        batch.seeds,
-                    )
-                with check.keep_bad_step(step, optimizer):
-                    added = run.terms_of(outputs, batch.targets, num_boxes)
-                if number == 0:
-                    check.raise_if_not_finite()
-                    optimizer.zero_grad(set_to_none=True)
-                scaler.scale(added["loss"]).backward()  # type: ignore[no-untyped-call]
-            terms = {name: terms[name] + value.detach() if terms else value.detach() for name, value in added.items()}
-        scaler.unscale_(optimizer)
-        norm = whole(clip_gradient(run.model.parameters(), config.optim.clip_norm))
-        check.record(terms, norm, step, optimizer)
-        optimizer.step()
-        scaler.update()
-        if run.average is not None:
-            update_average(run.average, run.model, min(config.optim.ema_decay, (1 + run.step) / (10 + run.step)))
+        terms, _ = take_step(run, parts, lr_factor)
 
         run.step, run.batch, run.logged = run.step + 1, run.batch + 1, {}
         run.sum_of_losses += terms["loss"]

@@ -181,6 +181,7 @@ def set_loss(
     weights: Mapping[str, float],
     classification: str = "focal",
     no_object_weight: float = NO_OBJECT_WEIGHT,
+    num_boxes: float | None = None,
 ) -> dict[str, float]:
     """The whole loss. Equations (S1) to (S9), and `softmax_scores` (K4) to (K6); method.md §5.
 
@@ -191,6 +192,7 @@ def set_loss(
         weights: "class", "l1" and "giou", both of the match cost and of the loss.
         classification: "focal"; "matchability", (S8) and (S9); or "softmax", (K4) to (K6).
         no_object_weight: of a query without an object, for "softmax".
+        num_boxes: what (S4) to (S6) are divided by, where these are some images of a larger step; None = (S1).
 
     Returns:
         "class/0", "l1/0", "giou/0", "class/1", … by decoder layer, each with its weight in it, and "loss", their sum.
@@ -220,7 +222,8 @@ def set_loss(
     check_weights(weights)
     logits, boxes, labels, target_boxes, valid = _arrays(outputs["logits"], outputs["boxes"], targets)
     query_of_target = match(logits, boxes, targets, weights, classification)
-    num_boxes = max(1, int(valid.sum()))  # (S1)
+    if num_boxes is None:
+        num_boxes = max(1, int(valid.sum()))  # (S1)
     z = class_logits_of(outputs, logits) if classification == "softmax" else logits
 
     terms: dict[str, float] = {}

@@ -14,12 +14,20 @@ from smca.reference import boxes as reference_boxes
 from smca.reference import denoising as reference_denoising
 from smca.reference import dense_loss as reference_dense_loss
 from smca.reference import losses as reference_losses
+from smca.reference import losses_backward as reference_losses_backward
 from smca.reference import matching as reference_matching
 from smca.reference import model as reference_model
 from smca.reference import softmax_scores as reference_softmax_scores
+from smca.reference import training_run as reference_training_run
 from smca.reference.attention import Level
 
 Array = npt.NDArray[Any]
+
+
+def by_place(params: Mapping[str, Array], average: Mapping[str, Array]) -> dict[str, Array]:
+    """Parameters and their average under the names that `train` gives them: "params.norm.bias", "average.norm.bias"."""
+    places = {"params": params, "average": average}
+    return {f"{place}.{name}": value for place, values in places.items() for name, value in values.items()}
 
 
 class Oracle:
@@ -38,6 +46,8 @@ class Oracle:
     dense_loss: Any = reference_dense_loss
     denoising: Any = reference_denoising
     softmax_scores: Any = reference_softmax_scores
+    losses_backward: Any = reference_losses_backward
+    training_run: Any = reference_training_run
 
     def smca_attention(self, *arguments: Any, dtype: str) -> Array:
         return self.attention.smca_attention(*arguments)  # type: ignore[no-any-return]
@@ -63,6 +73,13 @@ class Oracle:
     def set_loss(self, logits: Array, boxes: Array, targets: Any, weights: Mapping[str, float], *, dtype: str) -> Any:
         return self.losses.set_loss({"logits": logits, "boxes": boxes}, targets, weights)
 
+    def set_loss_vjp(
+        self, logits: Array, boxes: Array, targets: Any, weights: Mapping[str, float], *, dtype: str
+    ) -> tuple[Array, Array]:
+        outputs = {"logits": logits, "boxes": boxes}
+        gradients = self.losses_backward.set_loss_backward(outputs, targets, weights)
+        return gradients["logits"], gradients["boxes"]
+
     def log_odds(self, z: Array, *, dtype: str) -> Array:
         return self.softmax_scores.log_odds(z)  # type: ignore[no-any-return]
 
@@ -74,6 +91,17 @@ class Oracle:
     ) -> Any:
         outputs = {"logits": self.softmax_scores.log_odds(z), "class_logits": z, "boxes": boxes}
         return self.losses.set_loss(outputs, targets, weights, "softmax")
+
+    def softmax_set_loss_vjp(
+        self, z: Array, boxes: Array, targets: Any, weights: Mapping[str, float], *, dtype: str
+    ) -> tuple[Array, Array]:
+        outputs = {"logits": self.softmax_scores.log_odds(z), "class_logits": z, "boxes": boxes}
+        gradients = self.losses_backward.set_loss_backward(outputs, targets, weights, "softmax")
+        return gradients["class_logits"], gradients["boxes"]
+
+    def train(self, params: Any, steps: Any, settings: Any, *, dtype: str) -> dict[str, Array]:
+        went = self.training_run.training_run(params, steps, settings)
+        return {"loss": went.loss, "gradient_norm": went.gradient_norm} | by_place(went.params, went.average)
 
     def forward(self, *arguments: Any, dtype: str, padded_size: tuple[int, int] | None = None) -> Any:
         return self.model.forward(*arguments, padded_size=padded_size)
@@ -103,6 +131,7 @@ class OracleOnCuPy(Oracle):
     match_cost = assign = generalized_box_iou = set_loss = forward = None  # type: ignore[assignment]
     anchored_forward = noised_queries = training_loss = None  # type: ignore[assignment]
     log_odds = softmax_match_cost = softmax_set_loss = None  # type: ignore[assignment]
+    set_loss_vjp = softmax_set_loss_vjp = train = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         try:

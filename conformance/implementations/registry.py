@@ -60,6 +60,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
     "criterion-cupy": Ours("losses", "Criterion", ("cupy", "cuda")),
     "scipy": Ours("losses", "SciPyAssignment"),
     "cuda-assignment": Ours("losses", "CudaAssignment"),
+    "trainer": Ours("trainer", "Trainer"),
 }
 """Name → how to make it; making it raises `Unavailable` on a machine that lacks what it needs."""
 

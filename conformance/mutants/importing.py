@@ -19,7 +19,7 @@ from smca.conformance.protocol import Unavailable
 REPLACED = {
     "reference": r"smca\.reference",
     # In the production package, only what holds mutants or uses them is replaced: the rest, with its registrations, is shared.
-    "gpu": r"smca\.gpu(?=\.(?:attention|loss|model)\b)",
+    "gpu": r"smca\.gpu(?=\.(?:attention|loss|model|training)\b)",
 }
 
 _count = itertools.count()

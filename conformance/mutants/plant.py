@@ -19,6 +19,7 @@ from smca.conformance.mutants.table_inputs import INPUTS, LAYOUT
 from smca.conformance.mutants.table_loss import LOSS
 from smca.conformance.mutants.table_precision import PRECISION
 from smca.conformance.mutants.table_softmax import SOFTMAX
+from smca.conformance.mutants.table_training import TRAINING
 from smca.conformance.property import Property
 from smca.conformance.runner import Case, Profile, run
 
@@ -36,6 +37,7 @@ MUTANTS = [
     *INPUTS,
     *LAYOUT,
     *PRECISION,
+    *TRAINING,
 ]
 
 _ATTENTION = (
@@ -83,6 +85,9 @@ _LOSS = (
 )
 """What a bug of `table_loss` can reach."""
 
+_TRAINING = ("train", "set_loss_vjp", "softmax_set_loss_vjp")
+"""What a bug of `table_training` can reach."""
+
 
 @contextmanager
 def planted(mutant: Mutant) -> Iterator[list[Any]]:
@@ -119,6 +124,8 @@ def _oracle_of(name: str) -> Any:
         "dense_loss",
         "denoising",
         "softmax_scores",
+        "losses_backward",
+        "training_run",
     ):
         setattr(oracle, module, importlib.import_module(f"{name}.{module}"))
     return oracle
@@ -126,6 +133,8 @@ def _oracle_of(name: str) -> Any:
 
 def operations_of(mutant: Mutant) -> tuple[str, ...]:
     """What a bug can reach."""
+    if mutant in TRAINING:
+        return _TRAINING
     if mutant in ANCHORED:
         return _BEYOND
     if mutant in SOFTMAX:

@@ -15,12 +15,15 @@ import torch
 
 from smca.conformance.implementations.losses import Criterion, CriterionInHalf
 from smca.conformance.implementations.pytorch import LIFTED, Auto, Autocast, AutocastTriton, TorchModel, Triton
+from smca.conformance.implementations.trainer import START, Trainer
 from smca.conformance.mutants.importing import changed, folder_of
 from smca.conformance.mutants.table import Mutant
 from smca.conformance.mutants.table_gpu import DROPOUT, LIFTING
 from smca.conformance.mutants.table_loss import LOSS
 from smca.conformance.mutants.table_precision import PRECISION
 from smca.conformance.mutants.table_softmax import SOFTMAX
+from smca.conformance.mutants.table_training import TRAINING
+from smca.conformance.protocol import Unavailable
 from smca.gpu.attention import fused as fused_attention
 
 HALVES = ("float16", "bfloat16")
@@ -47,7 +50,19 @@ def in_kernels(mutant: Mutant) -> Iterator[list[Any]]:
 
 
 def in_production(name: str, mutant: Mutant) -> list[Any]:
-    """Implementations that use the package `name`, where the bug is."""
+    """Implementations that use the package `name`, where the bug is.
+
+    Raises:
+        Unavailable: of several processes, none would have it.
+    """
+    if mutant in TRAINING:
+        if START != "fork":
+            raise Unavailable("other processes have the bug only if they are forked, which a GPU forbids")
+        trainer = Trainer()
+        trainer.criterion = importlib.import_module(f"{name}.loss.criterion")
+        for module in ("guard", "optimizer", "resume", "setup", "step"):
+            setattr(trainer, module, importlib.import_module(f"{name}.training.{module}"))
+        return [trainer]
     if mutant.module.startswith("attention."):
         # The backend that the bug is named after; any other bug shows in every backend.
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -33,9 +33,11 @@ def learning_rate_factor(optim: OptimConfig, step: int, epoch: int, total_steps:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: SMCADETR, optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: SMCADETR, optim: OptimConfig, device: torch.device, muon_dtype: torch.dtype | None = None
+) -> torch.optim.Optimizer:
     """AdamW, or Muon and AdamW. AdamW's groups come first; each time the backbone's follow the rest's, the last part of it first.
-    Groups that are not decayed follow those that are."""
+    Groups that are not decayed follow those that are. Muon computes in `muon_dtype`, or in what is fast on the device."""
     if optim.backbone_lr == 0:
         model.backbone.requires_grad_(False)
     depth_of = _depths(model, layerwise=optim.backbone_lr_decay < 1)
@@ -63,7 +65,7 @@ def make_optimizer(model: SMCADETR, optim: OptimConfig, device: torch.device) ->
     matrices = groups(taken, optim.muon_lr, optim.muon_lr * optim.backbone_lr / optim.lr)
     ids = {id(p) for p in taken}
     others = adamw_groups([p for p in trained if id(p) not in ids])
-    return Muon(others, matrices, fast_dtype(device), weight_decay=optim.weight_decay, fused=fused)
+    return Muon(others, matrices, muon_dtype or fast_dtype(device), weight_decay=optim.weight_decay, fused=fused)
 
 
 def _depths(model: SMCADETR, *, layerwise: bool) -> dict[int, int]:
@@ -97,6 +99,11 @@ def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm.nan_to_num(nan=0.0, posinf=math.inf))
     return norm
+
+
+def average_decay(decay: float, steps_before: int) -> float:
+    """What the average keeps of itself at a step: less at first, so that it soon forgets the first weights."""
+    return min(decay, (1 + steps_before) / (10 + steps_before))
 
 
 @torch.no_grad()

@@ -151,11 +151,11 @@ def save(run: Run) -> None:
     path = run.config.output / CHECKPOINT_FILE
     if not run.config.fsdp:
         if run.rank == 0:
-            save_checkpoint(path, {**_facts_of(run), **_tensors_of(run)})
+            save_checkpoint(path, {**_facts_of(run), **state_of(run)})
             if any((path.parent / name).exists() for name in SHARDS_FOLDERS):  # of the run before it was resumed
                 remove_others(path.parent, _shards_of(path))
         return
-    state = _tensors_of(run)
+    state = state_of(run)
     shards = take_sharded(state)
     folder = path.parent / as_the_first_says(free_folder(path.parent, _shards_of(path)) if run.rank == 0 else "", run)
     write_shards(folder, shards)
@@ -174,18 +174,46 @@ def _shards_of(path: Path) -> set[str]:
     return folders - {None}
 
 
-def _tensors_of(run: Run) -> dict[str, Any]:
+def state_of(run: Run) -> dict[str, Any]:
+    """What changes from step to step: all that the next one depends on. ``restore`` takes it."""
     optimizer = run.optimizer.state_dict()
     optimizer["state"] = {number: dict(values) for number, values in optimizer["state"].items()}  # not the ones in use
     return {
         "model": run.model.state_dict(),
         "average": run.average.state_dict() if run.average is not None else None,
         "optimizer": optimizer,
+        "scaler": run.scaler.state_dict(),
+        "skipped": (run.check.skipped, run.check.skipped_in_a_row),
+        "step": run.step,
+        "epoch": run.epoch,
+        "batch": run.batch,
+        "sum_of_losses": run.sum_of_losses.cpu(),
     }
 
 
+def restore(run: Run, state: Mapping[str, Any]) -> None:
+    """Put a run where ``state_of`` was taken; learning rates and the like stay those of this run's settings.
+
+    Raises:
+        RuntimeError, ValueError, TypeError, KeyError: the state is that of another model or optimiser.
+    """
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    _lay_out_as_parameters(run.optimizer)
+    if state.get("scaler"):  # there is none but of float16
+        run.scaler.load_state_dict(state["scaler"])
+    run.check.skipped, run.check.skipped_in_a_row = state.get("skipped", (0, 0))
+    if run.average is not None:
+        run.average.load_state_dict(state["average"])
+    run.step, run.epoch, run.batch = state["step"], state["epoch"], state["batch"]
+    run.sum_of_losses.copy_(state["sum_of_losses"])
+    for group, settings in zip(run.optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+
+
 def _facts_of(run: Run) -> dict[str, Any]:
-    """What ``resume`` needs to go on from here, beside ``_tensors_of``."""
+    """What ``resume`` needs to go on from here, beside ``state_of``."""
     config = dataclasses.replace(run.config.model, backbone=run.model.backbone.resolved(run.config.model.backbone))
     return {
         "config": run.config.model.to_json(),
@@ -193,12 +221,6 @@ def _facts_of(run: Run) -> dict[str, Any]:
         "settings": settings_of(run.config),
         "job": os.environ.get("TORCHELASTIC_RUN_ID"),
         "data": run.fingerprints,
-        "scaler": run.scaler.state_dict(),
-        "skipped": (run.check.skipped, run.check.skipped_in_a_row),
-        "step": run.step,
-        "epoch": run.epoch,
-        "batch": run.batch,
-        "sum_of_losses": run.sum_of_losses.cpu(),
         "logged": run.logged,
         "evaluate_now": run.evaluate_now,
         "total_steps": run.total_steps,
@@ -241,25 +263,13 @@ def resume(run: Run) -> None:
             f"{path} was written under other settings: {'; '.join(changed)}. Resume with those it was started with; or go on with "
             "the new ones from here on, as no uninterrupted run would: --resume --resume-changed"
         )
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     try:
         state = _divided(state, run) if run.config.fsdp else with_shards(state, path)
-        run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        _lay_out_as_parameters(run.optimizer)
-        if state.get("scaler"):  # there is none but of float16
-            run.scaler.load_state_dict(state["scaler"])
-        run.check.skipped, run.check.skipped_in_a_row = state.get("skipped", (0, 0))
-        if run.average is not None:
-            run.average.load_state_dict(state["average"])
-        run.step, run.epoch, run.batch = state["step"], state["epoch"], state["batch"]
-        run.sum_of_losses.copy_(state["sum_of_losses"])
+        restore(run, state)
         run.logged, run.evaluate_now = dict(state["logged"]), state.get("evaluate_now", False)
         run.start = state.get("start")
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} does not fit this run ({shown(error)}): start anew with --overwrite") from error
-    for group, settings in zip(run.optimizer.param_groups, groups, strict=True):
-        group.update(settings)  # of the optimiser, too, this run's settings hold
     run.train_seconds, run.saved_step, run.saved_at = state["train_seconds"], run.step, time.monotonic()
     if run.step != run.epoch * len(run.batches) + run.batch:  # batches or data were changed
         _recount(run, state["settings"]["batch_size"])

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from smca.gpu import train
+from smca.gpu.training import step
 from smca.gpu.training.log import RunLog
 from tiny_run import tiny
 
 MOMENTS: dict[str, tuple[Any, str]] = {
-    "between the optimiser and the average": (train, "update_average"),
+    "between the optimiser and the average": (step, "update_average"),
     "in a write, before it is on disk": (os, "fsync"),
     "before a file takes its place": (os, "replace"),
     "in an evaluation": (train, "evaluate_detections"),
@@ -73,7 +74,7 @@ def child(output: str, workers: int, end: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
     steps = os.open(f"{output}.steps", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    train.update_average = counting(steps, train.update_average)
+    step.update_average = counting(steps, step.update_average)
     if isinstance(end, list):
         owner, name = MOMENTS[end[0]]
         setattr(owner, name, killed_at(end[1], getattr(owner, name)))
