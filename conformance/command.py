@@ -14,6 +14,7 @@ Exit status 1 if a property fails or a mutant lives.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from smca.conformance.progress import followed
 from smca.conformance.property import Property
 from smca.conformance.protocol import Unavailable, address_of, name_of
 from smca.conformance.report import mutants_table, numerics
-from smca.conformance.results import summary, write_json, write_junit
+from smca.conformance.results import summary, write_json, write_junit, write_scoreboard
 from smca.conformance.runner import PROFILES, Case, Outcome, cases, run
 from smca.conformance.suite import PROPERTIES
 from smca.conformance.vectors import write_vectors
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to this file")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="the same as JUnit XML, for continuous integration")
+    parser.add_argument(
+        "--scoreboard", type=Path, metavar="FILE", help="the same as a Markdown page (as docs/scoreboard.md)"
+    )
     parser.add_argument("--list", action="store_true", help="only list implementations and properties")
     parser.add_argument(
         "--mutants",
@@ -120,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.report is not None:
         numerics(args.report, _made(args), chosen, args.examples)
     else:
-        _check(args, chosen)
+        _check(args, chosen, argv)
 
 
 def _made(args: argparse.Namespace) -> list[Any]:
@@ -148,7 +152,7 @@ def _list(chosen: Sequence[Property]) -> None:
         print(f"{prop.name}\n    {prop.sentence}\n    {prop.equation}")
 
 
-def _check(args: argparse.Namespace, chosen: Sequence[Property]) -> None:
+def _check(args: argparse.Namespace, chosen: Sequence[Property], argv: Sequence[str] | None) -> None:
     profile = PROFILES[args.profile]
     expected = [] if args.xfails is None else read_xfails(args.xfails, [prop.name for prop in PROPERTIES])
     everything = list(cases(chosen, _made(args), profile))
@@ -179,6 +183,9 @@ def _check(args: argparse.Namespace, chosen: Sequence[Property]) -> None:
         write_json(args.json, outcomes, profile.name)
     if args.junit is not None:
         write_junit(args.junit, outcomes)
+    if args.scoreboard is not None:
+        words = sys.argv[1:] if argv is None else argv
+        write_scoreboard(args.scoreboard, outcomes, profile.name, shlex.join(["smca", "conformance", *words]))
     if failures:
         raise SystemExit(1)
 

@@ -83,11 +83,11 @@ class Judge:
         if ratio[at] > self.worst.ratio:
             self.worst = Worst(float(ratio[at]), float(error[at]), float(limit[at]), what, self.recipe, 0)
         if not ratio[at] <= 1:
-            index = ", ".join(str(int(i)) for i in at)
+            where = f"[{', '.join(str(int(i)) for i in at)}]" if at else ""
             wrong = int((ratio > 1).sum())
             note = f"\n    {self.note(tuple(int(i) for i in at))}" if self.note else ""
             raise self.mismatch(
-                f"{what}[{index}] = {float(got[at])!r}, expected {float(expected[at])!r}\n"
+                f"{what}{where} = {float(got[at])!r}, expected {float(expected[at])!r}\n"
                 f"    off by {error[at]:.3g}, bound {limit[at]:.3g}; {wrong} of {got.size} entries are over their bounds{note}"
             )
 
@@ -103,7 +103,7 @@ class Judge:
             what: is compared, in words.
         """
         got = sum(float((np.asarray(gradient, dtype=np.float64) * direction).sum()) for gradient, direction in parts)
-        self.close(got, expected, bound, f"{what} along a direction, ")
+        self.close(got, expected, bound, f"{what} along a direction")
 
     def holds(self, condition: bool, message: str) -> None:
         """`condition` is true; otherwise `message` is the finding."""
@@ -114,8 +114,9 @@ class Judge:
         """`got` holds no NaN and no infinity."""
         got = np.asarray(got, dtype=np.float64)
         if not np.isfinite(got).all():
-            index = ", ".join(str(int(i)) for i in np.argwhere(~np.isfinite(got))[0])
-            raise self.mismatch(f"{what}[{index}] = {got[~np.isfinite(got)][0]}, expected a finite number")
+            at = np.argwhere(~np.isfinite(got))[0]
+            where = f"[{', '.join(str(int(i)) for i in at)}]" if len(at) else ""
+            raise self.mismatch(f"{what}{where} = {got[~np.isfinite(got)][0]}, expected a finite number")
 
     def mismatch(self, finding: str, verdict: str = WRONG_NUMBERS) -> Mismatch:
         """The error for a finding: what failed, for which implementation and input, why it must hold, and how to repeat it."""

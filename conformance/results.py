@@ -1,18 +1,20 @@
-"""What a run gave: as a table, as JSON, and as JUnit XML for continuous integration."""
+"""What a run gave: as a table, as a page, as JSON, and as JUnit XML for continuous integration."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from smca.conformance.protocol import implemented, name_of
+from smca.conformance.protocol import DTYPES, implemented, name_of
 from smca.conformance.report import short
 from smca.conformance.runner import Outcome
 from smca.conformance.xfails import FAILED_AS_EXPECTED, PASSED_UNEXPECTEDLY
@@ -69,6 +71,80 @@ def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _title(outcome: Outcome) -> str:
     return f"{name_of(outcome.case.implementation)}, {outcome.case.dtype}: {outcome.case.prop.name}"
+
+
+_SCOREBOARD = """# Scoreboard
+
+Every implementation, every operation that it offers, in every dtype: how many properties passed, and the worst error as a
+multiple of its bound (1 would be a failure). Specification {version}, profile `{profile}`, {date}; Python {python}, NumPy
+{numpy}, {machine}.
+
+A cell again: `smca conformance --implementation NAME --only OPERATION.`; all of it:
+
+```
+{command}
+```
+
+*n fail* counts properties that an implementation is known not to hold; what they say, and why, is below the tables.
+"""
+
+
+def write_scoreboard(path: Path, outcomes: Sequence[Outcome], profile: str, command: str) -> None:
+    """A Markdown page: a table per implementation, operations × dtypes, and below it what differs and why.
+
+    Args:
+        path: of the page.
+        outcomes: of the run.
+        profile: its name.
+        command: that makes the page again.
+    """
+    lines = _SCOREBOARD.format(
+        version=SPECIFICATION_VERSION,
+        profile=profile,
+        date=date.today().isoformat(),
+        python=platform.python_version(),
+        numpy=np.__version__,
+        machine=platform.machine(),
+        command=command,
+    ).splitlines()
+    by_implementation: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if implemented(outcome.case.implementation, outcome.case.prop.operation):
+            by_implementation.setdefault(name_of(outcome.case.implementation), []).append(outcome)
+    for name, own in by_implementation.items():
+        dtypes = [dtype for dtype in DTYPES if any(outcome.case.dtype == dtype for outcome in own)]
+        operations = list(dict.fromkeys(outcome.case.prop.operation for outcome in own))
+        lines += ["", f"## {name}", "", f"| operation | {' | '.join(dtypes)} |", f"|---|{'---|' * len(dtypes)}"]
+        for operation in operations:
+            cells = [
+                _cell([o for o in own if (o.case.prop.operation, o.case.dtype) == (operation, dtype)])
+                for dtype in dtypes
+            ]
+            lines.append(f"| `{operation}` | {' | '.join(cells)} |")
+        differing = [outcome for outcome in own if outcome.status in ("failed", FAILED_AS_EXPECTED)]
+        if differing:
+            lines += ["", "| what differs | dtypes | it says | why |", "|---|---|---|---|"]
+        for prop in dict.fromkeys(outcome.case.prop.name for outcome in differing):
+            same = [outcome for outcome in differing if outcome.case.prop.name == prop]
+            finding = re.sub(r"^    (verdict: .*\n    )?", "", same[0].message.partition("\n")[2]).partition("\n")[0]
+            why = same[0].remarks[-1].partition("): ")[2] if same[0].status == FAILED_AS_EXPECTED else "not expected"
+            lines.append(
+                f"| `{prop}` | {', '.join(o.case.dtype for o in same)} | {finding.replace('|', '/')} | {why} |"
+            )
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(outcomes: Sequence[Outcome]) -> str:
+    tried = [outcome for outcome in outcomes if outcome.status != "not implemented"]
+    if not tried:
+        return "–"
+    failed = sum(outcome.status in ("failed", FAILED_AS_EXPECTED) for outcome in tried)
+    worst = max(
+        (outcome.worst.ratio for outcome in tried if outcome.status in ("passed", PASSED_UNEXPECTEDLY)), default=-1
+    )
+    error = "exact" if worst < 0 else f"{worst:.2g}"
+    passed = f"{len(tried) - failed} pass, {error}" if failed < len(tried) else ""
+    return ", ".join(filter(None, [passed, f"**{failed} fail**" if failed else ""]))
 
 
 def write_json(path: Path, outcomes: Sequence[Outcome], profile: str) -> None:

@@ -1,10 +1,11 @@
 """Expected failures: what a port is known to do otherwise, in a file, so that its continuous integration stays green and says
 when it changes.
 
-A line names properties, and may name one dtype; "*" stands for anything, "#" begins a comment:
+A line names properties, and may name one dtype and an implementation; "*" stands for anything, "#" begins the reason, or a comment:
 
     set_loss_vjp.finite_at_the_corners            # 0/0 of two boxes without area
     match_cost.*[float32]
+    transformers-detr: set_loss.equals_the_oracle # another class term
 
 They are tried all the same. One that fails does not fail the run; one that passes is said.
 """
@@ -18,12 +19,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from smca.conformance.protocol import DTYPES
+from smca.conformance.protocol import DTYPES, name_of
 from smca.conformance.runner import Case, Outcome
 
 FAILED_AS_EXPECTED = "failed as expected"
 PASSED_UNEXPECTEDLY = "passed unexpectedly"
-_LINE = re.compile(r"(?P<name>[\w.*?]+)(\[(?P<dtype>\w+)\])?")
+_LINE = re.compile(r"((?P<of>[^\s:]+):\s+)?(?P<name>[\w.*?]+)(\[(?P<dtype>\w+)\])?")
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,13 @@ class Expected:
     place: str
     """File and line, for messages."""
     reason: str = ""
+    of: str | None = None
+    """The implementation; None: any."""
 
     def covers(self, case: Case) -> bool:
         """Whether the case is one that the line names."""
-        return fnmatch.fnmatchcase(case.prop.name, self.name) and self.dtype in (None, case.dtype)
+        named = self.of in (None, name_of(case.implementation)) and self.dtype in (None, case.dtype)
+        return named and fnmatch.fnmatchcase(case.prop.name, self.name)
 
 
 def read_xfails(path: Path, names: Iterable[str]) -> list[Expected]:
@@ -64,7 +68,7 @@ def read_xfails(path: Path, names: Iterable[str]) -> list[Expected]:
             raise ValueError(
                 f"{place}: expected a property and perhaps [dtype], such as assign.*[float32], got {text!r}"
             )
-        expected = Expected(match["name"], match["dtype"], place, reason)
+        expected = Expected(match["name"], match["dtype"], place, reason, match["of"])
         if expected.dtype not in (None, *DTYPES):
             raise ValueError(f"{place}: expected a dtype of {', '.join(DTYPES)}, got {expected.dtype!r}")
         if not any(fnmatch.fnmatchcase(name, expected.name) for name in names):

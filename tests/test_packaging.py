@@ -50,7 +50,12 @@ def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.Zi
 
 def test_wheel_holds_every_module_under_smca(wheel: zipfile.ZipFile, sources: Path) -> None:
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    files = [path for package in PACKAGES for path in (sources / package).rglob("*") if path.suffix in (".py", ".cu")]
+    files = [
+        path
+        for package in PACKAGES
+        for path in (sources / package).rglob("*")
+        if path.suffix in (".py", ".cu", ".c", ".xfails")
+    ]
     modules = {path.relative_to(sources) for path in files}
     markers = {f"smca/{package}/py.typed" for package in PACKAGES}
     assert packed == {f"smca/{path.as_posix()}" for path in modules} | markers

@@ -71,6 +71,26 @@ def test_failures_are_failures_for_other_programs_too(tmp_path: Path) -> None:
     assert all("replay(" in (failure.text or "") for failure in failures)
 
 
+def test_a_line_may_be_of_one_implementation(tmp_path: Path) -> None:
+    path = tmp_path / "xfails.txt"
+    path.write_text("ReturnsFloat32: generalized_box_iou.*\nanother: assign.*\n", encoding="utf-8")
+    assert checked("--xfails", str(path)) == 0
+    path.write_text("another: generalized_box_iou.*\n", encoding="utf-8")
+    assert checked("--xfails", str(path)) == 1
+
+
+def test_the_scoreboard_says_what_passes_and_why_the_rest_does_not(tmp_path: Path) -> None:
+    path, xfails = tmp_path / "scoreboard.md", tmp_path / "xfails.txt"
+    xfails.write_text("generalized_box_iou.*  # single precision\n", encoding="utf-8")
+    checked("--scoreboard", str(path), "--xfails", str(xfails))
+    page = path.read_text(encoding="utf-8")
+    assert "## ReturnsFloat32\n\n| operation | float64 |\n|---|---|\n| `generalized_box_iou` | 1 pass, " in page
+    assert ", **3 fail** |\n" in page
+    for name in BROKEN:
+        assert f"| `{name}` | float64 | it returned float32, expected float64 or wider | single precision |\n" in page
+    assert f"smca conformance --implementation {FLOAT32} --only generalized_box_iou --scoreboard " in page
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
