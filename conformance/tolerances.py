@@ -66,7 +66,7 @@ CONSTANTS: dict[str, tuple[float, str]] = {
     "softmax_match_cost": (4.0, "as match_cost"),
     "softmax_set_loss": (2.0, "exponential and logarithm: two roundings"),
     "softmax_set_loss_vjp": (4.0, "as set_loss_vjp"),
-    "train": (16.0, "as forward; and each nudge is one rounding, where a step has dozens, forward and backward"),
+    "train": (64.0, "as forward; and each nudge is one rounding, where a step has dozens, forward and backward"),
 }
 """Operation → (constant, its reason): 1 where the bound counts every rounding."""
 
