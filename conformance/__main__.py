@@ -8,7 +8,7 @@ from smca.conformance.command import main
 def run() -> None:
     """The command; expected errors become one readable message and exit status 1."""
     try:
-        main()
+        main(name="smca-conformance")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -37,9 +37,9 @@ from smca.conformance.xfails import judged, read_xfails
 from smca.reference import SPECIFICATION_VERSION
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="smca conformance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--implementation",
@@ -106,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``smca conformance`` and ``python -m smca.conformance``."""
-    args = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, name: str = "smca conformance") -> None:
+    """Entry point of ``smca conformance``, and under another name of ``smca-conformance``."""
+    args = _parser(name).parse_args(argv)
     chosen = [prop for prop in PROPERTIES if args.only in prop.name]
     if not chosen:
         raise ValueError(f"--only {args.only!r}: no property has that in its name; see --list for the names")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import independent
 from smca.conformance import replay as replay_module
 from smca.conformance.diagnosis import explain
 from smca.conformance.implementations.registry import IMPLEMENTATIONS, implementation_of
@@ -118,6 +119,15 @@ class PassesOver:
 def test_what_passes_over_keys_is_held_to_what_it_says(margin: float, says: float, status: str) -> None:
     prop = next(prop for prop in PROPERTIES if prop.name == "smca_attention.distant_keys_count")
     assert run(Case(prop, PassesOver(margin, says), "float64"), PROFILES["quick"]).status == status
+
+
+@pytest.mark.parametrize("kind", [independent.Einsum, independent.Loops], ids=lambda kind: kind.__name__)
+def test_other_right_implementations_raise_no_alarm(kind: Any) -> None:
+    """In every dtype that they have, and in all that is asked of their operations."""
+    outcomes = [run(case, PROFILES["quick"]) for case in cases(PROPERTIES, [kind()], PROFILES["quick"])]
+    tried = [outcome for outcome in outcomes if outcome.status != "not implemented"]
+    assert [outcome.message for outcome in tried if outcome.status == "failed"] == []
+    assert len(tried) > 8
 
 
 class SkipsBlocks:
