@@ -129,7 +129,7 @@ def main() -> None:
     """Answer until standard input ends."""
     questions = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    with tempfile.TemporaryFile() as file, open(os.devnull) as nothing:
+    with tempfile.TemporaryFile() as file, open(os.devnull, encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(file.fileno(), 1)  # also for what is no Python
         printed = _Printed(file)

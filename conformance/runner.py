@@ -97,8 +97,9 @@ class Outcome:
 def cases(properties: Iterable[Property], implementations: Iterable[Any], profile: Profile) -> Iterator[Case]:
     """All combinations, implementation by implementation; what is not implemented comes once, not once per dtype.
 
-    An implementation that is slow to try (it compiles every new shape, or is interpreted) declares it by a true ``slow``, and may
-    name in ``quick_operations`` the operations that are enough of it in the quick profile.
+    An implementation that is slow to try (it compiles every new shape, or is interpreted) declares it by a true ``slow``, and
+    may name in ``quick_operations`` the operations that are enough of it in the quick profile. ``quick_always`` says how many
+    of a property's examples that are always tried are enough there.
     """
     everything = sorted(properties, key=lambda prop: OPERATIONS.index(prop.operation))
     for implementation in implementations:
@@ -146,6 +147,9 @@ def run(
         return Outcome(case, "not implemented", "", judge.worst, 0.0)
     factor = case.prop.examples_factor * float(getattr(case.implementation, "examples_factor", 1.0))
     number = round((profile.examples if examples is None else examples) * factor)
+    always = case.prop.always
+    if not profile.patient:
+        always = always[: getattr(case.implementation, "quick_always", None)]
     database = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples") if profile.random else None
     tried, failing, slowest = 0, dict[str, Any](), (0.0, "")
     implementation = Watched(case.implementation)
@@ -167,7 +171,7 @@ def run(
     def attempt(*phases: Phase) -> tuple[Mismatch | None, Any]:
         """The failure, if there is one, and its recipe."""
         test = given(recipe=case.prop.recipes)(check)
-        for recipe in case.prop.always:
+        for recipe in always:
             test = example(recipe=recipe)(test)
         test = settings(
             max_examples=max(1, number),
@@ -191,10 +195,10 @@ def run(
     begun = time.perf_counter()
     failure, smallest = None, None
     try:
-        if case.prop.always:
+        if always:
             failure, smallest = attempt(Phase.explicit)
         # Hypothesis's first example is the simplest and tells next to nothing: drawing it alone is useless.
-        if (number > 0 or not case.prop.always) and not (failure and not shrink):
+        if (number > 0 or not always) and not (failure and not shrink):
             drawn = attempt(Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else []))
             failure, smallest = drawn if drawn[0] else (failure, smallest)
         for recipe, misconduct in () if failure else implementation.asked_again():

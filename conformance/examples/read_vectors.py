@@ -45,7 +45,7 @@ ANSWERS = {("log_odds", "float64"): log_odds, ("log_odds", "float32"): log_odds}
 """(operation, dtype) → a function of the tensors and the dtype that gives the results by name."""
 
 if __name__ == "__main__":
-    for entry in json.loads((Path(sys.argv[1]) / "index.json").read_text())["vectors"]:
+    for entry in json.loads((Path(sys.argv[1]) / "index.json").read_text(encoding="utf-8"))["vectors"]:
         if (entry["operation"], entry["dtype"]) in ANSWERS:
             tensors, _ = read(Path(sys.argv[1]) / entry["file"])
             answer = ANSWERS[entry["operation"], entry["dtype"]](tensors, entry["dtype"])

@@ -353,7 +353,7 @@ class TorchModel(TorchAttention):
 class Lifted(TorchModel):
     """The lifted form; ``auto`` chooses it most of the time, so that fewer examples are as informative."""
 
-    examples_factor = 0.35
+    examples_factor, quick_always = 0.35, 9
     log_odds = log_odds_vjp = None  # type: ignore[assignment]  # no attention in them: as eager's
 
     def __init__(self, device: str) -> None:
@@ -381,7 +381,7 @@ def _backbone(config: BackboneConfig, strides: tuple[int, ...], **options: Any) 
 class Compiled(TorchAttention):
     """`torch.compile` of the module's attention."""
 
-    slow, examples_factor = True, 0.02  # each new shape is compiled: seconds
+    slow, examples_factor, quick_always = True, 0.02, 2  # each new shape is compiled: seconds
     quick_operations = ("smca_attention", "smca_attention_vjp")  # several levels are a loop over what these compile
 
     def __init__(self) -> None:
