@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from smca.conformance.conduct import WRONG_NUMBERS
+from smca.conformance.conduct import DIES, HANGS, WRONG_NUMBERS, Hangs
 from smca.conformance.mutants.plant import MUTANTS, operations_of, planted
 from smca.conformance.property import Recorder
 from smca.conformance.protocol import name_of
@@ -18,8 +18,16 @@ from smca.conformance.tolerances import UNIT_ROUNDOFF
 
 
 def explain(outcome: Outcome) -> str:
-    """What a failure depends on, and which known bug makes the specification fail in the same way."""
-    return "\n".join(filter(None, [describe_simplifications(outcome), known_bugs(outcome)]))
+    """What a failure depends on, and which known bug makes the specification fail in the same way.
+
+    Empty for an implementation that hangs or ends: it would do so again. If it begins to while it is asked, the search ends.
+    """
+    if outcome.verdict in (HANGS, DIES):
+        return ""
+    try:
+        return "\n".join(filter(None, [describe_simplifications(outcome), known_bugs(outcome)]))
+    except Hangs:
+        return ""
 
 
 def known_bugs(outcome: Outcome) -> str:

@@ -224,8 +224,7 @@ def run(
 
 
 def _unsteady(case: Case, judge: Judge, recipe: Any) -> Mismatch | None:
-    """The failure by its right name, if the numbers are wrong because the answers change: from one time to the next, or with
-    what was
+    """The failure by its right name, if the numbers are wrong because answers change: from one time to the next, or with what was
     asked before. An outside implementation is made anew to find out."""
     judge.recipe, address = recipe, address_of(case.implementation)
     implementation = implementation_of(address) if ":" in address else case.implementation

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 import misbehaving
 from smca.conformance import conduct
 from smca.conformance.apart import Apart
+from smca.conformance.diagnosis import explain
 from smca.conformance.implementations.registry import implementation_of
 from smca.conformance.runner import PROFILES, Case, Outcome, run
 from smca.conformance.suite import PROPERTIES
@@ -90,3 +94,49 @@ def test_what_is_only_remarked_on(apart: Any, kind: Any, remark: str) -> None:
     _, _, outcome = apart(kind, 60.0)
     assert outcome.status == "passed"
     assert outcome.remarks[0].startswith(remark)
+
+
+def port(habit: str, time_limit: float = 60.0) -> Any:
+    program = shlex.join([sys.executable, str(Path(__file__).with_name("misbehaving_port.py")), habit])
+    return implementation_of(f"exec:{program}", time_limit)
+
+
+@pytest.mark.parametrize(
+    ("habit", "verdict", "finding"),
+    [
+        ("ends", conduct.DIES, "it ended with status 7; on stderr: out of memory"),
+        ("prints", conduct.DIES, "Is something else printed to standard output?"),
+        ("stops halfway", conduct.DIES, "it ended with status 0"),
+        ("sends nonsense", conduct.DIES, "expected a safetensors file, got 32 bytes"),
+        ("forgets the result", conduct.RAISES, "expected a tensor 'giou' in the answer, got ['iou']"),
+        ("none", conduct.RAISES, "it answered with an error: no such habit: none"),
+    ],
+)
+def test_a_program_that_misbehaves_is_told_so(habit: str, verdict: str, finding: str) -> None:
+    outcome = run(Case(EQUALITY, port(habit), "float64"), PROFILES["quick"], shrink=False)
+    check_verdict(outcome, verdict, finding)
+
+
+def test_a_program_that_hangs_is_ended() -> None:
+    outcome = run(Case(EQUALITY, port("hangs", 10.0), "float64"), PROFILES["quick"])
+    check_verdict(outcome, conduct.HANGS, "no answer within 10 s")
+    assert explain(outcome) == "", "it would hang again"
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ("./no-such-program", "asked to describe itself: .*No such file"),
+        ("false", "asked to describe itself: it ended with status 1"),
+        (f"{sys.executable} -c 'print(1)'", "asked to describe itself: "),
+        ("", "asked to describe itself: "),
+    ],
+)
+def test_what_is_no_port_is_refused(program: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"^--implementation exec:.*{says}"):
+        implementation_of(f"exec:{program}", 60.0)
+
+
+def test_a_port_that_offers_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected its description to list operations of .* got operations \[\]"):
+        port("says nothing")
