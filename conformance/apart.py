@@ -45,15 +45,15 @@ class Apart:
         command = [sys.executable, "-m", "smca.conformance.apart", address_of(implementation)]
         self._conversation = Conversation(command, _line, environment)
 
-    def run(self, case: Case, profile: Profile, *, examples: int | None = None) -> Outcome:
-        """As `runner.run`; of the recipes, the outcome has the texts."""
+    def run(self, case: Case, profile: Profile, *, explained: bool = True) -> Outcome:
+        """As `runner.run`; of the recipes, the outcome has the texts. `explained`: a failure is, which takes a while."""
         if case.missing is not None:
             return run(case, profile)
         question = {
             "property": case.prop.name,
             "dtype": case.dtype,
             "profile": profile.name,
-            "examples": examples,
+            "explained": explained,
         }
         recipe, tried = "", 0
         try:
@@ -62,17 +62,18 @@ class Apart:
             while True:
                 answer = self._conversation.hear(self._time_limit)
                 if "outcome" in answer:
-                    return _outcome(case, answer["outcome"], self._explanation(answer["outcome"]["status"]))
+                    failed = answer["outcome"]["status"] == "failed"
+                    return _outcome(case, answer["outcome"], self._explanation() if failed and explained else "")
                 recipe, tried = answer["starts"], tried + 1
         except Silent as silent:
             return _ended(case, recipe, tried, HANGS, str(silent))
         except Gone as gone:
             return _ended(case, recipe, tried, DIES, str(gone))
 
-    def _explanation(self, status: str) -> str:
+    def _explanation(self) -> str:
         """Which follows a failure, unless the implementation ends or hangs while it is looked for."""
         try:
-            return str(self._conversation.hear(EXPLANATION_LIMIT)["explanation"]) if status == "failed" else ""
+            return str(self._conversation.hear(EXPLANATION_LIMIT)["explanation"])
         except (Silent, Gone):
             return ""
 
@@ -147,14 +148,13 @@ def main() -> None:
             outcome = run(
                 case,
                 PROFILES[question["profile"]],
-                examples=question["examples"],
                 starts=lambda recipe: answer({"starts": repr(recipe)}),
             )
             worst = dataclasses.replace(outcome.worst, recipe=repr(outcome.worst.recipe))
             fields = {name: getattr(outcome, name) for name in ("status", "message", "seconds", "verdict")}
             remarks = [*outcome.remarks, *printed.since()]
             answer({"outcome": {**fields, "worst": dataclasses.asdict(worst), "remarks": remarks}})
-            if outcome.status == "failed":
+            if outcome.status == "failed" and question["explained"]:
                 answer({"explanation": explain(outcome)})
 
 

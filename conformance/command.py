@@ -170,7 +170,7 @@ def _check(args: argparse.Namespace, chosen: Sequence[Property], argv: Sequence[
             else:
                 if address not in apart:
                     apart[address] = Apart(case.implementation, args.time_limit)
-                outcome = apart[address].run(case, profile)
+                outcome = apart[address].run(case, profile, explained=not any(line.covers(case) for line in expected))
             outcomes.append(judged(outcome, expected))
     finally:
         for process in apart.values():
