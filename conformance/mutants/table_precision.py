@@ -28,8 +28,6 @@ PRECISION: list[Mutant] = [
          "center_xy.float().contiguous(), ", "center_xy.to(q.dtype).float().contiguous(), "),
         ("fused: precisions rounded to q's dtype", "gpu", "attention.fused",
          "precision_xy.float().contiguous()\n", "precision_xy.to(q.dtype).float().contiguous()\n"),
-        ("fused: the backward pass reads the rounded output", "gpu", "attention.fused",
-         "exact = out if out.dtype == torch.float32 else exact", "exact = out.float()"),
         ("kernel: sums rounded at every block", "gpu", "attention.fused_kernels",
          "acc=summed * shrink[:, None], input_precision=PRECISION)",
          "acc=summed * shrink[:, None], input_precision=PRECISION).to(v_head.dtype.element_ty).to(tl.float32)"),
