@@ -161,8 +161,8 @@ def _some(values: npt.NDArray[np.float64]) -> str:
     return f"{values.ravel()[:3].tolist()}{' …' if values.size > 3 else ''}"
 
 
-def _answers(answer: Any, name: str = "") -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
-    for part, leaf in leaves(name, answer):
+def _answers(answer: Any) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+    for part, leaf in leaves("", answer):
         yield part.lstrip("."), np.asarray(leaf, dtype=np.float64)
 
 

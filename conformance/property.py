@@ -74,7 +74,7 @@ class Judge:
             raise self.mismatch(f"{what}: got shape {got.shape}, expected {expected.shape}", OTHER_SHAPE)
         if not got.size:
             return
-        limit = np.broadcast_to(np.asarray(bound) * CONSTANTS[self.of.operation][0] + TINY, got.shape)
+        limit = np.broadcast_to(self.limit(bound), got.shape)
         # Equal infinities agree; anything else that isn't finite does not, unless both are NaN (and then neither does).
         error = np.where(got == expected, 0.0, np.abs(got - expected))
         error = np.where(np.isnan(error), np.inf, error)
@@ -90,6 +90,10 @@ class Judge:
                 f"{what}{where} = {float(got[at])!r}, expected {float(expected[at])!r}\n"
                 f"    off by {error[at]:.3g}, bound {limit[at]:.3g}; {wrong} of {got.size} entries are over their bounds{note}"
             )
+
+    def limit(self, bound: npt.ArrayLike) -> Array:
+        """How far an entry may be off: its bound times the operation's constant."""
+        return np.asarray(np.asarray(bound) * CONSTANTS[self.of.operation][0] + TINY)
 
     def along(
         self, parts: Sequence[tuple[Any, npt.NDArray[Any]]], expected: float, bound: npt.ArrayLike, what: str

@@ -34,10 +34,10 @@ from smca.conformance.implementations.oracle import Oracle
 from smca.conformance.inputs.anchored import CONFIGURATIONS as MODELS
 from smca.conformance.inputs.attention import AttentionInputs, LevelsInputs
 from smca.conformance.inputs.matching import BoxInputs, CostInputs, LossInputs
-from smca.conformance.property import Array, Judge, Property
+from smca.conformance.properties.anchored import LEARNED_FROM
+from smca.conformance.property import Array, Property, Recorder
 from smca.conformance.protocol import DTYPES, OPERATIONS, implemented
 from smca.conformance.suite import PROPERTIES
-from smca.conformance.tolerances import CONSTANTS, TINY
 from smca.conformance.wire import Tensors, Texts, encode, encode_result, packed
 from smca.reference import SPECIFICATION_VERSION
 
@@ -205,28 +205,27 @@ def _zeros_of_model(*arguments: Any) -> dict[str, Array]:
     return {name: np.zeros_like(value) for name, value in params.items()}
 
 
-_LEARNED_FROM = ("logits", "boxes", "further_logits", "further_boxes", "cell_logits", "cell_boxes")
 _ZEROS: dict[str, Any] = {
     "set_loss_vjp": lambda logits, boxes, *_: (np.zeros_like(logits), np.zeros_like(boxes)),
     "softmax_set_loss_vjp": lambda z, boxes, *_: (np.zeros_like(z), np.zeros_like(boxes)),
     "forward_vjp": _zeros_of_model,
     "anchored_forward_vjp": _zeros_of_model,
     "training_loss_vjp": lambda outputs, *_: {
-        name: np.zeros_like(outputs[name]) for name in _LEARNED_FROM if name in outputs
+        name: np.zeros_like(outputs[name]) for name in LEARNED_FROM if name in outputs
     },
     "log_odds_vjp": lambda _, z: np.zeros_like(z),
 }
 
 
 @dataclass
-class _Noting(Judge):
+class _Noting(Recorder):
     """Notes what a property expects, and judges nothing."""
 
     asked: _Asked = field(default_factory=lambda: _Asked("float64"))
 
     def close(self, got: Any, expected: npt.ArrayLike, bound: npt.ArrayLike, what: str) -> None:
         vector, expected = self.asked.calls[-1], np.asarray(expected, dtype=np.float64)
-        limit = np.broadcast_to(np.asarray(bound) * CONSTANTS[self.of.operation][0] + TINY, expected.shape)
+        limit = np.broadcast_to(self.limit(bound), expected.shape)
         place = _place(np.asarray(got), vector.answer)
         if place is None:
             name = _named_in(what, vector)
@@ -247,11 +246,8 @@ class _Noting(Judge):
             place = _place(np.asarray(gradient), vector.answer)
             assert place is not None, what
             vector.tensors[f"along.{number}.{place[0]}"] = direction
-        limit = np.asarray(bound) * CONSTANTS[self.of.operation][0] + TINY
-        vector.tensors |= {f"along.{number}": np.array(float(expected)), f"along_bound.{number}": limit.reshape(())}
-
-    def holds(self, condition: bool, message: str) -> None:
-        pass
+        limit = self.limit(bound).reshape(())
+        vector.tensors |= {f"along.{number}": np.array(float(expected)), f"along_bound.{number}": limit}
 
     def all_finite(self, got: Any, what: str) -> None:
         pass

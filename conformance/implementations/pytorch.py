@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from smca.conformance.implementations import torch_setting  # noqa: F401 - first: before Triton is imported
-from smca.conformance.implementations.registry import ALL
 from smca.conformance.inputs.model import STAGES, given_strides
-from smca.conformance.protocol import Unavailable
+from smca.conformance.protocol import DTYPES, Unavailable
 from smca.conformance.tolerances import at_least_float32
 from smca.gpu import attention
 from smca.gpu.attention import dispatch, fused
@@ -39,8 +38,8 @@ def production_config(config: reference_config.ModelConfig) -> ModelConfig:
     return ModelConfig(backbone=BackboneConfig(options=options, frozen_norm=False), **dataclasses.asdict(config))
 
 
-LIFTED = dict.fromkeys(ALL, float("inf"))
-AUTO = {**dict.fromkeys(ALL, dispatch.LIFTED_LOGIT_LIMIT), "float64": float("inf")}
+LIFTED = dict.fromkeys(DTYPES, float("inf"))
+AUTO = {**dict.fromkeys(DTYPES, dispatch.LIFTED_LOGIT_LIMIT), "float64": float("inf")}
 """dtype → largest λ·(extent/2)² at which log G is in the expanded form; in half precision that is computed in float32."""
 
 
@@ -157,7 +156,7 @@ class Auto(TorchAttention):
     examples_factor = 0.25
 
     def __init__(self, device: str) -> None:
-        super().__init__("auto", device, ALL, AUTO if device == "cpu" else {"float64": float("inf")})
+        super().__init__("auto", device, DTYPES, AUTO if device == "cpu" else {"float64": float("inf")})
 
 
 class Autocast(Auto):
@@ -357,7 +356,7 @@ class Lifted(TorchModel):
     log_odds = log_odds_vjp = None  # type: ignore[assignment]  # no attention in them: as eager's
 
     def __init__(self, device: str) -> None:
-        super().__init__("lifted", device, ALL, LIFTED)
+        super().__init__("lifted", device, DTYPES, LIFTED)
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smca.conformance.implementations.port import Port
-from smca.conformance.protocol import Unavailable, load_outside
+from smca.conformance.protocol import DTYPES, Unavailable, load_outside
 
 _LACKING = "{} is not installed: it comes with the whole project, smca-detr"
 
@@ -37,17 +37,15 @@ class Ours:
         return getattr(module, self.kind)(*self.arguments)
 
 
-ALL = ("float64", "float32", "float16", "bfloat16")
-
 IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
     "oracle": Ours("oracle", "Oracle"),
     "oracle-cupy": Ours("oracle", "OracleOnCuPy"),
-    "eager": Ours("pytorch", "TorchModel", ("eager", "cpu", ALL, {})),
+    "eager": Ours("pytorch", "TorchModel", ("eager", "cpu", DTYPES, {})),
     "lifted": Ours("pytorch", "Lifted", ("cpu",)),
     "auto": Ours("pytorch", "Auto", ("cpu",)),
     "autocast": Ours("pytorch", "Autocast", ("cpu",)),
     "compiled": Ours("pytorch", "Compiled"),
-    "eager-cuda": Ours("pytorch", "TorchModel", ("eager", "cuda", ALL, {})),
+    "eager-cuda": Ours("pytorch", "TorchModel", ("eager", "cuda", DTYPES, {})),
     "lifted-cuda": Ours("pytorch", "Lifted", ("cuda",)),
     "auto-cuda": Ours("pytorch", "Auto", ("cuda",)),
     "autocast-cuda": Ours("pytorch", "Autocast", ("cuda",)),
