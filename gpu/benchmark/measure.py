@@ -159,17 +159,17 @@ def private_mib() -> float:
     """
     total = private = 0
     of_file = False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        name, *values = line.split()
-        if not name.endswith(
-            ":"
-        ):  # the next mapping: addresses, rights, offset, device, inode, and the path if it has one
-            of_file = len(values) > 4 and values[4].startswith("/")
-            private = 0
-        elif name in ("Private_Clean:", "Private_Dirty:"):
-            private += int(values[0])
-        elif name == "Anonymous:":
-            total += min(private, int(values[0])) if of_file else private
+    # Line by line: the whole text, split, is megabytes of the memory that is being measured.
+    with open("/proc/self/smaps", encoding="utf-8") as lines:
+        for line in lines:
+            name, *values = line.split()
+            if not name.endswith(":"):  # the next mapping: addresses, rights, offset, device, inode, perhaps a path
+                of_file = len(values) > 4 and values[4].startswith("/")
+                private = 0
+            elif name in ("Private_Clean:", "Private_Dirty:"):
+                private += int(values[0])
+            elif name == "Anonymous:":
+                total += min(private, int(values[0])) if of_file else private
     return total / 2**10
 
 

@@ -5,6 +5,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,16 @@ def test_memory_of_its_own_is_not_what_others_share(tmp_path: Path) -> None:
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(private_mib) < together - 45
     own.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says which memory is a process's own")
+def test_measuring_memory_takes_none() -> None:
+    tracemalloc.start()
+    try:
+        private_mib()
+        assert tracemalloc.get_traced_memory()[1] < 2**19
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_index_is_made_once_and_found_then(
