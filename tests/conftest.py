@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from smca.conformance.implementations import torch_setting  # noqa: F401 - first: Triton's interpreter is chosen before Triton is imported
 from smca.conformance.runner import PROFILES
 from smca.gpu.training.determinism import flushes_denormals
 
@@ -23,10 +24,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--profile", choices=list(PROFILES), default="quick", help="how many examples per property (default: quick)"
     )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # examples are small: more threads only wait for each other
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,6 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
-
 from smca.conformance.tolerances import CONSTANTS, TINY, UNIT_ROUNDOFF, attention_bounds
 from smca.gpu.attention.fused import available, fused_smca_attention
 from smca.reference.attention import Level, smca_attention, smca_attention_vjp
