@@ -67,26 +67,24 @@ class Criterion:
         return numpy_of(self.boxes.generalized_box_iou(one[:, None], two[None]))
 
     def set_loss(self, logits: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str) -> dict[str, Array]:
-        terms, _ = self._loss(logits, boxes, targets, weights, dtype)
-        return {name: numpy_of(value) for name, value in terms.items()}
+        return self.training_loss({"logits": logits, "boxes": boxes}, targets, weights, "focal", dtype=dtype)
 
     def set_loss_vjp(
         self, logits: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str
     ) -> tuple[Array, Array]:
-        terms, leaves = self._loss(logits, boxes, targets, weights, dtype)
-        dlogits, dboxes = torch.autograd.grad(terms["loss"], leaves)
-        return numpy_of(dlogits), numpy_of(dboxes)
+        outputs = {"logits": logits, "boxes": boxes}
+        gradients = self.training_loss_vjp(outputs, targets, weights, "focal", dtype=dtype)
+        return gradients["logits"], gradients["boxes"]
 
     def softmax_set_loss(self, z: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str) -> dict[str, Array]:
-        terms, _ = self._loss(z, boxes, targets, weights, dtype, "softmax")
-        return {name: numpy_of(value) for name, value in terms.items()}
+        return self.training_loss({"class_logits": z, "boxes": boxes}, targets, weights, "softmax", dtype=dtype)
 
     def softmax_set_loss_vjp(
         self, z: Array, boxes: Array, targets: Any, weights: Any, *, dtype: str
     ) -> tuple[Array, Array]:
-        terms, leaves = self._loss(z, boxes, targets, weights, dtype, "softmax")
-        dz, dboxes = torch.autograd.grad(terms["loss"], leaves)
-        return numpy_of(dz), numpy_of(dboxes)
+        outputs = {"class_logits": z, "boxes": boxes}
+        gradients = self.training_loss_vjp(outputs, targets, weights, "softmax", dtype=dtype)
+        return gradients["class_logits"], gradients["boxes"]
 
     def noised_queries(self, targets: Any, noise: Any, *, dtype: str) -> tuple[Array, ...]:
         padded_targets = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
@@ -96,37 +94,29 @@ class Criterion:
     def training_loss(
         self, outputs: Any, targets: Any, weights: Any, classification: str, *, dtype: str
     ) -> dict[str, Array]:
-        terms, _ = self._training_loss(outputs, targets, weights, classification, dtype)
+        terms, _ = self._loss(outputs, targets, weights, classification, dtype)
         return {name: numpy_of(value) for name, value in terms.items()}
 
     def training_loss_vjp(
         self, outputs: Any, targets: Any, weights: Any, classification: str, *, dtype: str
     ) -> dict[str, Array]:
-        terms, leaves = self._training_loss(outputs, targets, weights, classification, dtype)
+        terms, leaves = self._loss(outputs, targets, weights, classification, dtype)
         gradients = torch.autograd.grad(terms["loss"], list(leaves.values()))
         return dict(zip(leaves, map(numpy_of, gradients), strict=True))
 
-    def _training_loss(self, outputs: Any, targets: Any, weights: Any, classification: Any, dtype: str) -> Any:
+    def _loss(
+        self, outputs: Any, targets: Any, weights: Any, classification: Any, dtype: str
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms, and the leaves among the outputs. With a softmax, the class head's outputs are given in place of logits."""
         given = {"cell_anchors": at_least_float32(dtype), "cell_padding": "bool"}
         kinds = {name: at_least_float32(dtype) if name.endswith("boxes") else dtype for name in outputs} | given
         tensors = {name: self._tensor(value, kinds[name], name not in given) for name, value in outputs.items()}
+        leaves = {name: value for name, value in tensors.items() if name not in given}
+        if "logits" not in outputs:
+            tensors["logits"] = layers.log_odds(tensors["class_logits"])
         padded_targets = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
         loss = LossConfig(weights["class"], weights["l1"], weights["giou"], classification)
-        terms = self.criterion.SetCriterion(loss, matcher_backend=self.backend)(tensors, padded_targets)
-        return terms, {name: value for name, value in tensors.items() if name not in given}
-
-    def _loss(
-        self, scored: Any, boxes: Any, targets: Any, weights: Any, dtype: str, classification: Any = "focal"
-    ) -> tuple[dict[str, Tensor], Any]:
-        """scored: logits, or with a softmax the class head's outputs that they are made of."""
-        leaves = self._tensor(scored, dtype, True), self._tensor(boxes, at_least_float32(dtype), True)
-        outputs = {"logits": leaves[0], "boxes": leaves[1]}
-        if classification == "softmax":
-            outputs |= {"logits": layers.log_odds(leaves[0]), "class_logits": leaves[0]}
-        padded_targets = self._targets(targets.labels, targets.boxes, targets.valid, dtype)
-        loss = LossConfig(weights["class"], weights["l1"], weights["giou"], classification)
-        module = self.criterion.SetCriterion(loss, matcher_backend=self.backend)
-        return module(outputs, padded_targets), leaves
+        return self.criterion.SetCriterion(loss, matcher_backend=self.backend)(tensors, padded_targets), leaves
 
 
 class CriterionInHalf(Criterion):

@@ -11,7 +11,9 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from smca.conformance.inputs.anchored import CONFIGURATIONS, AnchoredArrays, AnchoredInputs, anchored_inputs
+from smca.conformance.inputs.matching import LossArrays
 from smca.conformance.inputs.model import PADDING_APART, ModelArrays
+from smca.conformance.properties.loss import clear_matching
 from smca.conformance.properties.model import check_derivative, groups_of, taken_as_given
 from smca.conformance.property import Judge, Property, assume, property_of
 from smca.conformance.tolerances import UNIT_ROUNDOFF, at_least_float32, round_to
@@ -31,7 +33,6 @@ from smca.reference.dense_loss import (
 )
 from smca.reference.layers import sigmoid, softplus
 from smca.reference.losses import Targets, match, set_loss
-from smca.reference.matching import linear_sum_assignment, match_cost
 
 Array = npt.NDArray[np.float64]
 Outputs = dict[str, Any]
@@ -321,18 +322,8 @@ def terms_of(impl: Any, outputs: Outputs, x: AnchoredArrays, classification: str
 def clear_choices(outputs: Outputs, x: AnchoredArrays, dtype: str) -> bool:
     """Whether rounding could not change the matching, nor which object owns which cell."""
     targets, gap = x.targets, 1e4 * UNIT_ROUNDOFF[at_least_float32(dtype)]
-    for m, b in np.ndindex(*outputs["logits"].shape[:2]):
-        (real,) = np.nonzero(targets.valid[b])
-        pair = outputs["logits"][m, b], outputs["boxes"][m, b]
-        cost = match_cost(*pair, targets.labels[b, real], targets.boxes[b, real], x.weights)
-        rows, cols = linear_sum_assignment(cost)
-        for row, col in zip(rows, cols, strict=True):
-            without = cost.copy()
-            without[row, col] += 1e6
-            if without[linear_sum_assignment(without)].sum() - cost[rows, cols].sum() < gap * max(
-                1.0, np.abs(cost).max()
-            ):
-                return False
+    if not clear_matching(LossArrays(outputs["logits"], outputs["boxes"], targets, x.weights), dtype):
+        return False
     if "cell_logits" not in outputs:
         return True
     owner, goal = assign_cells(outputs, targets)

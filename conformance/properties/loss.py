@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from smca.reference import boxes as oracle_boxes
 from smca.reference import losses as oracle
 from smca.reference import matching
 from smca.reference.losses import Targets
+from smca.reference.losses_backward import set_loss_backward
 
 Array = npt.NDArray[np.float64]
 
@@ -254,6 +256,47 @@ def gradients_finite_at_the_corners(impl: Any, recipe: LossInputs, dtype: str, j
     judge.all_finite(dboxes, "gradient of boxes")
     if not recipe.filled:
         judge.holds(not dboxes.any(), "boxes have a gradient although there is no object")
+
+
+def gradient_limits(
+    gradients: Callable[[Sequence[Array]], Sequence[Array]], leaves: Sequence[Array], dtype: str, seed: int
+) -> list[Array]:
+    """How far each entry of the gradients may be off: by what a rounding of every input moves it, and by the roundings of a sum
+    of terms of the size of its row's largest. Beside a kink of L1 or GIoU, where rounding chooses the side, that is a lot."""
+    u, rng = UNIT_ROUNDOFF[at_least_float32(dtype)], np.random.default_rng(seed)
+    here = gradients(leaves)
+    limits = [
+        16 * u * np.abs(g).max(-1, keepdims=True) + UNIT_ROUNDOFF[dtype] * np.abs(g) + UNDERFLOW[dtype] for g in here
+    ]
+    moves = [np.zeros_like(g) for g in here]
+    for _ in range(4):
+        nudged = [leaf + 2 * u * (1 + np.abs(leaf)) * rng.choice([-1, 1], leaf.shape) for leaf in leaves]
+        moves = [np.maximum(move, np.abs(g - h)) for move, g, h in zip(moves, gradients(nudged), here, strict=True)]
+    return [limit + 4 * move for limit, move in zip(limits, moves, strict=True)]
+
+
+@property_of(
+    "set_loss_vjp.equals_the_oracle",
+    "every entry equals the oracle's",
+    "reference/losses_backward.py, equations (G1) to (G8); the matching is not differentiated",
+    CONTINUOUS,
+    into=PROPERTIES,
+    always=USUAL_LOSSES,
+)
+def gradients_equal_the_oracle(impl: Any, recipe: LossInputs, dtype: str, judge: Judge) -> None:
+    x = recipe.arrays(dtype)
+    assume(clear_matching(x, dtype))
+
+    def gradients(leaves: Sequence[Array]) -> tuple[Array, Array]:
+        found = set_loss_backward({"logits": leaves[0], "boxes": leaves[1]}, x.targets, x.weights)
+        return found["logits"], found["boxes"]
+
+    leaves = x.logits, x.boxes
+    limits, want = gradient_limits(gradients, leaves, dtype, recipe.seed), gradients(leaves)
+    # A probability near 0 may come from 1 − (1 − p), off by a rounding of 1.
+    limits[0] += 4 * UNIT_ROUNDOFF[at_least_float32(dtype)] * x.weights["class"] / max(1, int(x.targets.valid.sum()))
+    for name, one, expected, limit in zip(("logits", "boxes"), gradients_of(impl, x, dtype), want, limits, strict=True):
+        judge.close(one, expected, limit, f"gradient of {name}")
 
 
 def fixed_loss(x: LossArrays, query: npt.NDArray[np.int64]) -> float:

@@ -49,9 +49,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_output_survives_its_terminal(encoding: str, model_dir: Path, tmp_path: Path) -> None:
-    """predict prints an arrow; evaluate says in its error what the model's classes are."""
+def test_output_survives_its_terminal(model_dir: Path, tmp_path: Path) -> None:
+    """predict prints an arrow; evaluate says in its error what the model's classes are: a Western European console has one of them."""
+    encoding = "cp1252"
     Image.new("RGB", (40, 40)).save(tmp_path / "寿司.png")
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "NO_COLOR": "1"}
     predicts = [
@@ -78,7 +78,7 @@ def test_output_survives_its_terminal(encoding: str, model_dir: Path, tmp_path: 
     said = refused.decode(encoding)
     assert "are not those of synthetic" in said
     assert "红细胞" not in said
-    assert ("círculo" in said) == (encoding == "cp1252")
+    assert "círculo" in said
 
 
 def test_a_script_survives_its_terminal_too() -> None:

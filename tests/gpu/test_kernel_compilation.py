@@ -29,18 +29,21 @@ PROCESSES = 2
 """That share the cases in a test."""
 
 # (compute capability, d, dtype, mask): every row of the block sizes, every dtype, with mask and without.
-CASES = (
-    (90, 32, torch.bfloat16, False),
+CASES = [
     (90, 32, torch.bfloat16, True),
     (90, 64, torch.bfloat16, True),
     (90, 128, torch.float16, False),
-    (90, 32, torch.float32, True),
     (90, 64, torch.float32, True),
-    (80, 32, torch.float16, True),
-    (80, 64, torch.float16, False),
-    (80, 128, torch.bfloat16, False),
+    (90, 32, torch.float32, True),
     (80, 128, torch.float32, False),
-)
+]
+if os.environ.get("SMCA_KERNELS") == "all":  # as the nightly profile has it
+    CASES += [
+        (90, 32, torch.bfloat16, False),
+        (80, 32, torch.float16, True),
+        (80, 64, torch.float16, False),
+        (80, 128, torch.bfloat16, False),
+    ]
 
 
 def compile_case(capability: int, d: int, dtype: torch.dtype, mask: bool) -> list[dict[str, Any]]:
