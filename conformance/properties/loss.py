@@ -293,8 +293,10 @@ def gradients_equal_the_oracle(impl: Any, recipe: LossInputs, dtype: str, judge:
 
     leaves = x.logits, x.boxes
     limits, want = gradient_limits(gradients, leaves, dtype, recipe.seed), gradients(leaves)
-    # A probability near 0 may come from 1 − (1 − p), off by a rounding of 1.
-    limits[0] += 4 * UNIT_ROUNDOFF[at_least_float32(dtype)] * x.weights["class"] / max(1, int(x.targets.valid.sum()))
+    per_box = UNIT_ROUNDOFF[at_least_float32(dtype)] / max(1, int(x.targets.valid.sum()))
+    # A probability near 0 may come from 1 − (1 − p), off by a rounding of 1; each quotient of (G6) is at most 1 / side.
+    limits[0] += 4 * per_box * x.weights["class"]
+    limits[1] += 4 * per_box * x.weights["giou"] / np.tile(x.boxes[..., 2:], 2)
     for name, one, expected, limit in zip(("logits", "boxes"), gradients_of(impl, x, dtype), want, limits, strict=True):
         judge.close(one, expected, limit, f"gradient of {name}")
 

@@ -50,7 +50,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_output_survives_its_terminal(model_dir: Path, tmp_path: Path) -> None:
-    """predict prints an arrow; evaluate says in its error what the model's classes are: a Western European console has one of them."""
+    """predict prints an arrow; evaluate says in its error what the model's classes are: a Western console has one of them."""
     encoding = "cp1252"
     Image.new("RGB", (40, 40)).save(tmp_path / "寿司.png")
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "NO_COLOR": "1"}
