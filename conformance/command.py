@@ -14,17 +14,19 @@ Exit status 1 if a property fails or a mutant lives.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from smca.conformance.apart import Apart
 from smca.conformance.diagnosis import explain
 from smca.conformance.implementations.registry import EXEC, IMPLEMENTATIONS, TIME_LIMIT, implementation_of
-from smca.conformance.mutants.plant import MUTANTS, kill
+from smca.conformance.mutants.plant import MUTANTS, MutantResult, kill
 from smca.conformance.progress import followed
 from smca.conformance.property import Property
 from smca.conformance.protocol import Unavailable, address_of, name_of
@@ -81,7 +83,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--mutants",
         action="store_true",
-        help="plant each known bug by itself and report which property finds it, after how many examples",
+        help="plant each known bug by itself, on all cores, and report which property finds it, after how many examples",
     )
     parser.add_argument(
         "--report",
@@ -191,14 +193,33 @@ def _check(args: argparse.Namespace, chosen: Sequence[Property], argv: Sequence[
 
 
 def _mutants(args: argparse.Namespace, chosen: Sequence[Property]) -> None:
-    warnings.simplefilter("ignore", RuntimeWarning)  # a bug may divide by 0 on its way to being found
-    results = []
-    for mutant in followed(MUTANTS, lambda mutant: mutant.bug):
-        try:
-            thorough = mutant.module != "attention.fused_kernels"
-            results.append(kill(mutant, chosen, PROFILES[args.profile], thorough=thorough))
-        except Unavailable as reason:
-            print(f"not planted: {mutant.bug} ({reason})")
-    print("\n".join(mutants_table(results)))
-    if not all(result.killer for result in results):
+    alive = []
+
+    def results() -> Iterator[MutantResult]:
+        # Processes of their own, and not copies of this one: a copy would share its threads.
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            names = [prop.name for prop in chosen]
+            tries = [pool.submit(_killed, number, names, args.profile) for number in range(len(MUTANTS))]
+            for number in followed(range(len(MUTANTS)), lambda number: MUTANTS[number].bug):
+                result = tries[number].result()
+                if isinstance(result, str):
+                    print(f"not planted: {MUTANTS[number].bug} ({result})", file=sys.stderr)
+                    continue
+                alive.extend([] if result.killer else [result])
+                yield result
+
+    for line in mutants_table(results()):
+        print(line, flush=True)
+    if alive:
         sys.exit(1)
+
+
+def _killed(number: int, names: Sequence[str], profile: str) -> MutantResult | str:
+    """In a process of its own: what finds the mutant of this number among the properties of these names, or why it cannot run."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # a bug may divide by 0 on its way to being found
+    mutant, chosen = MUTANTS[number], [prop for prop in PROPERTIES if prop.name in names]
+    try:
+        # The kernels run in an interpreter here, which takes minutes for all that might find a bug.
+        return kill(mutant, chosen, PROFILES[profile], thorough=mutant.module != "attention.fused_kernels")
+    except Unavailable as reason:
+        return str(reason)

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -135,22 +135,20 @@ def short(recipe: Any) -> str:
     return f"{type(recipe).__name__}({changed})"
 
 
-def mutants_table(results: Sequence[MutantResult]) -> list[str]:
-    """Markdown: one row per mutant, and how many were found."""
-    lines = [
-        "| bug | where | killed by | after examples | seconds | also without the oracle, by |",
-        "|---|---|---|---:|---:|---|",
-    ]
+def mutants_table(results: Iterable[MutantResult]) -> Iterator[str]:
+    """Markdown: one row per mutant as soon as it is there, and at the end how many were found."""
+    yield "| bug | where | killed by | after examples | seconds | also without the oracle, by |"
+    yield "|---|---|---|---:|---:|---|"
+    tried = dead = alone = 0
     for result in results:
         mutant = result.mutant
         names = [name.partition(".")[2].replace("_", " ") for name in result.without_oracle]
         also = ", ".join([*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]) or "—"
         where = f"{mutant.package}/{mutant.module.replace('.', '/')}.py"
-        lines.append(
+        yield (
             f"| {mutant.bug} | {where} | {result.killer or '**alive**'} | {result.examples} "
             f"| {result.first_seconds:.2f} | {also} |"
         )
-    dead = sum(bool(result.killer) for result in results)
-    alone = sum(bool(result.without_oracle) for result in results)
-    lines += ["", f"{dead} of {len(results)} killed; {alone} of them also by properties that need no oracle."]
-    return lines
+        tried, dead, alone = tried + 1, dead + bool(result.killer), alone + bool(names)
+    yield ""
+    yield f"{dead} of {tried} killed; {alone} of them also by properties that need no oracle."
