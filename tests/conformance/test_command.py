@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from smca.conformance import command
 from smca.conformance.command import main
+from smca.conformance.mutants.plant import MUTANTS
 from smca.conformance.protocol import load_outside
 from smca.conformance.suite import PROPERTIES
 
@@ -63,6 +65,21 @@ def test_the_page_of_errors_has_every_operation_that_is_compared_with_the_oracle
     compared = {prop.operation for prop in PROPERTIES if prop.oracle}
     assert len(compared) > 10
     assert compared <= set(re.findall(r"^## `(\w+)`$", page, re.MULTILINE))
+
+
+def test_a_bug_that_nothing_finds_ends_in_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "MUTANTS", MUTANTS[:2])  # the processes look them up by their numbers
+    main(["--mutants", "--only", "smca_attention.equals"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:4]] == [f"| {mutant.bug}" for mutant in MUTANTS[:2]]
+    assert all(" | smca_attention.equals_the_oracle | 1 | " in row for row in rows[2:4])
+    assert rows[-1] == "2 of 2 killed; 0 of them also by properties that need no oracle."
+    with pytest.raises(SystemExit) as stop:
+        main(["--mutants", "--only", "set_loss.equals"])
+    assert stop.value.code == 1
+    assert "0 of 2 killed" in capsys.readouterr().out
 
 
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
