@@ -39,6 +39,9 @@ Array = npt.NDArray[np.float64]
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """u: the largest relative error of rounding to nearest."""
 
+HALVES = ("float16", "bfloat16")
+"""The dtypes of half precision."""
+
 UNDERFLOW = {"float64": 2.0**-1075, "float32": 2.0**-127, "float16": 2.0**-25, "bfloat16": 2.0**-127}
 """η: the largest absolute error of rounding a number that underflows. In float32 and bfloat16, that of a number flushed
 to 0: processors may flush below 2⁻¹²⁶, and vector units do."""
@@ -76,7 +79,7 @@ TINY = 1e-290
 
 def at_least_float32(dtype: str) -> str:
     """The dtype of centres, precisions and level weights that go with queries and keys in `dtype`, and of costs and losses."""
-    return "float32" if dtype in ("float16", "bfloat16") else dtype
+    return "float32" if dtype in HALVES else dtype
 
 
 def accumulation_roundoff(dtype: str) -> float:

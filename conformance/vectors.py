@@ -38,6 +38,7 @@ from smca.conformance.properties.anchored import LEARNED_FROM
 from smca.conformance.property import Array, Property, Recorder
 from smca.conformance.protocol import DTYPES, OPERATIONS, implemented
 from smca.conformance.suite import PROPERTIES
+from smca.conformance.tolerances import HALVES
 from smca.conformance.wire import Tensors, Texts, encode, encode_result, packed
 from smca.reference import SPECIFICATION_VERSION
 
@@ -136,7 +137,6 @@ FURTHER: dict[str, tuple[Any, ...]] = {
 }
 """Operation → examples besides those that its property always tries: every kind of input."""
 
-_HALVES = ("float16", "bfloat16")
 SOME = {
     ("forward", "float64"): slice(0, None, 2),
     ("forward", "float32"): slice(1, None, 4),
@@ -146,7 +146,7 @@ SOME = {
     **{
         (operation, dtype): slice(0, None, 2)
         for operation in ("smca_attention", "smca_attention_vjp")
-        for dtype in _HALVES
+        for dtype in HALVES
     },
 }
 """Operation and dtype → which of the chosen examples are written, of those that are large; every configuration of the model

@@ -33,6 +33,7 @@ from smca.gpu.train import train
 from smca.gpu.training.log import read_metrics
 
 RESULTS = Path(__file__).parent / "results" / "starts.jsonl"
+PRESETS: dict[str, Callable[[], RunConfig]] = {"small": small, "small_pretrained": small_pretrained}
 STARTS: dict[str, tuple[Callable[[], RunConfig], bool]] = {
     "random": (small, False),
     "shapes": (small, True),
@@ -158,7 +159,7 @@ def tables(chosen: argparse.Namespace) -> None:
 def pretrain(chosen: argparse.Namespace) -> None:
     """Train each preset on the built-in shapes."""
     for preset in chosen.presets:
-        config = on_shapes({"small": small, "small_pretrained": small_pretrained}[preset]())
+        config = on_shapes(PRESETS[preset]())
         given = dict(part.split("=") for part in chosen.step_seconds)
         seconds = float(given[preset]) if preset in given else step_seconds(config)
         train(steps_of(config, chosen.shapes / preset, round(60 * chosen.minutes / seconds), chosen.seed))
@@ -170,7 +171,7 @@ def main(argv: list[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     of_shapes = commands.add_parser("shapes", help="train on the built-in shapes, which others then start from")
     of_shapes.add_argument("--minutes", type=float, default=10.0, help="of training, for each preset (default: 10)")
-    of_shapes.add_argument("--presets", nargs="+", default=["small", "small_pretrained"], help="default: both")
+    of_shapes.add_argument("--presets", nargs="+", default=list(PRESETS), choices=PRESETS, help="default: both")
     comparison = commands.add_parser("compare", help="train on a folder from every start")
     comparison.add_argument("data", type=Path, help="folder in COCO format")
     comparison.add_argument("--name", required=True, help="of the data, in the results")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smca.conformance.implementations.pytorch import numpy_of
 from smca.conformance.protocol import Unavailable
-from smca.conformance.tolerances import at_least_float32
+from smca.conformance.tolerances import HALVES, at_least_float32
 from smca.datasets import Targets
 from smca.gpu.config import LossConfig
 from smca.gpu.loss import assignment, boxes, criterion, matcher
@@ -123,7 +123,7 @@ class CriterionInHalf(Criterion):
     """`smca.gpu.loss.criterion` on scores in half precision, such as a network may have under autocast, and boxes in float32. The
     loss is computed in float32."""
 
-    dtypes = ("float16", "bfloat16")
+    dtypes = HALVES
     match_cost = softmax_match_cost = generalized_box_iou = noised_queries = None  # type: ignore[assignment]
 
     def __init__(self, backend: str, device: str) -> None:

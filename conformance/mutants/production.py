@@ -24,9 +24,8 @@ from smca.conformance.mutants.table_precision import PRECISION
 from smca.conformance.mutants.table_softmax import SOFTMAX
 from smca.conformance.mutants.table_training import TRAINING
 from smca.conformance.protocol import Unavailable
+from smca.conformance.tolerances import HALVES
 from smca.gpu.attention import fused as fused_attention
-
-HALVES = ("float16", "bfloat16")
 
 
 @contextmanager

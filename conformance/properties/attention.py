@@ -21,7 +21,7 @@ from smca.conformance.inputs.attention import (
 from smca.conformance.inputs.distance import ManyInputs
 from smca.conformance.property import Judge, Property, property_of
 from smca.conformance.protocol import expanded_up_to, skips_below
-from smca.conformance.tolerances import UNIT_ROUNDOFF, AttentionBounds, attention_bounds
+from smca.conformance.tolerances import HALVES, UNIT_ROUNDOFF, AttentionBounds, attention_bounds
 from smca.reference import attention as oracle
 from smca.reference.attention import Level
 
@@ -107,7 +107,7 @@ def equals_the_oracle(impl: Any, recipe: AttentionInputs, dtype: str, judge: Jud
     "method.md §2: the weights of A add up to 1; sums over keys are accumulated in at least float32",
     st.builds(ManyInputs, st.sampled_from([(40, 64), (64, 33)]), seed=SEEDS),
     into=PROPERTIES,
-    dtypes=["float16", "bfloat16"],
+    dtypes=HALVES,
     examples_factor=0.1,
     always=[ManyInputs()],
 )

@@ -19,7 +19,7 @@ from smca.conformance.inputs.matching import (
     loss_inputs,
 )
 from smca.conformance.property import Judge, Property, property_of
-from smca.conformance.tolerances import UNIT_ROUNDOFF, at_least_float32, giou_bound, round_to
+from smca.conformance.tolerances import HALVES, UNIT_ROUNDOFF, at_least_float32, giou_bound, round_to
 from smca.reference import boxes as oracle_boxes
 from smca.reference import matching as oracle
 
@@ -101,7 +101,7 @@ def iou_where_the_hull_is_the_union(impl: Any, recipe: BoxInputs, dtype: str, ju
     # Expected from the boxes as rounded to this dtype, along the axis that differs.
     left, right = left.astype(np.float32 if dtype != "float64" else np.float64), right.astype(left.dtype)
     left, right = left.astype(np.float64), right.astype(np.float64)
-    if dtype in ("float16", "bfloat16"):
+    if dtype in HALVES:
         bound = bound + 2 * giou_bound(left, right, dtype)
     expected = (left[:, 2 + axis] - right[:, axis]) / (right[:, 2 + axis] - left[:, axis])
     judge.close(giou(impl, left, right, dtype), expected[:, None], bound, "GIoU")
