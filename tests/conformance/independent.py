@@ -52,6 +52,49 @@ class Einsum:
         return sum(w * self.smca_attention(q, *level, dtype=dtype) for w, level in zip(weights, levels, strict=True))
 
 
+class Jax:
+    """JAX's einsum, softmax and differentiation; in half precision, products in that dtype and everything else in float32."""
+
+    name, dtypes = "JAX", ("float64", "float32", "float16", "bfloat16")
+
+    def __init__(self) -> None:
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        self.jax, self.np = jax, jax.numpy
+
+    def _attend(self, q: Any, k: Any, v: Any, center: Any, precision: Any, size: Any, mask: Any) -> Any:
+        np_, wide = self.np, precision.dtype
+        y, x = np_.meshgrid(*(np_.arange(n, dtype=wide) + 0.5 for n in size), indexing="ij")
+        away = np_.stack([x.ravel() - center[..., :1], y.ravel() - center[..., 1:]], -1)
+        log_g = np_.einsum("bhna,bhnla->bhnl", -precision / 2, away**2)
+        if mask is not None:
+            k, v = (np_.where(mask[:, None, :, None], 0, array) for array in (k, v))
+        dots = np_.einsum("bhnd,bhld->bhnl", (q / q.shape[-1] ** 0.5).astype(k.dtype), k)
+        logits = dots.astype(wide) + log_g
+        if mask is not None:
+            logits = np_.where(mask[:, None, None], -np_.inf, logits)
+        return np_.einsum("bhnl,bhld->bhnd", self.jax.nn.softmax(logits, -1), v.astype(wide)).astype(q.dtype)
+
+    def _leaves(self, values: Any, dtype: str) -> list[Any]:
+        kinds = [dtype] * 3 + ["float64" if dtype == "float64" else "float32"] * 2
+        return [self.np.asarray(np.array(value), dtype=kind) for value, kind in zip(values, kinds, strict=True)]
+
+    def smca_attention(self, *arguments: Any, dtype: str) -> Any:
+        return np.asarray(self._attend(*self._leaves(arguments[:5], dtype), *arguments[5:]), dtype=np.float64)
+
+    def smca_attention_vjp(self, grad_out: Any, *arguments: Any, dtype: str) -> Any:
+        out, back = self.jax.vjp(
+            lambda *leaves: self._attend(*leaves, *arguments[5:]), *self._leaves(arguments[:5], dtype)
+        )
+        gradients = back(self.np.asarray(np.array(grad_out), dtype=out.dtype))
+        return tuple(np.asarray(gradient, dtype=np.float64) for gradient in gradients)
+
+    def multi_scale_smca_attention(self, q: Any, levels: Any, level_weights: Any, *, dtype: str) -> Any:
+        weights = np.moveaxis(level_weights, -1, 0)[:, :, None, :, None]
+        return sum(w * self.smca_attention(q, *level, dtype=dtype) for w, level in zip(weights, levels, strict=True))
+
+
 class Loops:
     """One number after the other: GIoU and the assignment by trying everything."""
 

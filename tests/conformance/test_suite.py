@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from typing import Any
 
@@ -121,7 +122,14 @@ def test_what_passes_over_keys_is_held_to_what_it_says(margin: float, says: floa
     assert run(Case(prop, PassesOver(margin, says), "float64"), PROFILES["quick"]).status == status
 
 
-@pytest.mark.parametrize("kind", [independent.Einsum, independent.Loops], ids=lambda kind: kind.__name__)
+HAS_JAX = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed: pip install jax")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [independent.Einsum, independent.Loops, pytest.param(independent.Jax, marks=HAS_JAX)],
+    ids=lambda kind: kind.__name__,
+)
 def test_other_right_implementations_raise_no_alarm(kind: Any) -> None:
     """In every dtype that they have, and in all that is asked of their operations."""
     outcomes = [run(case, PROFILES["quick"], examples=8) for case in cases(PROPERTIES, [kind()], PROFILES["quick"])]
