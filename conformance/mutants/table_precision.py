@@ -23,7 +23,7 @@ PRECISION: list[Mutant] = [
          "center_xy.to(logit_dtype), precision_xy", "center_xy.to(q.dtype).to(logit_dtype), precision_xy"),
         ("eager: precisions rounded to q's dtype", "gpu", "attention.eager",
          "precision_xy.to(logit_dtype)\n", "precision_xy.to(q.dtype).to(logit_dtype)\n"),
-        ("eager: softmax in half precision", "gpu", "attention.eager", "logits.softmax(dim=-1).to(v.dtype)", "logits.to(v.dtype).softmax(dim=-1)"),
+        ("eager: softmax in half precision", "gpu", "attention.eager", "weights: Tensor = logits.softmax(dim=-1)", "weights: Tensor = logits.to(q.dtype).softmax(dim=-1)"),
         ("fused: centres rounded to q's dtype", "gpu", "attention.fused",
          "center_xy.float().contiguous(), ", "center_xy.to(q.dtype).float().contiguous(), "),
         ("fused: precisions rounded to q's dtype", "gpu", "attention.fused",

@@ -18,6 +18,22 @@ def eager_smca_attention(
     key_padding_mask: Tensor | None,
 ) -> Tensor:
     """[B, h, N, d]; arguments of ``smca_attention``. Adds log G, of shape [B, h, N, H·W], to the logits."""
+    weights = attention_weights(q, k, center_xy, precision_xy, size, key_padding_mask)
+    if key_padding_mask is not None:
+        v = v.masked_fill(key_padding_mask[:, None, :, None], 0.0)  # 0 · NaN would leak through A·V
+    out: Tensor = weights.to(v.dtype) @ v
+    return out
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    center_xy: Tensor,
+    precision_xy: Tensor,
+    size: tuple[int, int],
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """A [B, h, N, H·W] in at least float32: equations (4) and (5) of ``smca.reference.attention_forward``."""
     # Logits in at least float32 for any inputs: log G reaches hundreds, where bfloat16 resolves whole units.
     logit_dtype = torch.promote_types(q.dtype, torch.float32)
     center_xy, precision_xy = center_xy.to(logit_dtype), precision_xy.to(logit_dtype)
@@ -26,11 +42,10 @@ def eager_smca_attention(
     dy = y - center_xy[..., 1, None]
     log_g = -0.5 * (precision_xy[..., 0, None] * dx.square() + precision_xy[..., 1, None] * dy.square())
     if key_padding_mask is not None:
-        padded = key_padding_mask[:, None, :, None]
-        k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)  # 0 · NaN would leak through A·V
+        k = k.masked_fill(key_padding_mask[:, None, :, None], 0.0)
     # Scaled before the product: q·k alone leaves the range of float16 at logits of a few thousand.
     logits = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).to(logit_dtype) + log_g
     if key_padding_mask is not None:
         logits = logits.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
-    out: Tensor = logits.softmax(dim=-1).to(v.dtype) @ v
-    return out
+    weights: Tensor = logits.softmax(dim=-1)
+    return weights

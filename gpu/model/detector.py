@@ -33,6 +33,7 @@ from smca.gpu.model.denoising import FurtherQueries, draw_noise, noised_queries
 from smca.gpu.model.dense_head import DenseHead, select_queries
 from smca.gpu.model.detections import Detections, decode
 from smca.gpu.model.encoder import Encoder
+from smca.gpu.model.explanation import Explanation, explained
 from smca.gpu.model.layers import Attention, Grid, log_odds, map_of_tokens, split_levels, tokens_of_map
 from smca.gpu.model.levels import Extent, halved, projected, projections
 from smca.gpu.model.position import counted_position_encoding, sine_position_encoding
@@ -225,6 +226,23 @@ class SMCADETR(nn.Module):
         Raises:
             ValueError: an image that is of no known kind, or a network whose output is not finite.
         """
+        if not images:
+            return []
+        images_on_device, padding_mask, original_sizes = self._prepared(images)
+        training = self.training
+        self.eval()
+        outputs = self(images_on_device, padding_mask)
+        self.train(training)
+        scores = self.config.class_scores
+        return decode(outputs["logits"][-1], outputs["boxes"][-1], original_sizes, max_detections, class_scores=scores)
+
+    def _prepared(self, images: Sequence[Image.Image | np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Images [B, 3, H, W] of the network's size on its device, their padding mask if any is padded, and sizes [B, 2] (height,
+        width) of the originals. One image or more.
+
+        Raises:
+            ValueError: an image that is of no known kind.
+        """
         resize = Augmentation.evaluation(self.config.image_short_side, self.config.image_max_size)
         rng = np.random.default_rng(0)  # the evaluation transform draws nothing
         samples = []
@@ -241,18 +259,26 @@ class SMCADETR(nn.Module):
                 original_size=(pixels.shape[0], pixels.shape[1]),
             )
             samples.append(resize(sample, rng))
-        if not samples:
-            return []
         host_batch = collate(samples)
         batch = host_batch.to(self.pixel_mean.device)
-        training = self.training
-        self.eval()
-        outputs = self(batch.images, batch.padding_mask if host_batch.padding_mask.any() else None)
-        self.train(training)
-        scores = self.config.class_scores
-        return decode(
-            outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, max_detections, class_scores=scores
-        )
+        mask = batch.padding_mask if host_batch.padding_mask.any() else None
+        return batch.images, mask, batch.original_sizes
+
+    @torch.inference_mode()
+    def explain(
+        self, image: Image.Image | np.ndarray[Any, Any], *, queries: Sequence[int] | None = None, most: int = 10
+    ) -> Explanation:
+        """Why the model says what it says of an image: where each query looked, in every layer, and what it made of it.
+
+        Args:
+            image: as for ``predict``.
+            queries: which of the model's queries, by number; None = those of the best scores.
+            most: how many of the best, one query each.
+
+        Raises:
+            ValueError: an image that is of no known kind, or a query that the model does not have.
+        """
+        return explained(self, *self._prepared([image]), queries, most)
 
     def save_pretrained(self, directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors into `directory`.
