@@ -1,4 +1,4 @@
-"""The ``smca`` command: train, check-data, evaluate, predict, convert-weights, benchmark, conformance."""
+"""The ``smca`` command: train, check-data, evaluate, predict, explain, convert-weights, benchmark, conformance."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "check-data": "what is in data, what is wrong with them, and whether a preset's settings suffice",
     "evaluate": "the COCO metrics of a trained model",
     "predict": "detect objects in images: annotated pictures and COCO results JSON",
+    "explain": "why a model detects what it detects: a page and a picture for every image",
     "convert-weights": "a checkpoint of DETR or of SMCA's authors as a model of this project",
     "benchmark": "measure speed and memory on this machine",
     "conformance": "check implementations of SMCA, ours or yours, against the specification",

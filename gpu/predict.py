@@ -134,11 +134,17 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             stopped = "" if done + len(skipped) == len(paths) else f" of {len(paths)}; the others were not looked at"
             print(f"{found} objects in {done} images{stopped} → {args.output}/ (pictures, results.json)", flush=True)
-    if skipped:
-        more = f"\n  and {len(skipped) - _SKIPPED_SHOWN} more" if len(skipped) > _SKIPPED_SHOWN else ""
-        listed = "\n  ".join(skipped[:_SKIPPED_SHOWN])
-        print(f"skipped {len(skipped)} of {len(paths)} files:\n  {listed}{more}", file=sys.stderr)
-        raise SystemExit(1)
+    report_skipped(skipped, len(paths))
+
+
+def report_skipped(skipped: list[str], of: int) -> None:
+    """Say which files could not be read, and why; then the command ends with status 1."""
+    if not skipped:
+        return
+    more = f"\n  and {len(skipped) - _SKIPPED_SHOWN} more" if len(skipped) > _SKIPPED_SHOWN else ""
+    listed = "\n  ".join(skipped[:_SKIPPED_SHOWN])
+    print(f"skipped {len(skipped)} of {of} files:\n  {listed}{more}", file=sys.stderr)
+    raise SystemExit(1)
 
 
 def _detect(model: SMCADETR, image: UInt8Array, args: PredictArgs) -> Detections:

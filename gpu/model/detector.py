@@ -266,7 +266,12 @@ class SMCADETR(nn.Module):
 
     @torch.inference_mode()
     def explain(
-        self, image: Image.Image | np.ndarray[Any, Any], *, queries: Sequence[int] | None = None, most: int = 10
+        self,
+        image: Image.Image | np.ndarray[Any, Any],
+        *,
+        queries: Sequence[int] | None = None,
+        most: int = 10,
+        maps: bool = True,
     ) -> Explanation:
         """Why the model says what it says of an image: where each query looked, in every layer, and what it made of it.
 
@@ -274,11 +279,12 @@ class SMCADETR(nn.Module):
             image: as for ``predict``.
             queries: which of the model's queries, by number; None = those of the best scores.
             most: how many of the best, one query each.
+            maps: False leaves the maps of attention out, which take memory: M·Q·h·H·W numbers for each level, twice.
 
         Raises:
             ValueError: an image that is of no known kind, or a query that the model does not have.
         """
-        return explained(self, *self._prepared([image]), queries, most)
+        return explained(self, *self._prepared([image]), queries, most, maps)
 
     def save_pretrained(self, directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors into `directory`.

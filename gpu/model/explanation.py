@@ -35,6 +35,8 @@ class Explanation:
 
     image_size: tuple[int, int]
     """(height, width) in pixels."""
+    cell_sizes_xy: Array
+    """[J, 2]: width and height of a level's cell."""
     queries: npt.NDArray[np.int64]
     """[Q] numbers of the queries, the best score first unless they were asked for by number."""
     scores: Array
@@ -44,7 +46,8 @@ class Explanation:
     level_weights: Array
     """[M, Q, J], α: how much of what the query takes comes from each level; they add up to 1."""
     attention: list[Array]
-    """For each level [M, Q, h, H, W], A: how much of a head's attention each cell has; all cells of a level add up to 1."""
+    """For each level [M, Q, h, H, W], A: how much of a head's attention each cell has; all cells of a level add up to 1. No level
+    if maps were not asked for."""
     attention_without_prior: list[Array]
     """The same of the same queries and keys with a precision of 0: what the Gaussian changed."""
     references_xy: Array | None
@@ -73,6 +76,7 @@ def explained(
     original_sizes: Tensor,
     queries: Sequence[int] | None,
     most: int,
+    maps: bool,
 ) -> Explanation:
     """``SMCADETR.explain`` of an image that is the network's input [1, 3, H, W].
 
@@ -98,18 +102,19 @@ def explained(
     boxes = outputs["boxes"][:, 0, best] * torch.cat([extent, extent])
     corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1)
     cell_xy = torch.stack([extent / grid.valid_cells[0].flip(0).to(extent) for grid in grids])  # [J, 2] pixels per cell
-    maps, flat = [_attention(model, layers, grids, best, prior) for prior in (True, False)]
+    both = [_attention(model, layers, grids, best, prior) if maps else [] for prior in (True, False)]
     steered = bool(layers[0].priors)
     centers, sigmas = _gaussians(layers, best, cell_xy) if steered else (None, None)
     references = [layer.reference[0, best, :2] * extent for layer in layers if layer.reference is not None]
     return Explanation(
         image_size=(height, width),
+        cell_sizes_xy=_array(cell_xy),
         queries=best.cpu().numpy(),
         scores=_array(scores[:, best]),
         boxes_xyxy=_array(corners),
         level_weights=_array(_level_weights(layers, grids, best)),
-        attention=maps,
-        attention_without_prior=flat,
+        attention=both[0],
+        attention_without_prior=both[1],
         references_xy=_array(torch.stack(references)) if steered else None,
         centers_xy=centers,
         sigmas_xy=sigmas,

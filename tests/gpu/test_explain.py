@@ -77,6 +77,7 @@ def test_the_numbers_are_the_specifications(changes: dict[str, Any], monkeypatch
         close(got.references_xy, np.stack(references)[:, best] * [77, 50])
     for j, stride in enumerate(config.strides):
         cell_xy = np.array([77, 50]) * stride / size[0, ::-1]  # pixels of the photograph per cell
+        close(got.cell_sizes_xy[j], cell_xy)
         for m, (q, levels, _) in enumerate(asked):
             k, _, center, precision, shape, mask = levels[j]
             close(got.attention[j][m], per_query(attention_weights(q, k, center, precision, shape, mask), best, shape))
