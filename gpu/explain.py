@@ -14,6 +14,7 @@ import base64
 import io
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -65,7 +66,7 @@ class ExplainArgs:
 
 
 def page(
-    image: UInt8Array, name: str, shown: Explanation, everyone: Explanation, class_names: tuple[str, ...]
+    image: UInt8Array, name: str, shown: Explanation, everyone: Explanation, class_names: Sequence[str]
 ) -> tuple[str, int]:
     """One HTML page that needs nothing else.
 
