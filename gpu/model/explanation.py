@@ -164,7 +164,7 @@ def _attention(
             if with_prior and layer.priors:
                 center, precision = (values[:, :, queries] for values in layer.priors[level])
             weights = attention_weights(q, k, center, precision, grid.size, grid.key_padding_mask)[0]
-            found[level].append(weights.transpose(0, 1).unflatten(-1, grid.size))
+            found[level].append(weights.transpose(0, 1).reshape(len(queries), weights.shape[0], *grid.size))
     return [_array(torch.stack(maps)) for maps in found]
 
 

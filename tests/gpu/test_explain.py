@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from explained_photo import CLASSES, NAME, PHOTO, explained, model
+from PIL import Image
 
-from smca.conformance.implementations.pytorch import production_config
-from smca.conformance.inputs.model import SMALL
-from smca.gpu.model import SMCADETR
+from smca.gpu import explain
 from smca.gpu.model.explanation import Explanation
+from smca.gpu.pictures.explanation import attention_on_image, draw_explanation
 from smca.reference import decoder
 from smca.reference.attention_forward import attention_weights, multi_scale_smca_attention
 from smca.reference.model import forward
 from smca.reference.prior import spatial_prior
 
-PHOTO = np.random.default_rng(0).integers(0, 256, (50, 77, 3), dtype=np.uint8)
-"""Neither side a multiple of a stride, and the network's input another size."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "as published": {},
     "refined": {"query_init": "grid", "box_refinement": True, "decoder_layers": 3},
@@ -31,17 +31,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"strides": (4, 8), "cross_attention": "dense", "scale_selection": False},
     "softmax": {"class_scores": "softmax", "prior_scale": "fixed", "pre_norm": True},
 }
-
-
-def model(changes: dict[str, Any]) -> tuple[SMCADETR, Any]:
-    config = dataclasses.replace(SMALL, **changes)
-    torch.manual_seed(0)
-    sizes = {"image_short_side": 45, "image_max_size": 90}
-    made = SMCADETR(dataclasses.replace(production_config(config), **sizes)).double().eval()
-    with torch.no_grad():
-        for parameter in made.parameters():  # zeros at the start would hide what multiplies them
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return made, config
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -131,3 +120,69 @@ def test_without_a_prior_widths_are_infinite() -> None:
 def test_the_page_names_every_field() -> None:
     page = (Path(__file__).parents[2] / "docs/explain.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [f.name for f in dataclasses.fields(Explanation)]
+
+
+@pytest.fixture(scope="module")
+def photo() -> tuple[Explanation, Explanation]:
+    return explained()
+
+
+def data_of(text: str) -> Any:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_what_does_not_fit_is_left_out(photo: tuple[Explanation, Explanation], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, everyone = photo
+    whole, count = explain.page(PHOTO, NAME, shown, everyone, CLASSES)
+    monkeypatch.setattr(explain, "PAGE_BYTES", len(whole.encode()) - 200)
+    smaller, fewer = explain.page(PHOTO, NAME, shown, everyone, CLASSES)
+    assert (count, fewer) == (3, 2)
+    assert len(smaller.encode()) < len(whole.encode()) - 200
+    assert [d["query"] for d in data_of(smaller)["detections"]] == shown.queries[:2].tolist()
+
+
+def test_the_command_writes_pages_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, _ = model({"strides": (4, 8)})
+    made.float().save_pretrained(tmp_path / "model")
+    Image.fromarray(PHOTO).save(tmp_path / "photo.one.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    command = [str(tmp_path / "model"), str(tmp_path / "photo.one.png"), str(tmp_path / "broken.png")]
+    with pytest.raises(SystemExit) as stop:
+        explain.main([*command, "--output", str(tmp_path / "out"), "--threshold", "0", "--most", "2"])
+    assert stop.value.code == 1
+    out, err = capsys.readouterr()
+    assert re.search(r"0001_photo.one.html: 2 detections, 0\.\d\d MB", out)
+    assert "skipped 1 of 2 files:\n  " in err
+    assert "broken.png" in err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0001_photo.one.html", "0001_photo.one.png"]
+    found = data_of((tmp_path / "out/0001_photo.one.html").read_text(encoding="utf-8"))
+    assert len(found["queries"]) == made.config.num_queries
+    (best, *_) = made.predict([PHOTO], max_detections=1)
+    first = found["detections"][0]
+    assert first["scores"][-1] == pytest.approx(float(best.scores[0]), abs=1e-4)
+    assert first["label"] == int(best.labels[0])
+    with pytest.raises(SystemExit):
+        explain.main([*command, "--most", "0"])
+    assert "--most must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_attention_on_the_image_is_where_the_model_looks(photo: tuple[Explanation, Explanation]) -> None:
+    """All of it is there, and its middle is the cells' own: where every head looks, weighed as the query does."""
+    shown, _ = photo
+    for prior, levels in ((True, shown.attention), (False, shown.attention_without_prior)):
+        heat = attention_on_image(shown, 1, 2, prior=prior)
+        assert heat.shape == (130, 200)
+        assert heat.sum() == pytest.approx(1)
+        middle = np.zeros(2)
+        for level, cell_xy, weight in zip(levels, shown.cell_sizes_xy, shown.level_weights[2, 1], strict=True):
+            rows, columns = (np.arange(n) + 0.5 for n in level.shape[-2:])
+            cells = level[2, 1].mean(0)
+            middle += weight * cell_xy * [(cells.sum(0) * columns).sum(), (cells.sum(1) * rows).sum()]
+        y, x = ((heat.sum(1 - axis) * (np.arange(heat.shape[axis]) + 0.5)).sum() * 77 / 200 for axis in (0, 1))
+        assert np.abs(middle - [x, y]).max() < 4  # pixels: cells of 9 that reach beyond the image are cut there
+    picture = draw_explanation(PHOTO, shown, CLASSES)
+    assert picture.width > picture.height  # three rows of three layers and the last one without its prior
+    blank = draw_explanation(PHOTO, Explanation(**{**vars(shown), "queries": shown.queries[:0]}), CLASSES)
+    assert blank.width / blank.height == pytest.approx(77 / 50, abs=0.01)

@@ -1,8 +1,7 @@
-"""The page of ``smca explain`` in a browser, by clicks and by keys; and what it is made of."""
+"""The page of ``smca explain`` in a browser, by clicks and by keys."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,19 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
-from test_explain import PHOTO, model
+from explained_photo import CLASSES, NAME, PHOTO, explained, model
 
 from smca.gpu import explain
 from smca.gpu.model.explanation import Explanation
-from smca.gpu.pictures.explanation import attention_on_image, draw_explanation
 
-NAME = '</script><b>it\'s "one" & two</b>.png'
-CLASSES = ("a <i>class</i>", "<script>", "c")
+webdriver = pytest.importorskip("selenium.webdriver", reason="nothing to drive a browser with: pip install selenium")
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
 READ_ATLAS = """
 const [j, kind, which, done] = arguments;
 atlas(1, kind).then(({values, width}) => {
@@ -40,15 +36,18 @@ BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shu
 
 
 @pytest.fixture(scope="module")
-def shown() -> Explanation:
-    made, _ = model({"strides": (4, 8), "decoder_layers": 3, "num_classes": len(CLASSES)})
-    return made.explain(PHOTO, most=3)
+def photo() -> tuple[Explanation, Explanation]:
+    return explained()
 
 
-@pytest.fixture(scope="module")
-def everyone() -> Explanation:
-    made, _ = model({"strides": (4, 8), "decoder_layers": 3, "num_classes": len(CLASSES)})
-    return made.explain(PHOTO, queries=range(made.config.num_queries), maps=False)
+@pytest.fixture
+def shown(photo: tuple[Explanation, Explanation]) -> Explanation:
+    return photo[0]
+
+
+@pytest.fixture
+def everyone(photo: tuple[Explanation, Explanation]) -> Explanation:
+    return photo[1]
 
 
 @pytest.fixture(scope="module")
@@ -206,64 +205,3 @@ def test_a_model_without_a_prior_and_an_image_without_detections(
     page.find_element(By.ID, "x").send_keys("3", Keys.ENTER)
     assert text_of(page, "lookers") == "This model has no prior to ask."
     assert page.get_log("browser") == []
-
-
-def data_of(text: str) -> Any:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
-
-
-def test_what_does_not_fit_is_left_out(
-    shown: Explanation, everyone: Explanation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, count = explain.page(PHOTO, NAME, shown, everyone, CLASSES)
-    monkeypatch.setattr(explain, "PAGE_BYTES", len(whole.encode()) - 200)
-    smaller, fewer = explain.page(PHOTO, NAME, shown, everyone, CLASSES)
-    assert (count, fewer) == (3, 2)
-    assert len(smaller.encode()) < len(whole.encode()) - 200
-    assert [d["query"] for d in data_of(smaller)["detections"]] == shown.queries[:2].tolist()
-
-
-def test_the_command_writes_pages_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made, _ = model({"strides": (4, 8)})
-    made.float().save_pretrained(tmp_path / "model")
-    Image.fromarray(PHOTO).save(tmp_path / "photo.one.png")
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    command = [str(tmp_path / "model"), str(tmp_path / "photo.one.png"), str(tmp_path / "broken.png")]
-    with pytest.raises(SystemExit) as stop:
-        explain.main([*command, "--output", str(tmp_path / "out"), "--threshold", "0", "--most", "2"])
-    assert stop.value.code == 1
-    out, err = capsys.readouterr()
-    assert re.search(r"0001_photo.one.html: 2 detections, 0\.\d\d MB", out)
-    assert "skipped 1 of 2 files:\n  " in err
-    assert "broken.png" in err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0001_photo.one.html", "0001_photo.one.png"]
-    found = data_of((tmp_path / "out/0001_photo.one.html").read_text(encoding="utf-8"))
-    assert len(found["queries"]) == made.config.num_queries
-    (best, *_) = made.predict([PHOTO], max_detections=1)
-    first = found["detections"][0]
-    assert first["scores"][-1] == pytest.approx(float(best.scores[0]), abs=1e-4)
-    assert first["label"] == int(best.labels[0])
-    with pytest.raises(SystemExit):
-        explain.main([*command, "--most", "0"])
-    assert "--most must be at least 1, got 0" in capsys.readouterr().err
-
-
-def test_attention_on_the_image_is_where_the_model_looks(shown: Explanation) -> None:
-    """All of it is there, and its middle is the cells' own: where every head looks, weighed as the query does."""
-    for prior, levels in ((True, shown.attention), (False, shown.attention_without_prior)):
-        heat = attention_on_image(shown, 1, 2, prior=prior)
-        assert heat.shape == (130, 200)
-        assert heat.sum() == pytest.approx(1)
-        middle = np.zeros(2)
-        for level, cell_xy, weight in zip(levels, shown.cell_sizes_xy, shown.level_weights[2, 1], strict=True):
-            rows, columns = (np.arange(n) + 0.5 for n in level.shape[-2:])
-            cells = level[2, 1].mean(0)
-            middle += weight * cell_xy * [(cells.sum(0) * columns).sum(), (cells.sum(1) * rows).sum()]
-        y, x = ((heat.sum(1 - axis) * (np.arange(heat.shape[axis]) + 0.5)).sum() * 77 / 200 for axis in (0, 1))
-        assert np.abs(middle - [x, y]).max() < 4  # pixels: cells of 9 that reach beyond the image are cut there
-    picture = draw_explanation(PHOTO, shown, CLASSES)
-    assert picture.width > picture.height  # three rows of three layers and the last one without its prior
-    blank = draw_explanation(PHOTO, Explanation(**{**vars(shown), "queries": shown.queries[:0]}), CLASSES)
-    assert blank.width / blank.height == pytest.approx(77 / 50, abs=0.01)
