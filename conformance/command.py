@@ -219,7 +219,6 @@ def _killed(number: int, names: Sequence[str], profile: str) -> MutantResult | s
     warnings.simplefilter("ignore", RuntimeWarning)  # a bug may divide by 0 on its way to being found
     mutant, chosen = MUTANTS[number], [prop for prop in PROPERTIES if prop.name in names]
     try:
-        # The kernels run in an interpreter here, which takes minutes for all that might find a bug.
-        return kill(mutant, chosen, PROFILES[profile], thorough=mutant.module != "attention.fused_kernels")
+        return kill(mutant, chosen, PROFILES[profile], thorough=True)
     except Unavailable as reason:
         return str(reason)

@@ -176,7 +176,7 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
         mutant: what to plant.
         properties: all properties.
         profile: how many examples of each.
-        thorough: do not stop at the first that fails; find all that fail without the oracle.
+        thorough: do not stop at the first that fails; find all that fail without the oracle, unless what holds the bug is slow.
     """
     operations = operations_of(mutant)
     concerned = [prop for prop in properties if prop.operation in operations]
@@ -198,7 +198,7 @@ def kill(mutant: Mutant, properties: Iterable[Property], profile: Profile, *, th
                     if not killer:
                         killer, examples, message = prop.name, outcome.worst.examples, outcome.message
                         first = time.perf_counter() - begun
-                    if not thorough:
+                    if slow or not thorough:
                         return MutantResult(mutant, killer, examples, (), first, message)
                     if not prop.oracle:
                         without.append(prop.name)
