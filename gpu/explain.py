@@ -33,7 +33,7 @@ from smca.gpu.model import SMCADETR
 from smca.gpu.model.explanation import Explanation
 from smca.gpu.pictures.explanation import draw_explanation
 from smca.gpu.pictures.run import DRAW_THRESHOLD
-from smca.gpu.predict import find_images, report_skipped
+from smca.gpu.predict import find_images, report_skipped, save_signed
 
 PAGE_BYTES = 1_900_000
 """Of a page, at most: detections whose maps go beyond that are left out, the best stay."""
@@ -206,7 +206,8 @@ def main(argv: list[str] | None = None) -> None:
         stem = args.output / f"{number:04d}_{path.stem[:100]}"
         text, fitted = page(image, path.name, shown, everyone, names)
         stem.with_name(stem.name + ".html").write_text(text, encoding="utf-8")
-        draw_explanation(image, shown, names).save(stem.with_name(stem.name + ".png"))
+        drawn = draw_explanation(np.asarray(_photograph(image)), shown, names)
+        save_signed(drawn, stem.with_name(stem.name + ".png"))
         lacking = f" of {len(chosen)}, as many as fit" if fitted < len(chosen) else ""
         print(f"{stem}.html: {fitted} detections{lacking}, {len(text.encode()) / 1e6:.2f} MB", flush=True)
     report_skipped(skipped, len(paths))

@@ -137,6 +137,13 @@ def main(argv: list[str] | None = None) -> None:
     report_skipped(skipped, len(paths))
 
 
+def save_signed(picture: Image.Image, path: Path) -> None:
+    """As PNG, with the mark by which ``find_images`` knows what these commands wrote themselves."""
+    sign = PngImagePlugin.PngInfo()
+    sign.add_text("Software", _SIGN)
+    picture.save(path, "PNG", pnginfo=sign)
+
+
 def report_skipped(skipped: list[str], of: int) -> None:
     """Say which files could not be read, and why; then the command ends with status 1."""
     if not skipped:
@@ -171,9 +178,7 @@ def _draw(model: SMCADETR, image: UInt8Array, detected: Detections, threshold: f
         model.config.names,
         threshold,
     )
-    sign = PngImagePlugin.PngInfo()
-    sign.add_text("Software", _SIGN)
-    drawn.save(path, pnginfo=sign)
+    save_signed(drawn, path)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def draw_explanation(image: npt.NDArray[np.uint8], shown: Explanation, class_nam
     """A row for each of the best detections: the layers from first to last, and the last one without its prior.
 
     Args:
-        image: [H, W, 3] RGB.
+        image: [H, W, 3] RGB, of any size.
         shown: of it, with maps.
         class_names: of the model.
 

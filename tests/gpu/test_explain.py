@@ -17,6 +17,7 @@ from PIL import Image
 from smca.gpu import explain
 from smca.gpu.model.explanation import Explanation
 from smca.gpu.pictures.explanation import attention_on_image, draw_explanation
+from smca.gpu.predict import find_images
 from smca.reference import decoder
 from smca.reference.attention_forward import attention_weights, multi_scale_smca_attention
 from smca.reference.model import forward
@@ -163,6 +164,7 @@ def test_the_command_writes_pages_and_pictures(tmp_path: Path, capsys: pytest.Ca
     first = found["detections"][0]
     assert first["scores"][-1] == pytest.approx(float(best.scores[0]), abs=1e-4)
     assert first["label"] == int(best.labels[0])
+    assert find_images((tmp_path,), tmp_path) == [tmp_path / "broken.png", tmp_path / "photo.one.png"], "not its own"
     with pytest.raises(SystemExit):
         explain.main([*command, "--most", "0"])
     assert "--most must be at least 1, got 0" in capsys.readouterr().err
