@@ -32,8 +32,8 @@ from smca.gpu.evaluation import pick_device
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.explanation import Explanation
 from smca.gpu.pictures.explanation import draw_explanation
+from smca.gpu.pictures.files import find_images, report_skipped, save_signed
 from smca.gpu.pictures.run import DRAW_THRESHOLD
-from smca.gpu.predict import find_images, report_skipped, save_signed
 
 PAGE_BYTES = 1_900_000
 """Of a page, at most: detections whose maps go beyond that are left out, the best stay."""

@@ -19,21 +19,19 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import tyro
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from rich.progress import track
 
 from smca.datasets.batch import UInt8Array
-from smca.datasets.images import read_image, suffixes
+from smca.datasets.images import read_image
 from smca.gpu.evaluation import coco_results, pick_device
 from smca.gpu.model import SMCADETR, Detections
 from smca.gpu.pictures.drawing import draw_detections
+from smca.gpu.pictures.files import find_images, report_skipped, save_signed
 from smca.gpu.pictures.run import DRAW_THRESHOLD
 
 DRAWN_SIDE = 4096
 """Pictures whose longer side exceeds this many pixels are drawn at this size."""
-_SIGN = "smca predict"
-"""Written into each picture, so that it is not taken for an image to detect in."""
-_SKIPPED_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -58,41 +56,6 @@ class PredictArgs:
             raise ValueError(f"--threshold must be in [0, 1], got {self.threshold}")
         if self.max_detections < 1:
             raise ValueError(f"--max-detections must be at least 1, got {self.max_detections}")
-
-
-def find_images(paths: tuple[Path, ...], output: Path) -> list[Path]:
-    """The named files, and every image file below the named folders, in order; not what this command wrote itself."""
-    files: list[Path] = []
-    own = output.resolve()
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes() and p.is_file())
-            if own not in (
-                path.resolve(),
-                *path.resolve().parents,
-            ):  # images and results in one folder: see the signature
-                inside = [p for p in inside if own not in p.resolve().parents]
-            inside = [p for p in inside if not _is_signed(p)]
-            if not inside:
-                raise ValueError(f"{path} holds no image ({', '.join(suffixes())}): name another folder")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"no image or folder at {path}: check the path")
-    if not files:
-        raise ValueError("no images given: name image files or folders after the model")
-    return files
-
-
-def _is_signed(path: Path) -> bool:
-    if path.suffix != ".png":
-        return False
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            return picture.info.get("Software") == _SIGN
-    except Exception:  # damaged: reported when it is read
-        return False
 
 
 @contextlib.contextmanager
@@ -135,23 +98,6 @@ def main(argv: list[str] | None = None) -> None:
             stopped = "" if done + len(skipped) == len(paths) else f" of {len(paths)}; the others were not looked at"
             print(f"{found} objects in {done} images{stopped} → {args.output}/ (pictures, results.json)", flush=True)
     report_skipped(skipped, len(paths))
-
-
-def save_signed(picture: Image.Image, path: Path) -> None:
-    """As PNG, with the mark by which ``find_images`` knows what these commands wrote themselves."""
-    sign = PngImagePlugin.PngInfo()
-    sign.add_text("Software", _SIGN)
-    picture.save(path, "PNG", pnginfo=sign)
-
-
-def report_skipped(skipped: list[str], of: int) -> None:
-    """Say which files could not be read, and why; then the command ends with status 1."""
-    if not skipped:
-        return
-    more = f"\n  and {len(skipped) - _SKIPPED_SHOWN} more" if len(skipped) > _SKIPPED_SHOWN else ""
-    listed = "\n  ".join(skipped[:_SKIPPED_SHOWN])
-    print(f"skipped {len(skipped)} of {of} files:\n  {listed}{more}", file=sys.stderr)
-    raise SystemExit(1)
 
 
 def _detect(model: SMCADETR, image: UInt8Array, args: PredictArgs) -> Detections:

@@ -90,7 +90,7 @@ def test_a_circle_is_found() -> None:
 def test_commands_are_imported_by_nobody() -> None:
     """What two commands need lives in neither of them."""
     known = modules()
-    names = ("train", "check_data", "evaluate", "predict", "convert_weights", "benchmark.command")
+    names = ("train", "check_data", "evaluate", "predict", "explain", "convert_weights", "benchmark.command")
     commands = {f"smca.gpu.{name}" for name in names}
     commands.add("smca.conformance.command")
     assert commands <= known.keys()

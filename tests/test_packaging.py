@@ -54,7 +54,7 @@ def test_wheel_holds_every_module_under_smca(wheel: zipfile.ZipFile, sources: Pa
         path
         for package in PACKAGES
         for path in (sources / package).rglob("*")
-        if path.suffix in (".py", ".cu", ".c", ".xfails")
+        if path.suffix in (".py", ".cu", ".c", ".xfails", ".html")
     ]
     modules = {path.relative_to(sources) for path in files}
     markers = {f"smca/{package}/py.typed" for package in PACKAGES}

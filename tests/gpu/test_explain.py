@@ -17,7 +17,7 @@ from PIL import Image
 from smca.gpu import explain
 from smca.gpu.model.explanation import Explanation
 from smca.gpu.pictures.explanation import attention_on_image, draw_explanation
-from smca.gpu.predict import find_images
+from smca.gpu.pictures.files import find_images
 from smca.reference import decoder
 from smca.reference.attention_forward import attention_weights, multi_scale_smca_attention
 from smca.reference.model import forward
