@@ -71,7 +71,7 @@ def page(
     """One HTML page that needs nothing else.
 
     Args:
-        image: [H, W, 3] RGB.
+        image: [H, W, 3] RGB, of the size at which the page is to hold it.
         name: of the image.
         shown: of the detections that can be chosen.
         everyone: of all queries, without maps.
@@ -86,7 +86,7 @@ def page(
         "name": name,
         "width": width,
         "height": height,
-        "photo": _data_uri(_photograph(image), "jpeg", quality=85),
+        "photo": _data_uri(Image.fromarray(image), "jpeg", quality=85),
         "classes": class_names,
         "layers": len(shown.scores),
         "heads": shown.attention[0].shape[2],
@@ -171,10 +171,10 @@ def _data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _photograph(image: UInt8Array) -> Image.Image:
+def _photograph(image: UInt8Array) -> UInt8Array:
     picture = Image.fromarray(image)
     picture.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
-    return picture
+    return np.asarray(picture)
 
 
 def _rounded(values: npt.ArrayLike, digits: int = 1) -> Any:
@@ -204,10 +204,10 @@ def main(argv: list[str] | None = None) -> None:
         chosen = [int(n) for n in order if everyone.scores[-1, n].max() >= args.threshold]
         shown = model.explain(image, queries=chosen)
         stem = args.output / f"{number:04d}_{path.stem[:100]}"
-        text, fitted = page(image, path.name, shown, everyone, names)
+        photograph = _photograph(image)
+        text, fitted = page(photograph, path.name, shown, everyone, names)
         stem.with_name(stem.name + ".html").write_text(text, encoding="utf-8")
-        drawn = draw_explanation(np.asarray(_photograph(image)), shown, names)
-        save_signed(drawn, stem.with_name(stem.name + ".png"))
+        save_signed(draw_explanation(photograph, shown, names), stem.with_name(stem.name + ".png"))
         lacking = f" of {len(chosen)}, as many as fit" if fitted < len(chosen) else ""
         print(f"{stem}.html: {fitted} detections{lacking}, {len(text.encode()) / 1e6:.2f} MB", flush=True)
     report_skipped(skipped, len(paths))
