@@ -199,10 +199,11 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             skipped.append(str(error))
             continue
-        everyone = model.explain(image, queries=range(model.config.num_queries), maps=False)
+        encoded = model.encode(image)
+        everyone = encoded.explain(queries=range(model.config.num_queries), maps=False)
         order = np.argsort(-everyone.scores[-1].max(-1), kind="stable")[: args.most]
         chosen = [int(n) for n in order if everyone.scores[-1, n].max() >= args.threshold]
-        shown = model.explain(image, queries=chosen)
+        shown = encoded.explain(queries=chosen)
         stem = args.output / f"{number:04d}_{path.stem[:100]}"
         photograph = _photograph(image)
         text, fitted = page(photograph, path.name, shown, everyone, names)

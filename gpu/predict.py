@@ -103,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
 def _detect(model: SMCADETR, image: UInt8Array, args: PredictArgs) -> Detections:
     detected = model.predict([image], max_detections=args.max_detections)[0]
     keep = detected.scores >= args.threshold
-    return Detections(detected.scores[keep].cpu(), detected.labels[keep].cpu(), detected.boxes_xyxy[keep].cpu())
+    kept = (detected.scores, detected.labels, detected.boxes_xyxy, detected.queries)
+    return Detections(*(each[keep].cpu() for each in kept))
 
 
 def _results(model: SMCADETR, detected: Detections, image_id: int, path: Path) -> Iterator[dict[str, Any]]:

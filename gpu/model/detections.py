@@ -20,6 +20,8 @@ class Detections:
     """[D] int64, index into the model's classes."""
     boxes_xyxy: Tensor
     """[D, 4] left, top, right, bottom in pixels of the original image."""
+    queries: Tensor
+    """[D] int64: which of the model's queries each is of; ``SMCADETR.explain(image, queries=…)`` shows why."""
 
 
 def decode(
@@ -58,4 +60,4 @@ def decode(
     center, extent = boxes[..., :2], boxes[..., 2:]
     corners = torch.cat([center - extent / 2, center + extent / 2], dim=-1).clamp(0, 1) * scale
     corners = corners.gather(1, query[..., None].expand(-1, -1, 4))
-    return [Detections(scores[b], label[b], corners[b].float()) for b in range(batch)]
+    return [Detections(scores[b], label[b], corners[b].float(), query[b]) for b in range(batch)]

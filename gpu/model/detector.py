@@ -32,8 +32,9 @@ from smca.gpu.model.decoder import Decoder
 from smca.gpu.model.denoising import FurtherQueries, draw_noise, noised_queries
 from smca.gpu.model.dense_head import DenseHead, select_queries
 from smca.gpu.model.detections import Detections, decode
+from smca.gpu.model.encoded import EncodedImage
 from smca.gpu.model.encoder import Encoder
-from smca.gpu.model.explanation import Explanation, explained
+from smca.gpu.model.explanation import Explanation
 from smca.gpu.model.layers import Attention, Grid, log_odds, map_of_tokens, split_levels, tokens_of_map
 from smca.gpu.model.levels import Extent, halved, projected, projections
 from smca.gpu.model.position import counted_position_encoding, sine_position_encoding
@@ -210,7 +211,11 @@ class SMCADETR(nn.Module):
 
     @torch.inference_mode()
     def predict(
-        self, images: Sequence[Image.Image | np.ndarray[Any, Any]], *, max_detections: int = 100
+        self,
+        images: Sequence[Image.Image | np.ndarray[Any, Any]],
+        *,
+        max_detections: int = 100,
+        where: tuple[float, float, float] | None = None,
     ) -> list[Detections]:
         """Detect in images of any size.
 
@@ -218,16 +223,21 @@ class SMCADETR(nn.Module):
             images: PIL images of any mode, turned as their EXIF orientation says, or arrays [H, W, 3] (RGB) or [H, W] (grey) of
                 8 or 16 bits or of fractions (``smca.datasets.images.to_rgb``).
             max_detections: how many of the best to return for each.
+            where: "look here": x, y, radius in pixels of each image. One query starts on that place, its Gaussians around it, and
+                the others are not there: what it sees is the result, one box with the score of each class.
 
         Returns:
             One result per image, boxes in pixels of that image as a viewer shows it. No threshold is applied. It depends on the
             image alone, not on the others (to rounding).
 
         Raises:
-            ValueError: an image that is of no known kind, or a network whose output is not finite.
+            ValueError: an image that is of no known kind, a network whose output is not finite, or a place to look at that is
+                outside of an image.
         """
         if not images:
             return []
+        if where is not None:
+            return [self.encode(image).look(where, max_detections) for image in images]
         images_on_device, padding_mask, original_sizes = self._prepared(images)
         training = self.training
         self.eval()
@@ -284,7 +294,15 @@ class SMCADETR(nn.Module):
         Raises:
             ValueError: an image that is of no known kind, or a query that the model does not have.
         """
-        return explained(self, *self._prepared([image]), queries, most, maps)
+        return self.encode(image).explain(queries=queries, most=most, maps=maps)
+
+    def encode(self, image: Image.Image | np.ndarray[Any, Any]) -> EncodedImage:
+        """An image up to the decoder, to ask what the decoder makes of it, as it is or with something changed.
+
+        Raises:
+            ValueError: an image that is of no known kind.
+        """
+        return EncodedImage.of(self, *self._prepared([image]))
 
     def save_pretrained(self, directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors into `directory`.

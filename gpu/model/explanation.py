@@ -23,8 +23,9 @@ from smca.gpu.attention.eager import attention_weights
 from smca.gpu.model.layers import Grid, split_heads, split_levels
 
 if TYPE_CHECKING:
-    from smca.gpu.model.decoder import DecoderLayer
+    from smca.gpu.model.decoder import Decoder, DecoderLayer
     from smca.gpu.model.detector import SMCADETR
+    from smca.gpu.model.encoded import EncodedImage
 
 Array = npt.NDArray[np.float64]
 
@@ -69,38 +70,26 @@ class _Layer:
     priors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
-def explained(
-    model: SMCADETR,
-    images: Tensor,
-    padding_mask: Tensor | None,
-    original_sizes: Tensor,
-    queries: Sequence[int] | None,
-    most: int,
-    maps: bool,
-) -> Explanation:
-    """``SMCADETR.explain`` of an image that is the network's input [1, 3, H, W].
+def explained(encoded: EncodedImage, queries: Sequence[int] | None, most: int, maps: bool) -> Explanation:
+    """``SMCADETR.explain`` of an image that is encoded.
 
     Raises:
         ValueError: a query that the model does not have.
     """
+    model, grids = encoded.model, encoded.grids
     numbers = model.config.num_queries
     wrong = [query for query in queries or () if not 0 <= query < numbers]
     if wrong:
         raise ValueError(f"no query {wrong[0]}: the model has {numbers}, numbered from 0")
-    training = model.training
-    model.eval()
-    with _recorded(model) as (layers, grids):
-        outputs = model(images, padding_mask)
-    model.train(training)
-    scores = outputs["logits"][:, 0].sigmoid()  # [M, N, K]
+    with _recorded(model.decoder) as layers:
+        outcome = encoded.decode()
+    scores = outcome.scores[0]  # [M, N, K]
     if queries is None:
         best = scores[-1].amax(-1).argsort(descending=True, stable=True)[:most]
     else:
         best = torch.as_tensor(list(queries), dtype=torch.int64, device=scores.device)
-    height, width = (int(side) for side in original_sizes[0])
-    extent = original_sizes[0].flip(0).to(outputs["boxes"])  # (width, height)
-    boxes = outputs["boxes"][:, 0, best] * torch.cat([extent, extent])
-    corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1)
+    height, width = encoded.image_size
+    extent = scores.new_tensor([width, height])
     cell_xy = torch.stack([extent / grid.valid_cells[0].flip(0).to(extent) for grid in grids])  # [J, 2] pixels per cell
     both = [_attention(model, layers, grids, best, prior) if maps else [] for prior in (True, False)]
     steered = bool(layers[0].priors)
@@ -111,7 +100,7 @@ def explained(
         cell_sizes_xy=_array(cell_xy),
         queries=best.cpu().numpy(),
         scores=_array(scores[:, best]),
-        boxes_xyxy=_array(corners),
+        boxes_xyxy=_array(outcome.boxes_xyxy[0][:, best]),
         level_weights=_array(_level_weights(layers, grids, best)),
         attention=both[0],
         attention_without_prior=both[1],
@@ -122,11 +111,10 @@ def explained(
 
 
 @contextmanager
-def _recorded(model: SMCADETR) -> Iterator[tuple[list[_Layer], list[Grid]]]:
-    """While it is open, what passes through the decoder of a model is noted; the model computes as ever."""
-    modules: list[DecoderLayer] = list(model.decoder.layers)  # type: ignore[arg-type]
-    layers, grids = [_Layer() for _ in modules], list[Grid]()
-    hooks = [model.decoder.register_forward_pre_hook(lambda _, inputs: grids.extend(inputs[2]))]
+def _recorded(decoder: Decoder) -> Iterator[list[_Layer]]:
+    """While it is open, what passes through a decoder is noted; it computes as ever."""
+    modules: list[DecoderLayer] = list(decoder.layers)  # type: ignore[arg-type]
+    layers, hooks = [_Layer() for _ in modules], []
     for layer, module in zip(layers, modules, strict=True):
 
         def note(name: str, layer: _Layer = layer) -> Any:
@@ -142,7 +130,7 @@ def _recorded(model: SMCADETR) -> Iterator[tuple[list[_Layer], list[Grid]]]:
         if module.prior is not None:
             hooks.append(module.prior.register_forward_hook(note_prior))
     try:
-        yield layers, grids
+        yield layers
     finally:
         for hook in hooks:
             hook.remove()
