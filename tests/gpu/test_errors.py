@@ -1,0 +1,308 @@
+"""The cause that the report names is the one that was made, and what it costs is what AP gains without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from smca.gpu.evaluation import evaluate_detections
+from smca.gpu.evaluation.boxes import covered_share, ious
+from smca.gpu.evaluation.errors import MISSED, Error, Found, ImageErrors, Objects
+from smca.gpu.evaluation.report import without
+from smca.gpu.model.encoded import EncodedImage
+from smca.gpu.model.explanation import Explanation
+from smca.gpu.model.intervention import Change
+
+OBJECT = (40.0, 40.0, 60.0, 60.0)
+"""A missed object of class 0 in an image of 100 × 100 pixels."""
+AWAY = (5.0, 5.0, 15.0, 15.0)
+LOW = (0.1, 0.05)
+SURE = (0.9, 0.05)
+
+
+@dataclass
+class Query:
+    """What one query says and where it looks, from the first layer to the last."""
+
+    boxes: Sequence[tuple[float, ...]] = (OBJECT, OBJECT)
+    scores: Sequence[tuple[float, ...]] = (LOW, LOW)
+    center: tuple[float, float] = (50.0, 50.0)
+    sigma: float = 4.0
+    level_weights: tuple[float, ...] = (0.5, 0.5)
+
+
+@dataclass
+class Photograph:
+    """Stands for an ``EncodedImage``: queries as they are told, and answers to changes as they are told."""
+
+    queries: Sequence[Query]
+    answers: Callable[[Change], tuple[tuple[float, ...], tuple[float, ...]] | None] = lambda change: None
+    asked: list[Change] = field(default_factory=list)
+    can_place: bool = True
+    image_size: tuple[int, int] = (100, 100)
+
+    @property
+    def model(self) -> Any:
+        return SimpleNamespace(config=SimpleNamespace(num_queries=len(self.queries)))
+
+    def explain(self, *, queries: Any, maps: bool) -> Explanation:
+        layers, count = len(self.queries[0].boxes), len(self.queries)
+        shape = (layers, count, 1, 2, 2)
+        centers = np.array([query.center for query in self.queries])[None, :, None, None]
+        sigmas = np.array([query.sigma for query in self.queries])[None, :, None, None, None]
+        weights = np.array([query.level_weights for query in self.queries])
+        return Explanation(
+            image_size=self.image_size,
+            cell_sizes_xy=np.array([[8.0, 8.0], [16.0, 16.0]]),
+            queries=np.arange(count),
+            scores=np.array([query.scores for query in self.queries]).swapaxes(0, 1),
+            boxes_xyxy=np.array([query.boxes for query in self.queries]).swapaxes(0, 1),
+            level_weights=np.broadcast_to(weights, (layers, count, 2)),
+            attention=[],
+            attention_without_prior=[],
+            references_xy=np.broadcast_to(centers[:, :, 0, 0], (layers, count, 2)),
+            centers_xy=np.broadcast_to(centers, shape),
+            sigmas_xy=np.broadcast_to(sigmas, shape),
+        )
+
+    def placed(self, where: tuple[float, float, float]) -> Change:
+        x, y, radius = where
+        return Change(0, box_cxcywh=(x / 100, y / 100, radius / 50, radius / 50))
+
+    def decode(self, changes: Sequence[Change]) -> Any:
+        self.asked += changes
+        why = self.explain(queries=None, maps=False)
+        scores = torch.from_numpy(np.stack([why.scores] * len(changes)))
+        boxes = torch.from_numpy(np.stack([why.boxes_xyxy] * len(changes)))
+        for row, change in enumerate(changes):
+            answer = self.answers(change)
+            if answer is not None:
+                boxes[row, -1, change.query] = torch.tensor(answer[0], dtype=boxes.dtype)
+                scores[row, -1, change.query] = torch.tensor(answer[1], dtype=scores.dtype)
+        return SimpleNamespace(scores=scores, boxes_xyxy=boxes)
+
+
+def errors_of(
+    photograph: Photograph,
+    objects: Sequence[tuple[tuple[float, ...], int]] = ((OBJECT, 0),),
+    crowds: Sequence[tuple[float, ...]] = (),
+) -> list[Error]:
+    """With thresholds of 0.5, all pairs of query and class being detections."""
+    why = photograph.explain(queries=None, maps=False)
+    scores, boxes = why.scores[-1], why.boxes_xyxy[-1]
+    order = np.argsort(-scores.ravel(), kind="stable")
+    query, label = np.divmod(order, scores.shape[1])
+    found = Found(scores.ravel()[order], label, boxes[query], query)
+    truth = Objects(
+        np.arange(len(objects)) + 7,
+        np.array([box for box, _ in objects]).reshape(-1, 4),
+        np.array([label for _, label in objects], dtype=np.int64),
+        np.array(crowds).reshape(-1, 4),
+        np.zeros(len(crowds), dtype=np.int64),
+    )
+    return ImageErrors(3, cast(EncodedImage, photograph), truth, found, np.array([0.5, 0.5])).errors()
+
+
+def only(errors: list[Error]) -> Error:
+    assert len(errors) == 1, errors
+    return errors[0]
+
+
+def test_nothing_is_said_of_what_is_right() -> None:
+    assert errors_of(Photograph([Query(scores=(LOW, SURE)), Query((AWAY, AWAY))])) == []
+    on_crowd = Query((AWAY, AWAY), (SURE, SURE))
+    assert errors_of(Photograph([on_crowd]), [], [(0.0, 0.0, 30.0, 30.0)]) == []
+
+
+MISSES: dict[str, tuple[Photograph, str]] = {
+    "uncovered": (
+        Photograph([Query((AWAY, AWAY), center=(10, 10))], lambda c: (OBJECT, SURE) if c.box_cxcywh else None),
+        "at most 0% of any query's Gaussians lie on it; a query placed on it finds it (score 0.90, overlap 1.00)",
+    ),
+    "width": (
+        Photograph([Query(sigma=0.1)], lambda c: (OBJECT, SURE) if c.sigma_factor == 8 else None),
+        "its Gaussians are 0.005 of the object's side wide; 8 times as wide, it finds it (score 0.90, overlap 1.00)",
+    ),
+    "level": (
+        Photograph(
+            [Query(level_weights=(1.0, 0.0))], lambda c: (OBJECT, SURE) if c.level_weights == (0.0, 1.0) else None
+        ),
+        "with levels weighed 0.00, 1.00, it finds it (score 0.90, overlap 1.00)",
+    ),
+    "lost": (Photograph([Query(scores=(SURE, LOW))]), "after layer 1 query 0 scores 0.90, in the end 0.10"),
+    "score": (
+        Photograph([Query(), Query((AWAY, AWAY))], lambda c: (OBJECT, SURE) if c.without == (1,) else None),
+        "the class scores 0.10, the threshold is 0.50; without the other queries it finds it (score 0.90, overlap 1.00)",
+    ),
+    "unboxed": (
+        Photograph([Query(((40.0, 40.0, 60.0, 48.0),) * 2)]),
+        "its best box overlaps it by 0.40; a query placed on it does not find it (score 0.10, overlap 0.40)",
+    ),
+}
+
+
+@pytest.mark.parametrize("cause", MISSES)
+def test_the_cause_of_a_miss(cause: str) -> None:
+    photograph, evidence = MISSES[cause]
+    error = only(errors_of(photograph))
+    assert (error.kind, error.cause, error.evidence) == ("missed", cause, evidence)
+    assert (error.image_id, error.label, error.box_xyxy, error.annotation, error.query) == (3, 0, OBJECT, 7, 0)
+    assert error.query_box_xyxy == photograph.queries[0].boxes[-1]
+    assert (error.query_label, error.query_score) == (0, pytest.approx(0.1))
+    assert cause in MISSED
+
+
+def test_what_an_intervention_does_not_mend_is_not_its_cause() -> None:
+    for query in (Query(sigma=0.1), Query(level_weights=(1.0, 0.0))):
+        photograph = Photograph([query], lambda c: (OBJECT, (0.4, 0.0)))
+        assert only(errors_of(photograph)).cause == "score"
+        assert any(change.sigma_factor != 1 or change.level_weights for change in photograph.asked)
+    usual = Photograph([Query()], lambda c: (OBJECT, SURE) if c.sigma_factor != 1 else None)
+    assert only(errors_of(usual)).cause == "score", "widths that are usual are not to blame"
+
+
+def test_an_object_without_area_is_nobodys_miss() -> None:
+    error = only(errors_of(Photograph([Query((AWAY, AWAY))]), [((40.0, 40.0, 40.0, 60.0), 0)]))
+    assert (error.cause, error.query) == ("flat", None)
+
+
+def test_another_class_and_a_loose_box_are_a_miss_and_a_false_box() -> None:
+    false, missed = errors_of(Photograph([Query(scores=(LOW, (0.2, 0.8)))]))
+    assert (false.kind, false.cause, false.label, false.score, false.annotation) == ("false", "class", 1, 0.8, 7)
+    assert false.evidence == "overlaps it by 1.00; its own class scores 0.20"
+    assert (missed.cause, missed.label, missed.detection) == ("class", 0, false.detection)
+    loose = (40.0, 40.0, 60.0, 48.0)
+    false, missed = errors_of(Photograph([Query((loose, loose), (LOW, SURE))]))
+    assert (false.cause, missed.cause, false.evidence) == ("loose", "loose", "overlaps it by 0.40")
+
+
+def test_duplicates() -> None:
+    best, second = Query(scores=(LOW, SURE)), Query(scores=(LOW, (0.6, 0.0)))
+    error = only(errors_of(Photograph([best, second])))
+    assert (error.cause, error.query, error.annotation) == ("duplicate", 1, 7)
+    assert error.evidence == "overlaps it by 1.00; query 0 found it already"
+    error = only(errors_of(Photograph([Query(scores=(LOW, (0.9, 0.6)))])))
+    assert error.evidence == "overlaps it by 1.00; the same query found it already"
+    beside = Query(((55.0, 40.0, 75.0, 60.0),) * 2, (LOW, (0.6, 0.0)))  # overlaps it by 0.14
+    moved = Photograph([best, beside], lambda c: (OBJECT, SURE) if c.without == (0,) else None)
+    error = only(errors_of(moved))
+    assert (error.cause, error.evidence) == (
+        "duplicate",
+        "without query 0, which found it, this one does (overlap 1.00)",
+    )
+    assert only(errors_of(Photograph([best, beside]))).cause == "background"
+
+
+def test_an_unlabelled_object_is_what_several_queries_see_over_several_layers() -> None:
+    steady, second = Query((AWAY, AWAY), (SURE, SURE)), Query((AWAY, AWAY), (LOW, LOW))
+    found = Query(scores=(LOW, SURE))
+    agree = Photograph([found, steady, second], lambda c: (AWAY, SURE) if c.without == (1,) else None)
+    error = only(errors_of(agree))
+    assert (error.cause, error.query) == ("unlabelled", 1)
+    assert error.evidence == (
+        "it overlaps no object by more than 0.00; 2 of 2 layers score it above the threshold, and so do 1 other queries if it is "
+        "not there"
+    )
+    for queries in ([found, steady, second], [found, steady], [found, Query((AWAY, AWAY), (LOW, SURE)), second]):
+        alone = Photograph(queries, agree.answers if len(queries) == 3 and queries[1] is not steady else lambda c: None)
+        assert only(errors_of(alone)).cause == "background"
+
+
+def test_matching_is_cocos() -> None:
+    """On random boxes of one class, what is found and what is false are pycocotools' matches."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        corners = np.concatenate([xy := rng.integers(0, 40, (12, 2)), xy + rng.integers(8, 30, (12, 2))], 1).astype(
+            float
+        )
+        scores = rng.permutation(np.linspace(0.55, 0.95, 12))
+        objects, crowds = corners[:5] + rng.integers(-3, 4, (5, 4)), corners[5:7]
+        queries = [Query((tuple(box),) * 2, ((s, 0.0),) * 2) for box, s in zip(corners, scores, strict=True)]
+        errors = errors_of(Photograph(queries), [(tuple(box), 0) for box in objects], [tuple(box) for box in crowds])
+        truth, results = COCO(), []
+        boxes = [*objects, *crowds]
+        truth.dataset = {
+            "images": [{"id": 1}],
+            "categories": [{"id": 1}],
+            "annotations": [
+                {"id": n + 1, "image_id": 1, "category_id": 1, "bbox": xywh(b), "area": 400, "iscrowd": int(n >= 5)}
+                for n, b in enumerate(boxes)
+            ],
+        }
+        truth.createIndex()
+        results = [
+            {"image_id": 1, "category_id": 1, "bbox": xywh(b), "score": s} for b, s in zip(corners, scores, strict=True)
+        ]
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.evaluate()
+        image = next(e for e in evaluation.evalImgs if e is not None and e["aRng"] == evaluation.params.areaRng[0])
+        wrong = (image["dtMatches"][0] == 0) & (image["dtIgnore"][0] == 0)
+        assert {e.query for e in errors if e.kind == "false"} == {image["dtIds"][n] - 1 for n in np.flatnonzero(wrong)}
+        missed = (image["gtMatches"][0] == 0) & (np.array(image["gtIgnore"]) == 0)
+        assert {e.annotation - 7 for e in errors if e.kind == "missed" and e.annotation is not None} == {
+            image["gtIds"][n] - 1 for n in np.flatnonzero(missed)
+        }
+
+
+def xywh(box: Any) -> list[float]:
+    x0, y0, x1, y1 = map(float, box)
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
+def test_a_cause_costs_what_ap_gains_without_it() -> None:
+    """Two objects of a class: one is found by the second best box, the best box is background, and one is missed."""
+    annotations = [
+        {"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20]},
+        {"image_id": 1, "category_id": 1, "bbox": [60, 60, 20, 20]},
+    ]
+    truth = {
+        "images": [{"id": 1, "width": 100, "height": 100}],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        "annotations": annotations,
+    }
+    results = [
+        {"image_id": 1, "category_id": 1, "bbox": [40, 0, 10, 10], "score": 0.9},
+        {"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20], "score": 0.8},
+        {"image_id": 1, "category_id": 2, "bbox": [60, 60, 20, 30], "score": 0.7},
+    ]
+    base = Error("false", "background", "", 1, 0, (40, 0, 50, 10), detection=0)
+    miss = Error("missed", "score", "", 1, 0, (60, 60, 80, 80), annotation=1)
+    named = replace(base, cause="class", label=1, detection=2, annotation=1)
+    again = replace(named, detection=0)
+
+    def ap(*errors: Error) -> float:
+        return evaluate_detections(*without(errors, truth, results)).ap
+
+    assert ap() == pytest.approx(0.5 * 51 / 101)
+    assert ap(base) == pytest.approx(51 / 101)  # precision 1 up to a recall of one half
+    assert ap(miss) == pytest.approx(0.5)  # one object, found with a precision of one half
+    assert ap(base, miss) == pytest.approx(1.0)
+    assert ap(base, named) == pytest.approx(1.0)  # put right, class and box
+    assert ap(named, again) == pytest.approx(1.0), "an object is not found twice"
+    assert ap(replace(named, cause="loose")) == ap(named)
+    assert results[2]["category_id"] == 2, "results are not changed"
+    assert "iscrowd" not in annotations[1]
+
+
+def test_gaussians_on_a_box() -> None:
+    """Of a normal distribution, 68.3 % is within ±1σ."""
+    inside = 0.6826894921370859
+    centers, sigmas = np.array([[[10.0, 20.0]] * 2] * 2), np.array([[[2.0, 3.0]] * 2] * 2)  # [h, J, 2]
+    box = np.array([8.0, 17.0, 12.0, 23.0])
+    assert covered_share(centers, sigmas, np.array([0.5, 0.5]), box) == pytest.approx(inside**2)
+    centers[0, 0] += 1000  # one of two heads on one of two levels
+    assert covered_share(centers, sigmas, np.array([0.75, 0.25]), box) == pytest.approx(inside**2 * (1 - 0.375))
+    flat = covered_share(centers, np.full_like(sigmas, np.inf), np.array([0.5, 0.5]), box)
+    assert flat == pytest.approx(1), "a flat prior is on everything"
+    assert ious(np.array([[0.0, 0, 2, 2]]), np.array([[1.0, 0, 3, 2], [5, 5, 5, 5]])).tolist() == [
+        [pytest.approx(1 / 3), 0]
+    ]
