@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import ndtr
 
 from smca.datasets.batch import FloatArray
 
@@ -17,19 +16,21 @@ def ious(a_xyxy: FloatArray, b_xyxy: FloatArray) -> FloatArray:
     return overlaps
 
 
-def covered_share(
+def coverage(
     centers_xy: FloatArray, sigmas_xy: FloatArray, level_weights: FloatArray, box_xyxy: FloatArray
 ) -> FloatArray:
-    """How much of each query's Gaussians lies on a box, heads averaged and levels weighed.
+    """What Gaussians, whose highest value is 1, are worth in the middle of a box: at the nearest point of its inner half, so that one
+    that lies there covers it however narrow it is. Of each query it is that of its best head, levels weighed.
 
     Args:
         centers_xy, sigmas_xy: [..., h, J, 2]; level_weights: [..., J]; box_xyxy: [4], all in one unit.
 
     Returns:
-        [...] in 0–1; a flat prior (σ = ∞) is everywhere, and so on the box: 1.
+        [...] in 0–1; a flat prior (σ = ∞) is worth 1 everywhere.
     """
-    flat = ~np.isfinite(sigmas_xy)
-    below = [ndtr((edge - centers_xy) / sigmas_xy) for edge in (box_xyxy[:2], box_xyxy[2:])]
-    inside = np.where(flat, 1.0, below[1] - below[0]).prod(axis=-1).mean(axis=-2)  # [..., J]
-    share: FloatArray = (inside * level_weights).sum(axis=-1)
-    return share
+    quarter = (box_xyxy[2:] - box_xyxy[:2]) / 4
+    low, high = box_xyxy[:2] + quarter, box_xyxy[2:] - quarter
+    away = np.maximum(low - centers_xy, centers_xy - high).clip(0) / sigmas_xy
+    values = np.exp(-np.square(away).sum(axis=-1) / 2).max(axis=-2)  # [..., J]
+    weighed: FloatArray = (values * level_weights).sum(axis=-1)
+    return weighed

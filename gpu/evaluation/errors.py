@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smca.datasets.batch import FloatArray
-from smca.gpu.evaluation.boxes import covered_share, ious
+from smca.gpu.evaluation.boxes import coverage, ious
 from smca.gpu.model.encoded import EncodedImage, Outcome
 from smca.gpu.model.explanation import Explanation
 from smca.gpu.model.intervention import Change
@@ -29,8 +29,9 @@ IOU = 0.5
 """Least overlap of a box that finds an object."""
 TOUCHING = 0.1
 """Least overlap of a loose box with its object, as in TIDE (Bolya et al., ECCV 2020)."""
-COVERED = 0.1
-"""Least part of a query's Gaussians on an object that covers it. Queries that find objects have above 0.9 of them there."""
+COVERED = 0.4
+"""Least value in the middle of an object (``coverage``) of Gaussians that look at it. The first layer's decide: later ones follow what
+those saw."""
 USUAL_WIDTHS = (0.03, 0.6)
 """Standard deviations of Gaussians, as a fraction of their object's side, that are neither too narrow nor too wide. Models that
 train well have about 0.1."""
@@ -40,7 +41,7 @@ UNREAD = 0.02
 """Largest weight of a level that a query does not read."""
 
 MISSED = {
-    "uncovered": "no Gaussian covered it",
+    "uncovered": "no query looked there",
     "width": "Gaussians far too narrow or too wide",
     "level": "the level that shows it is not read",
     "silent": "boxed, but its class is never given",
@@ -207,11 +208,11 @@ class ImageErrors:
         placed = self._ask([self.encoded.placed(_circle(box, why.image_size))], t) if self._can_place else []
         seen = f"a query placed on it {self._says(placed[0], label)}" if placed else "its queries cannot be placed"
         if why.centers_xy is not None and why.sigmas_xy is not None:
-            shares = covered_share(why.centers_xy, why.sigmas_xy, why.level_weights, box)  # [M, N]
-            if shares.max() < COVERED:
-                nearest = int(shares.max(axis=0).argmax())
-                yield "uncovered", f"at most {shares.max():.0%} of any query's Gaussians lie on it; {seen}", nearest
             yield from self._widths(t, query)
+            worth = coverage(why.centers_xy[0], why.sigmas_xy[0], why.level_weights[0], box)  # [N]
+            if worth.max() < COVERED:
+                told = f"in the first layer no query's Gaussians are worth more than {worth.max():.2f} in its middle"
+                yield "uncovered", f"{told}; {seen}", int(worth.argmax())
         yield from self._levels(t, query)
         if corrected is not None:
             assert corrected.query is not None
@@ -247,13 +248,13 @@ class ImageErrors:
         if least <= share <= most:
             return
         factors = WIDTHS["narrow" if share < least else "wide"]
-        answers = self._ask([Change(query, sigma_factor=factor) for factor in factors], t)
-        for factor, answer in zip(factors, answers, strict=True):
-            if self._finds(answer, label):
-                told = f"{factor:g} times as wide" if factor > 1 else f"{1 / factor:g} times as narrow"
-                measured = f"its Gaussians are {share:.3f} of the object's side wide"
-                yield "width", f"{measured}; {told}, it {self._says(answer, label)}", query
-                return
+        for change, answer in self._first_that_finds(
+            [Change(n, sigma_factor=f) for n in (query, None) for f in factors], t
+        ):
+            factor, whose = change.sigma_factor, "it" if change.query is not None else "in all queries, one"
+            told = f"{factor:g} times as wide" if factor > 1 else f"{1 / factor:g} times as narrow"
+            measured = f"its Gaussians are {share:.3f} of the object's side wide"
+            yield "width", f"{measured}; {told}, {whose} {self._says(answer, label)}", query
 
     def _levels(self, t: int, query: int) -> Iterator[tuple[str, str, int]]:
         weights = self.why.level_weights[:, query]  # [M, J]
@@ -262,31 +263,41 @@ class ImageErrors:
         if levels == 1 or not len(unread):
             return
         tried = [(1 / levels,) * levels, *(tuple(np.eye(levels)[j].tolist()) for j in unread)]
-        answers = self._ask([Change(query, level_weights=option) for option in tried], t)
-        for option, answer in zip(tried, answers, strict=True):
-            if self._finds(answer, int(self.objects.labels[t])):
-                told = ", ".join(f"{weight:.2f}" for weight in option)
-                yield (
-                    "level",
-                    f"with levels weighed {told}, it {self._says(answer, int(self.objects.labels[t]))}",
-                    query,
-                )
-                return
+        for change, answer in self._first_that_finds(
+            [Change(n, level_weights=w) for n in (query, None) for w in tried], t
+        ):
+            told = ", ".join(f"{weight:.2f}" for weight in change.level_weights or ())
+            whose = "it" if change.query is not None else "in all queries, one"
+            yield (
+                "level",
+                f"with levels weighed {told}, {whose} {self._says(answer, int(self.objects.labels[t]))}",
+                query,
+            )
 
     # Asking the model
 
+    def _first_that_finds(self, changes: Sequence[Change], t: int) -> Iterator[tuple[Change, tuple[float, FloatArray]]]:
+        """The first change under which object t is found, by the changed query or, if all are, by any; or none."""
+        for change, answer in zip(changes, self._ask(changes, t), strict=True):
+            if self._finds(answer, int(self.objects.labels[t])):
+                yield change, answer
+                return
+
     def _ask(self, changes: Sequence[Change], t: int) -> list[tuple[float, FloatArray]]:
-        """What the changed query says in the end: how its box overlaps object t, and the scores of the classes."""
-        return [
-            (float(ious(boxes[None], self.objects.boxes_xyxy[t][None])[0, 0]), scores)
-            for scores, boxes in self._answers(changes)
-        ]
+        """What the changed query says in the end, or of all the one that finds object t best: how its box overlaps the object, and
+        the scores of the classes."""
+        label, found = int(self.objects.labels[t]), []
+        for change, (scores, boxes) in zip(changes, self._answers(changes), strict=True):
+            overlaps = ious(boxes, self.objects.boxes_xyxy[t][None])[:, 0]  # [N]
+            n = int(((overlaps >= IOU) * scores[:, label]).argmax()) if change.query is None else change.query
+            found.append((float(overlaps[n]), scores[n]))
+        return found
 
     def _answers(self, changes: Sequence[Change]) -> list[tuple[FloatArray, FloatArray]]:
-        """For each change the scores [K] and the box [4] of its query after the last layer."""
+        """For each change the scores [N, K] and the boxes [N, 4] of all queries after the last layer."""
         outcome: Outcome = self.encoded.decode(changes)
         scores, boxes = (values[:, -1].double().cpu().numpy() for values in (outcome.scores, outcome.boxes_xyxy))
-        return [(scores[row, change.query], boxes[row, change.query]) for row, change in enumerate(changes)]
+        return list(zip(scores, boxes, strict=True))
 
     def _finds(self, answer: tuple[float, FloatArray], label: int) -> bool:
         return bool(answer[0] >= IOU and answer[1][label] >= self.thresholds[label])
@@ -324,6 +335,7 @@ class ImageErrors:
             best = int(t[overlaps[t].argmax()])
             finder = int(self.found.queries[self.owner[best]])
             ((_, moved),) = self._answers([Change(query, without=(finder,))])
+            moved = moved[query]
             fits = float(ious(moved[None], self.objects.boxes_xyxy[best][None])[0, 0])
             if finder != query and fits >= IOU:
                 told = f"without query {finder}, which found it, this one does (overlap {fits:.2f})"
@@ -341,6 +353,7 @@ class ImageErrors:
         for n in np.flatnonzero(near[-1]).tolist():
             if n != query and n not in others:
                 ((scores, moved),) = self._answers([Change(n, without=(query,))])
+                scores, moved = scores[n], moved[n]
                 if scores[label] >= self.thresholds[label] and ious(moved[None], box[None])[0, 0] >= IOU:
                     others.add(n)
         told = (

@@ -121,6 +121,7 @@ class EncodedImage:
     def look(self, where: tuple[float, float, float], max_detections: int) -> Detections:
         """What a query that looks at one place (``placed``) sees there: its box, with the score of each class, best first."""
         change = self.placed(where)
+        assert change.query is not None
         outcome = self.decode([change])
         sizes = torch.tensor([self.image_size], device=outcome.boxes.device)
         own = slice(change.query, change.query + 1)

@@ -30,10 +30,10 @@ _EDGE = 1e-4
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to one query, or to the others. Lengths are in 0–1 of the image's sides, as of boxes."""
+    """What is done to a query. Lengths are in 0–1 of the image's sides, as of boxes."""
 
-    query: int
-    """Which of the model's queries."""
+    query: int | None
+    """Which of the model's queries; None = all of them, whose widths and level weights can be changed."""
     box_cxcywh: tuple[float, float, float, float] | None = None
     """The box that it starts on, before the first layer; where queries have learned positions, its reference centre alone."""
     gaussian: tuple[float, float, float, float] | None = None
@@ -46,6 +46,15 @@ class Change:
     """[J]: how much it takes from each level in every layer; they add up to 1. Where a model learns none, it has no effect."""
     without: tuple[int, ...] = ()
     """Queries that the others do not see, as if they were not there."""
+
+    def __post_init__(self) -> None:
+        if self.query is None and (self.box_cxcywh is not None or self.gaussian is not None):
+            raise ValueError("one query can be put in a place, not all of them: expected a query's number, got None")
+
+    @property
+    def rows(self) -> int | slice:
+        """Which queries are meant, as an index."""
+        return slice(None) if self.query is None else self.query
 
     @property
     def sets_gaussians(self) -> bool:
@@ -113,7 +122,7 @@ def _set_gaussians(grids: Sequence[Grid], changes: Sequence[Change]) -> Any:
             center, precision = center.clone(), precision.clone()  # [R, h, N, 2] in cells
             extent = grid.valid_cells.flip(-1).to(center)  # [R, 2] (w, h)
             for row, change in enumerate(changes):
-                n = change.query
+                n = change.rows
                 if change.gaussian is not None:
                     center[row, :, n] = center.new_tensor(change.gaussian[:2]) * extent[row]
                 sigma = change.gaussian[2:] if change.gaussian is not None else change.sigma
@@ -131,7 +140,7 @@ def _set_levels(changes: Sequence[Change]) -> Any:
         output = output.clone()  # [R, N, J], before the softmax
         for row, change in enumerate(changes):
             if change.level_weights is not None:
-                output[row, change.query] = output.new_tensor(change.level_weights).log()
+                output[row, change.rows] = output.new_tensor(change.level_weights).log()
         return output
 
     return hook

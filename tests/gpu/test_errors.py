@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from smca.gpu.evaluation import evaluate_detections
-from smca.gpu.evaluation.boxes import covered_share, ious
+from smca.gpu.evaluation.boxes import coverage, ious
 from smca.gpu.evaluation.errors import MISSED, Error, Found, ImageErrors, Objects
 from smca.gpu.evaluation.report import without
 from smca.gpu.model.encoded import EncodedImage
@@ -123,7 +123,8 @@ def test_nothing_is_said_of_what_is_right() -> None:
 MISSES: dict[str, tuple[Photograph, str]] = {
     "uncovered": (
         Photograph([Query((AWAY, AWAY), center=(10, 10))], lambda c: (OBJECT, SURE) if c.box_cxcywh else None),
-        "at most 0% of any query's Gaussians lie on it; a query placed on it finds it (score 0.90, overlap 1.00)",
+        "in the first layer no query's Gaussians are worth more than 0.00 in its middle; "
+        "a query placed on it finds it (score 0.90, overlap 1.00)",
     ),
     "width": (
         Photograph([Query(sigma=0.1)], lambda c: (OBJECT, SURE) if c.sigma_factor == 8 else None),
@@ -293,16 +294,24 @@ def test_a_cause_costs_what_ap_gains_without_it() -> None:
     assert "iscrowd" not in annotations[1]
 
 
-def test_gaussians_on_a_box() -> None:
-    """Of a normal distribution, 68.3 % is within ±1σ."""
-    inside = 0.6826894921370859
+def test_gaussians_cover_the_middle_of_a_box() -> None:
     centers, sigmas = np.array([[[10.0, 20.0]] * 2] * 2), np.array([[[2.0, 3.0]] * 2] * 2)  # [h, J, 2]
-    box = np.array([8.0, 17.0, 12.0, 23.0])
-    assert covered_share(centers, sigmas, np.array([0.5, 0.5]), box) == pytest.approx(inside**2)
-    centers[0, 0] += 1000  # one of two heads on one of two levels
-    assert covered_share(centers, sigmas, np.array([0.75, 0.25]), box) == pytest.approx(inside**2 * (1 - 0.375))
-    flat = covered_share(centers, np.full_like(sigmas, np.inf), np.array([0.5, 0.5]), box)
-    assert flat == pytest.approx(1), "a flat prior is on everything"
+    alike = np.array([0.5, 0.5])
+    for box in ([8.0, 17.0, 12.0, 23.0], [9.5, 19.9, 10.5, 20.1], [8.0, 18.0, 12.0, 22.0]):
+        assert coverage(centers, sigmas, alike, np.array(box)) == pytest.approx(1), box
+    beyond = np.array([11.0, 18.0, 15.0, 22.0])  # its inner half begins at x = 12, 1σ away
+    assert coverage(centers, sigmas, alike, beyond) == pytest.approx(np.exp(-0.5))
+    above = np.array([9.0, 10.0, 11.0, 18.0])  # and ends at y = 16, 4/3 σ away
+    assert coverage(centers, sigmas, alike, above) == pytest.approx(np.exp(-16 / 18))
+    centers[0] += 1000  # the best head counts
+    assert coverage(centers, sigmas, alike, above) == pytest.approx(np.exp(-16 / 18))
+    centers[1, 0] += 1000  # on each level
+    assert coverage(centers, sigmas, np.array([0.75, 0.25]), above) == pytest.approx(0.25 * np.exp(-16 / 18))
+    flat = coverage(centers, np.full_like(sigmas, np.inf), alike, above)
+    assert flat == pytest.approx(1), "a flat prior is everywhere"
+
+
+def test_ious() -> None:
     assert ious(np.array([[0.0, 0, 2, 2]]), np.array([[1.0, 0, 3, 2], [5, 5, 5, 5]])).tolist() == [
         [pytest.approx(1 / 3), 0]
     ]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from explained_photo import CLASSES, NAME, PHOTO, explained, model
+from PIL import Image
 
 from smca.gpu import explain
 from smca.gpu.model.explanation import Explanation
@@ -179,6 +180,41 @@ def test_a_phone_and_the_dark(opened: webdriver.Chrome) -> None:
     finally:
         opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+STATES = {
+    "opened": "",
+    "one head of the first layer without its prior": """
+        for (const [id, value] of [["layer", 1], ["head", 1], ["level", 0]]) {
+          const field = document.getElementById(id);
+          field.value = value;
+          for (const kind of ["input", "change"]) field.dispatchEvent(new Event(kind, {bubbles: true}));
+        }
+        document.getElementById("prior").click();""",
+    "who looks at a point": """
+        document.getElementById("x").value = 30;
+        document.getElementById("y").value = 20;
+        document.getElementById("x").form.requestSubmit();""",
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_screenshots(state: str, opened: webdriver.Chrome, tmp_path: Path) -> None:
+    """Three states in both colour schemes, as pictures in pytest's folder (--basetemp=DIR)."""
+    opened.execute_script(STATES[state])
+    light = {}
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        opened.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 200))")
+        path = tmp_path / f"{scheme}.png"
+        assert opened.save_screenshot(str(path))
+        pixels = np.asarray(Image.open(path).convert("L"))
+        light[scheme] = float(np.median(pixels))
+        assert pixels.std() > 20, "a blank page"
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert light["light"] > 200
+    assert light["dark"] < 60
 
 
 @pytest.mark.parametrize("kind", ["attention", "plain"])
