@@ -81,6 +81,9 @@ class ModelConfig:
     """Name of each class, in label order; empty = unnamed. The trainer sets it from the data."""
     category_ids: tuple[int, ...] = ()
     """COCO category id of each class, in label order; empty = the labels themselves. The trainer sets it from the data."""
+    score_thresholds: tuple[float | None, ...] | None = None
+    """Lowest score of each class, in label order, that is drawn: that of best F1 on the held-out images; None for a class of which
+    nothing was found there. None = not measured. Training and `smca evaluate --save-thresholds` set it."""
     backbone: BackboneConfig = BackboneConfig()
     """The feature extractor."""
     strides: tuple[int, ...] = (32,)
@@ -210,6 +213,7 @@ class ModelConfig:
                 f"empty or num_classes = {self.num_classes} long",
                 length,
             )
+        self._check_thresholds()
         if self.cross_attention == "dense":
             for name in ("prior_scale", "prior_heads"):
                 require(
@@ -218,6 +222,20 @@ class ModelConfig:
                     'left at its default with cross_attention="dense", which has no prior',
                     getattr(self, name),
                 )
+
+    def _check_thresholds(self) -> None:
+        if self.score_thresholds is None:
+            return
+        require(
+            len(self.score_thresholds) == self.num_classes,
+            "model.score_thresholds",
+            f"None, or num_classes = {self.num_classes} long",
+            len(self.score_thresholds),
+        )
+        for threshold in self.score_thresholds:
+            require(
+                threshold is None or 0 <= threshold <= 1, "model.score_thresholds", "None or in [0, 1] each", threshold
+            )
 
     def _check_boxes_of_queries(self) -> None:
         """What only makes sense with a box per query."""

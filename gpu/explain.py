@@ -29,11 +29,10 @@ from rich.progress import track
 from smca.datasets.batch import UInt8Array
 from smca.datasets.images import read_image
 from smca.gpu.evaluation import pick_device
-from smca.gpu.model import SMCADETR
+from smca.gpu.model import SMCADETR, draw_thresholds
 from smca.gpu.model.explanation import Explanation
 from smca.gpu.pictures.explanation import draw_explanation
 from smca.gpu.pictures.files import find_images, report_skipped, save_signed
-from smca.gpu.pictures.run import DRAW_THRESHOLD
 
 PAGE_BYTES = 1_900_000
 """Of a page, at most: detections whose maps go beyond that are left out, the best stay."""
@@ -51,15 +50,16 @@ class ExplainArgs:
     """Image files, or folders of them (searched recursively)."""
     output: Path = Path("explanations")
     """Folder that receives the pages and pictures."""
-    threshold: float = DRAW_THRESHOLD
-    """Lowest score that is shown."""
+    threshold: float | None = None
+    """Lowest score that is shown; by default the one of best F1 for each class that is saved with the model, or 0.35
+    where none is."""
     most: int = 12
     """Largest number of detections per page, best first."""
     device: str = "auto"
     """"cuda", "cpu" …"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"--threshold must be in [0, 1], got {self.threshold}")
         if self.most < 1:
             raise ValueError(f"--most must be at least 1, got {self.most}")
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(ExplainArgs, args=argv, prog="smca explain")
     paths = find_images(args.images, args.output)
     model = SMCADETR.from_pretrained(args.model).to(pick_device(args.device))
-    names = model.config.names
+    names, thresholds = model.config.names, draw_thresholds(model.config, args.threshold).numpy()
     args.output.mkdir(parents=True, exist_ok=True)
     skipped: list[str] = []
     for number, path in enumerate(track(paths, "explaining", disable=not sys.stdout.isatty()), start=1):
@@ -201,8 +201,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         encoded = model.encode(image)
         everyone = encoded.explain(queries=range(model.config.num_queries), maps=False)
-        order = np.argsort(-everyone.scores[-1].max(-1), kind="stable")[: args.most]
-        chosen = [int(n) for n in order if everyone.scores[-1, n].max() >= args.threshold]
+        scores, labels = everyone.scores[-1].max(-1), everyone.scores[-1].argmax(-1)
+        order = np.argsort(-scores, kind="stable")
+        chosen = order[(scores >= thresholds[labels])[order]][: args.most].tolist()
         shown = encoded.explain(queries=chosen)
         stem = args.output / f"{number:04d}_{path.stem[:100]}"
         photograph = _photograph(image)

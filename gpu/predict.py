@@ -25,10 +25,9 @@ from rich.progress import track
 from smca.datasets.batch import UInt8Array
 from smca.datasets.images import read_image
 from smca.gpu.evaluation import coco_results, pick_device
-from smca.gpu.model import SMCADETR, Detections
+from smca.gpu.model import SMCADETR, Detections, draw_thresholds
 from smca.gpu.pictures.drawing import draw_detections
 from smca.gpu.pictures.files import find_images, report_skipped, save_signed
-from smca.gpu.pictures.run import DRAW_THRESHOLD
 
 DRAWN_SIDE = 4096
 """Pictures whose longer side exceeds this many pixels are drawn at this size."""
@@ -44,15 +43,16 @@ class PredictArgs:
     """Image files, or folders of them (searched recursively)."""
     output: Path = Path("predictions")
     """Folder that receives the annotated pictures and results.json."""
-    threshold: float = DRAW_THRESHOLD
-    """Lowest score that is drawn and written."""
+    threshold: float | None = None
+    """Lowest score that is drawn and written; by default the one of best F1 for each class that is saved with the model, or 0.35
+    where none is."""
     max_detections: int = 100
     """Largest number of detections per image."""
     device: str = "auto"
     """"cuda", "cpu" …"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"--threshold must be in [0, 1], got {self.threshold}")
         if self.max_detections < 1:
             raise ValueError(f"--max-detections must be at least 1, got {self.max_detections}")
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
                 for result in _results(model, detected, image_id, path):
                     results.write(("," if found else "") + "\n" + json.dumps(result))
                     found += 1
-                _draw(model, image, detected, args.threshold, args.output / f"{image_id:04d}_{path.stem[:100]}.png")
+                _draw(model, image, detected, args.output / f"{image_id:04d}_{path.stem[:100]}.png")
                 done += 1
         finally:
             stopped = "" if done + len(skipped) == len(paths) else f" of {len(paths)}; the others were not looked at"
@@ -102,9 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _detect(model: SMCADETR, image: UInt8Array, args: PredictArgs) -> Detections:
     detected = model.predict([image], max_detections=args.max_detections)[0]
-    keep = detected.scores >= args.threshold
-    kept = (detected.scores, detected.labels, detected.boxes_xyxy, detected.queries)
-    return Detections(*(each[keep].cpu() for each in kept))
+    return detected.reaching(draw_thresholds(model.config, args.threshold))
 
 
 def _results(model: SMCADETR, detected: Detections, image_id: int, path: Path) -> Iterator[dict[str, Any]]:
@@ -113,7 +111,7 @@ def _results(model: SMCADETR, detected: Detections, image_id: int, path: Path) -
         yield {**result, "file_name": str(path)}
 
 
-def _draw(model: SMCADETR, image: UInt8Array, detected: Detections, threshold: float, path: Path) -> None:
+def _draw(model: SMCADETR, image: UInt8Array, detected: Detections, path: Path) -> None:
     picture, scale = Image.fromarray(image), min(1.0, DRAWN_SIDE / max(image.shape[:2]))
     if scale < 1:
         picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
@@ -123,7 +121,6 @@ def _draw(model: SMCADETR, image: UInt8Array, detected: Detections, threshold: f
         detected.labels.numpy(),
         detected.scores.numpy(),
         model.config.names,
-        threshold,
     )
     save_signed(drawn, path)
 

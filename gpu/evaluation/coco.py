@@ -103,17 +103,32 @@ def evaluate_detections(ground_truth: Mapping[str, Any], detections: Sequence[Ma
         ValueError: a key of the ground truth or of a detection is missing, a detection names an image or a category
             that the ground truth does not have, or its box or score is not finite.
     """
-    for key in ("images", "categories", "annotations"):
-        if key not in ground_truth:
-            raise ValueError(f'ground truth needs COCO\'s "images", "categories" and "annotations"; {key!r} is missing')
-    _check_detections(ground_truth, detections)
-    truth = _truth_entries(ground_truth)
+    indices = indexed(ground_truth, detections)
+    truth = list(indices[0].anns.values())
     crowded = _crowded_images(truth)
-    indices = _index(ground_truth, truth), _index(ground_truth, _result_entries(detections))
     evaluation = _evaluate(indices, COUNTED)
     numbers = {name: _defined(value) for name, value in zip(_MEANING, evaluation.stats[:12], strict=True)}
     notes = [*_notes_of_crowded(crowded, indices), *_notes_of_boxes(ground_truth, truth)]
     return CocoMetrics(**numbers, per_class=_per_class(ground_truth, evaluation), notes=tuple(notes))
+
+
+def indexed(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> tuple[COCO, COCO]:
+    """Ground truth and detections, checked, as COCOeval takes them: copies, each numbered from 1 by its ``id``.
+
+    Args and errors: those of ``evaluate_detections``.
+    """
+    for key in ("images", "categories", "annotations"):
+        if key not in ground_truth:
+            raise ValueError(f'ground truth needs COCO\'s "images", "categories" and "annotations"; {key!r} is missing')
+    _check_detections(ground_truth, detections)
+    return _index(ground_truth, _truth_entries(ground_truth)), _index(ground_truth, _result_entries(detections))
+
+
+def class_keys(ground_truth: Mapping[str, Any]) -> dict[Any, str]:
+    """Category id → the class's name, in the order of ids; with its id where several categories have one name."""
+    names = {category["id"]: str(category["name"]) for category in ground_truth["categories"]}
+    uses = Counter(names.values())
+    return {id_: name if uses[name] == 1 else f"{name} (id {id_})" for id_, name in sorted(names.items())}
 
 
 def _evaluate(indices: tuple[COCO, COCO], counted: int) -> COCOeval_faster:
@@ -239,15 +254,11 @@ def _check_detections(ground_truth: Mapping[str, Any], detections: Sequence[Mapp
 
 
 def _per_class(ground_truth: Mapping[str, Any], evaluation: COCOeval_faster) -> dict[str, tuple[float, float]]:
-    names = {category["id"]: str(category["name"]) for category in ground_truth["categories"]}
-    uses = Counter(names.values())
+    keys = class_keys(ground_truth)
     precision = evaluation.eval["precision"][:, :, :, 0, 2]  # [IoU, recall, K]: all sizes, 100 detections
     per_class = {}
     for k, category_id in enumerate(evaluation.params.catIds):
-        name = names[category_id]
-        # Two categories of one name would overwrite each other in the dict.
-        key = name if uses[name] == 1 else f"{name} (id {category_id})"
-        per_class[key] = (_defined(precision[:, :, k].mean()), _defined(precision[0, :, k].mean()))
+        per_class[keys[category_id]] = (_defined(precision[:, :, k].mean()), _defined(precision[0, :, k].mean()))
     return per_class
 
 

@@ -6,7 +6,7 @@ size, stride           most held-out objects are smaller than a cell
 other data             held-out objects of classes or sizes that training has not
 classes                classes that no detection names; boxes that are right under names that are not
 collapse               all detections in one place, or in the same place on every image
-scores                 none is high enough to be drawn
+scores                 none is high
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from smca.datasets.table import AnnotationTable
 from smca.gpu.config import OptimConfig, RunConfig
 from smca.gpu.evaluation.coco import evaluate_detections
 from smca.gpu.evaluation.fit import Resize, find_in_settings
-from smca.gpu.pictures.run import DRAW_THRESHOLD
+from smca.gpu.model import DRAW_THRESHOLD
 
 ZERO = 0.0005
 """Lower values of AP are shown as 0.000."""
@@ -285,6 +285,6 @@ def _low_scores(images: Sequence[_Image]) -> Iterator[str]:
     best = max(score for image in images for score in image.scores)
     if best < DRAW_THRESHOLD:
         yield (
-            f"no score is above {best:.2f}, so that predictions.png shows nothing (it draws from {DRAW_THRESHOLD} on): the network "
-            "is sure of no object; if that lasts, many training images may lack their annotations"
+            f"no score is above {best:.2f}, where those of real objects usually start about {DRAW_THRESHOLD}: the network is sure "
+            "of no object; if that lasts, many training images may lack their annotations"
         )

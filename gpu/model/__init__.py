@@ -1,6 +1,6 @@
 """The detector."""
 
-from smca.gpu.model.detections import Detections, decode
+from smca.gpu.model.detections import DRAW_THRESHOLD, Detections, decode, draw_thresholds
 from smca.gpu.model.detector import SMCADETR
 
-__all__ = ["SMCADETR", "Detections", "decode"]
+__all__ = ["DRAW_THRESHOLD", "SMCADETR", "Detections", "decode", "draw_thresholds"]

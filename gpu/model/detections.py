@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smca.gpu.config import ClassScores
+from smca.gpu.config import ClassScores, ModelConfig
+
+DRAW_THRESHOLD = 0.35
+"""Lowest score that is drawn of a class without a threshold of its own: after training with focal loss, scores of real objects
+start about there."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,26 @@ class Detections:
     """[D, 4] left, top, right, bottom in pixels of the original image."""
     queries: Tensor
     """[D] int64: which of the model's queries each is of; ``SMCADETR.explain(image, queries=…)`` shows why."""
+
+    def reaching(self, thresholds: Tensor) -> Detections:
+        """Those whose score is at least their class's threshold ([K], from ``draw_thresholds``), on the CPU."""
+        scores, labels, boxes_xyxy = self.scores.cpu(), self.labels.cpu(), self.boxes_xyxy.cpu()
+        kept = scores >= thresholds[labels]
+        return Detections(scores[kept], labels[kept], boxes_xyxy[kept], self.queries.cpu()[kept])
+
+
+def draw_thresholds(config: ModelConfig, threshold: float | None = None) -> Tensor:
+    """[K] float64 on the CPU: the lowest score of each class that is drawn and written.
+
+    Args:
+        config: of the model. Of each class that ``score_thresholds`` has a threshold of, that one is taken; of others
+            ``DRAW_THRESHOLD``.
+        threshold: one for all classes instead.
+    """
+    saved = config.score_thresholds or (None,) * config.num_classes
+    if threshold is not None:
+        saved = (threshold,) * config.num_classes
+    return torch.tensor([DRAW_THRESHOLD if score is None else score for score in saved], dtype=torch.float64)
 
 
 def decode(

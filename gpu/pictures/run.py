@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 
 from smca.datasets import DetectionDataset
-from smca.gpu.model import SMCADETR
+from smca.gpu.model import SMCADETR, draw_thresholds
 from smca.gpu.pictures.drawing import contact_sheet, draw_detections, training_curves
 
 PICTURES = 12
 """How many held-out images are drawn."""
-DRAW_THRESHOLD = 0.35
-"""Least score that is drawn: after training with focal loss, scores of real objects start about there."""
 
 
 def draw_run(model: SMCADETR, data: DetectionDataset, metrics: list[dict[str, Any]], output: Path) -> None:
@@ -25,14 +23,13 @@ def draw_run(model: SMCADETR, data: DetectionDataset, metrics: list[dict[str, An
     drawn = []
     for index in np.linspace(0, len(data) - 1, min(PICTURES, len(data))).round().astype(int).tolist():
         sample = data[index]
-        detected = model.predict([sample.image])[0]
+        detected = model.predict([sample.image])[0].reaching(draw_thresholds(model.config))
         picture = draw_detections(
             sample.image,
-            detected.boxes_xyxy.cpu().numpy(),
-            detected.labels.cpu().numpy(),
-            detected.scores.cpu().numpy(),
+            detected.boxes_xyxy.numpy(),
+            detected.labels.numpy(),
+            detected.scores.numpy(),
             model.config.names,
-            DRAW_THRESHOLD,
             truth_xyxy=sample.boxes_xyxy,
         )
         picture.save(folder / f"{sample.image_id:06d}.png")

@@ -146,7 +146,7 @@ SITUATIONS: dict[Callable[[Situation], None], str] = {
     permuted_classes: "but under other names: ",
     queries_collapsed: "all detections of an image lie in one place",
     same_on_every_image: "the best detection is in the same place on every image",
-    low_scores: "no score is above 0.10, so that predictions.png shows nothing",
+    low_scores: "no score is above 0.10, where those of real objects usually start about 0.35",
     nothing_detected: "there is not a single detection",
 }
 
