@@ -1,6 +1,8 @@
 """Evaluate a trained model on COCO-format data: the twelve COCO numbers and the AP of every class.
 
 smca evaluate runs/small/model --data DIR
+smca evaluate runs/small/model --data DIR --errors out     curves, confusion matrix, the thresholds of best F1
+smca evaluate runs/small/model --data DIR --save-thresholds
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from smca.datasets import AnnotationOptions, CocoDetection
 from smca.datasets.layout import Split
 from smca.gpu.config import ModelConfig, SyntheticConfig
 from smca.gpu.evaluation import detect, evaluate_detections, evaluation_loader, open_split, pick_device
+from smca.gpu.evaluation.operating_point import operating_points, thresholds_of
+from smca.gpu.files import CONFIG_FILE, folder_with_config, write_thresholds
 from smca.gpu.model import SMCADETR
+from smca.gpu.pictures.operating_point import write_errors
 
 
 def check_categories(config: ModelConfig, ground_truth: Mapping[str, Any], source: str) -> None:
@@ -57,11 +62,16 @@ class EvaluateArgs:
     """The built-in data."""
     output: Path | None = None
     """File that receives the detections as COCO results JSON, in the annotation file's ids and frame."""
+    errors: Path | None = None
+    """Folder that receives precision–recall curves, confusion matrix and thresholds of best F1: pictures, and errors.json."""
+    save_thresholds: bool = False
+    """Write the score of best F1 of each class into the config.json of `model`, a local folder: what `smca predict` draws from."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``smca evaluate``."""
     args = tyro.cli(EvaluateArgs, args=argv, prog="smca evaluate")
+    to_change = folder_with_config(args.model) if args.save_thresholds else None
     model = SMCADETR.from_pretrained(args.model).to(pick_device(args.device))
     data = open_split(
         args.data, args.split, args.synthetic, args.annotations, json_file=args.json, images_dir=args.images
@@ -76,6 +86,11 @@ def main(argv: list[str] | None = None) -> None:
         in_file = data.with_own_ids(results) if isinstance(data, CocoDetection) else results
         args.output.write_text(json.dumps(in_file), encoding="utf-8")
         print(f"detections written to {args.output}")
+    if args.errors is not None:
+        print(f"\n{write_errors(ground_truth, results, args.errors)}\n\nerrors written to {args.errors}/")
+    if to_change is not None:
+        write_thresholds(to_change, thresholds_of(operating_points(ground_truth, results), model.config.category_ids))
+        print(f"thresholds written to {to_change / CONFIG_FILE}")
 
 
 if __name__ == "__main__":

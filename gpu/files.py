@@ -14,6 +14,7 @@ in it is run, and a ValueError names the file.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import warnings
@@ -218,7 +219,44 @@ def write_model(directory: Path, config: ModelConfig, weights: Mapping[str, Tens
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     write_atomically(directory / WEIGHTS_FILE, lambda file: file.write(save(tensors)))
+    _write_config(directory, config)
+
+
+def write_thresholds(directory: Path, thresholds: tuple[float | None, ...]) -> None:
+    """Put the score thresholds of the classes into config.json of the model in `directory`; nothing else is changed.
+
+    Raises:
+        ValueError: a configuration that is damaged or has other classes.
+        OSError: as ``write_atomically``.
+    """
+    path = directory / CONFIG_FILE
+    config = ModelConfig.from_json(path.read_bytes().decode("utf-8", "replace"), str(path))
+    _write_config(directory, dataclasses.replace(config, score_thresholds=thresholds))
+
+
+def _write_config(directory: Path, config: ModelConfig) -> None:
     write_atomically(directory / CONFIG_FILE, lambda file: file.write((config.to_json() + "\n").encode()))
+
+
+def folder_with_config(name: str | Path) -> Path:
+    """The folder whose config.json ``open_model`` reads for `name`, to write into it.
+
+    Raises:
+        ValueError: there is none: a checkpoint, or a repository on the Hugging Face hub; says what to give instead.
+    """
+    folder = _complete_folder(Path(name))
+    if folder is None:
+        raise ValueError(
+            f"{name} has no {CONFIG_FILE} to write into: give the folder of a model or of a run with a model; "
+            f"`smca convert-weights {name} FOLDER` makes one of a checkpoint or of a repository on the Hugging Face hub"
+        )
+    return folder
+
+
+def _complete_folder(path: Path) -> Path | None:
+    """The folder of the model that `path` is or, of a run, has: the best one, otherwise the last."""
+    candidates = (path, path / MODEL_FOLDER, path / LAST_FOLDER)
+    return next((folder for folder in candidates if _is_complete(folder)), None)
 
 
 def open_model(name: str | Path) -> SavedModel:
@@ -233,11 +271,8 @@ def open_model(name: str | Path) -> SavedModel:
     """
     path = Path(name)
     if path.is_dir():
-        if _is_complete(path):
-            return _open_folder(path)
-        for folder in (MODEL_FOLDER, LAST_FOLDER):
-            if _is_complete(path / folder):
-                return _open_folder(path / folder)
+        if folder := _complete_folder(path):
+            return _open_folder(folder)
         if (path / CHECKPOINT_FILE).is_file():
             return _open_checkpoint(path / CHECKPOINT_FILE)
         absent = [f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (path / f).is_file()]

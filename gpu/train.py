@@ -36,7 +36,8 @@ from torch import Tensor
 from smca.datasets import Batch, DetectionDataset
 from smca.gpu.config import RunConfig
 from smca.gpu.evaluation import detect, evaluate_detections, warnings_of, why_ap_is_zero
-from smca.gpu.files import LAST_FOLDER, MODEL_FOLDER
+from smca.gpu.evaluation.operating_point import operating_points, thresholds_of
+from smca.gpu.files import LAST_FOLDER, MODEL_FOLDER, write_thresholds
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.summary import summarize
 from smca.gpu.pictures.run import draw_run
@@ -300,7 +301,8 @@ def _saving_first(steps: Iterator[tuple[Batch, ...]], run: Run, log: RunLog) -> 
 
 def _evaluate(run: Run, log: RunLog) -> None:
     """COCO's metrics of the held-out images, of which each process takes its part. The model is saved before, and again if it is
-    the best so far."""
+    the best so far; both get the score thresholds of best F1 before the metrics are logged: a run that goes on evaluates anew what
+    is not."""
     output, weights = run.config.output, _whole_weights(run)
     if run.rank == 0:
         run.trained.save_pretrained(output / LAST_FOLDER, state_dict=weights)
@@ -309,6 +311,8 @@ def _evaluate(run: Run, log: RunLog) -> None:
     if run.rank != 0:
         return
     evaluated = evaluate_detections(run.val_truth, results)
+    thresholds = thresholds_of(operating_points(run.val_truth, results), run.config.model.category_ids)
+    write_thresholds(output / LAST_FOLDER, thresholds)
     metrics = {
         "epoch": run.epoch + (run.batch > 0),
         "step": run.step,
@@ -322,6 +326,7 @@ def _evaluate(run: Run, log: RunLog) -> None:
         metrics["extra"] = True
     if _best([*log.metrics, metrics], run.config.best_by) is metrics:
         run.trained.save_pretrained(output / MODEL_FOLDER, state_dict=weights)
+        write_thresholds(output / MODEL_FOLDER, thresholds)
     log.evaluation(metrics)
     if not run.config.fast_dev_run:  # after a handful of steps it is
         for cause in why_ap_is_zero(run.config, log.metrics, run.val_truth, results, run.train_table, run.val_table):

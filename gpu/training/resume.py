@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smca.datasets.settings import shown
-from smca.gpu.config import RunConfig
+from smca.gpu.config import ModelConfig, RunConfig
 from smca.gpu.files import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
@@ -241,8 +241,9 @@ def resume(run: Run) -> None:
     """
     path = run.config.output / CHECKPOINT_FILE
     state = load_latest_checkpoint(path)
-    if state["config"] != run.config.model.to_json():
-        changed = differences(json.loads(state["config"]), json.loads(run.config.model.to_json()), "model.")
+    before = ModelConfig.from_json(state["config"], str(path)).to_json()  # with the fields that there are by now
+    if before != run.config.model.to_json():
+        changed = differences(json.loads(before), json.loads(run.config.model.to_json()), "model.")
         raise ValueError(
             f"{path} belongs to a model configured otherwise ({'; '.join(changed[:10])}): resume with the settings it was started "
             "with, or use --overwrite"

@@ -349,6 +349,7 @@ def _with_classes(config: RunConfig, train_data: DetectionDataset, val_data: Det
         num_classes=len(categories),
         class_names=tuple(c.name for c in categories),
         category_ids=tuple(c.id for c in categories),
+        score_thresholds=None,  # of another model, if any
     )
     return dataclasses.replace(config, model=model)
 
