@@ -20,10 +20,10 @@ from smca.datasets import Category, DetectionDataset, Sample, SyntheticShapes
 from smca.gpu.cli import run
 from smca.gpu.config import RunConfig, SyntheticConfig
 from smca.gpu.evaluation import open_split
-from smca.gpu.evaluation.errors import MISSED, Error
-from smca.gpu.evaluation.report import ErrorReport, find_errors
+from smca.gpu.evaluation.errors import ErrorReport, find_errors
+from smca.gpu.evaluation.image_errors import MISSED, Error
 from smca.gpu.files import MODEL_FOLDER
-from smca.gpu.model import SMCADETR
+from smca.gpu.model import SMCADETR, draw_thresholds
 from smca.gpu.presets import demo, tiny_resnet
 from smca.gpu.train import train
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     folders = trained(args.folder / "whole"), trained(args.folder / "unknown", without=UNKNOWN)
     data = open_split("synthetic", "val", SyntheticConfig(val_images=args.images))
     whole = SMCADETR.from_pretrained(folders[0])
-    thresholds = [0.3] * whole.config.num_classes
+    thresholds = draw_thresholds(whole.config).tolist()
     base = find_errors(whole, data, thresholds)
     before = missed(base)
     print(base.table(), end="\n\n", flush=True)

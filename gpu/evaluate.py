@@ -1,28 +1,33 @@
 """Evaluate a trained model on COCO-format data: the twelve COCO numbers and the AP of every class.
 
 smca evaluate runs/small/model --data DIR
-smca evaluate runs/small/model --data DIR --errors out     curves, confusion matrix, the thresholds of best F1
+smca evaluate runs/small/model --data DIR --errors out     the cause of every error, curves, confusion matrix, thresholds
 smca evaluate runs/small/model --data DIR --save-thresholds
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.progress import track
 
-from smca.datasets import AnnotationOptions, CocoDetection
+from smca.datasets import AnnotationOptions, CocoDetection, SyntheticShapes
+from smca.datasets.batch import CocoDict
 from smca.datasets.layout import Split
 from smca.gpu.config import ModelConfig, SyntheticConfig
 from smca.gpu.evaluation import detect, evaluate_detections, evaluation_loader, open_split, pick_device
-from smca.gpu.evaluation.operating_point import operating_points, thresholds_of
+from smca.gpu.evaluation.errors import find_errors
+from smca.gpu.evaluation.operating_point import operating_points, operating_report, thresholds_of
 from smca.gpu.files import CONFIG_FILE, folder_with_config, write_thresholds
-from smca.gpu.model import SMCADETR
-from smca.gpu.pictures.operating_point import write_errors
+from smca.gpu.model import SMCADETR, draw_thresholds
+from smca.gpu.pictures.errors import write_errors
 
 
 def check_categories(config: ModelConfig, ground_truth: Mapping[str, Any], source: str) -> None:
@@ -63,7 +68,8 @@ class EvaluateArgs:
     output: Path | None = None
     """File that receives the detections as COCO results JSON, in the annotation file's ids and frame."""
     errors: Path | None = None
-    """Folder that receives precision–recall curves, confusion matrix and thresholds of best F1: pictures, and errors.json."""
+    """Folder that receives why objects were missed and boxes are false: a contact sheet for each cause, precision–recall curves,
+    confusion matrix, and errors.json. The decoder runs again for every error, which takes a while."""
     save_thresholds: bool = False
     """Write the score of best F1 of each class into the config.json of `model`, a local folder: what `smca predict` draws from."""
 
@@ -87,10 +93,28 @@ def main(argv: list[str] | None = None) -> None:
         args.output.write_text(json.dumps(in_file), encoding="utf-8")
         print(f"detections written to {args.output}")
     if args.errors is not None:
-        print(f"\n{write_errors(ground_truth, results, args.errors)}\n\nerrors written to {args.errors}/")
+        _report_errors(model, data, ground_truth, results, args.errors)
     if to_change is not None:
         write_thresholds(to_change, thresholds_of(operating_points(ground_truth, results), model.config.category_ids))
         print(f"thresholds written to {to_change / CONFIG_FILE}")
+
+
+def _report_errors(
+    model: SMCADETR,
+    data: CocoDetection | SyntheticShapes,
+    ground_truth: CocoDict,
+    results: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> None:
+    """At the thresholds that are saved with the model; without any, at those of best F1 in these data."""
+    operating, config = operating_report(ground_truth, results), model.config
+    if config.score_thresholds is None:
+        best = tuple(None if point is None else point.threshold for point in operating.points)
+        config = replace(config, score_thresholds=best)
+    watched = partial(track, description="looking for causes", disable=not sys.stdout.isatty())
+    report = find_errors(model, data, draw_thresholds(config).tolist(), watched)
+    write_errors(operating, report, lambda image_id: data[report.indices[image_id]].image, folder)
+    print(f"\n{operating.table()}\n\n{report.table()}\n\nerrors written to {folder}/")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ def ious(a_xyxy: FloatArray, b_xyxy: FloatArray) -> FloatArray:
 def coverage(
     centers_xy: FloatArray, sigmas_xy: FloatArray, level_weights: FloatArray, box_xyxy: FloatArray
 ) -> FloatArray:
-    """What Gaussians, whose highest value is 1, are worth in the middle of a box: at the nearest point of its inner half, so that one
-    that lies there covers it however narrow it is. Of each query it is that of its best head, levels weighed.
+    """What Gaussians, whose highest value is 1, are worth in the middle of a box: at the nearest point of its inner half, so that
+    one that lies there covers it however narrow it is. Of each query it is that of its best head, levels weighed.
 
     Args:
         centers_xy, sigmas_xy: [..., h, J, 2]; level_weights: [..., J]; box_xyxy: [4], all in one unit.

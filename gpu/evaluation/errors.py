@@ -1,371 +1,229 @@
-"""Why objects are missed and boxes are false: the cause of each, with what was changed in the model to find it out.
+"""Why a model misses objects and boxes what is none, on data: the cause of every error, and what each cause costs.
 
     report = find_errors(model, data, thresholds)
     print(report.table())
 
-An error is one at the score thresholds at which the model is used, at IoU 0.5, matched as COCO does. Causes are found by
-intervention where one can be made: the decoder runs again on the same image with a query placed on the missed object, with other
-widths, with the levels weighed otherwise, without the other queries (``smca.gpu.model.intervention``).
-
-Shape letters: M decoder layers, N queries, h heads, J levels, K classes, T objects, D detections.
+``smca.gpu.evaluation.image_errors`` finds the causes. What one costs is what TIDE (Bolya et al., ECCV 2020) defines: AP if it were
+gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from smca.datasets.batch import FloatArray
-from smca.gpu.evaluation.boxes import coverage, ious
-from smca.gpu.model.encoded import EncodedImage, Outcome
-from smca.gpu.model.explanation import Explanation
-from smca.gpu.model.intervention import Change
+from smca.datasets import DetectionDataset
+from smca.datasets.batch import CocoDict
+from smca.gpu.evaluation.coco import CocoMetrics, evaluate_detections
+from smca.gpu.evaluation.detect import coco_results
+from smca.gpu.evaluation.image_errors import CAUSES, CORRECTED, Error, Found, ImageErrors, Objects
+from smca.gpu.evaluation.operating_point import IOU
+from smca.gpu.model import SMCADETR, decode
+from smca.gpu.model.encoded import EncodedImage
 
-IOU = 0.5
-"""Least overlap of a box that finds an object."""
-TOUCHING = 0.1
-"""Least overlap of a loose box with its object, as in TIDE (Bolya et al., ECCV 2020)."""
-COVERED = 0.4
-"""Least value in the middle of an object (``coverage``) of Gaussians that look at it. The first layer's decide: later ones follow what
-those saw."""
-USUAL_WIDTHS = (0.03, 0.6)
-"""Standard deviations of Gaussians, as a fraction of their object's side, that are neither too narrow nor too wide. Models that
-train well have about 0.1."""
-WIDTHS = {"narrow": (4.0, 8.0), "wide": (1 / 4, 1 / 8)}
-"""How many times as wide Gaussians that are too narrow or too wide are tried."""
-UNREAD = 0.02
-"""Largest weight of a level that a query does not read."""
-
-MISSED = {
-    "uncovered": "no query looked there",
-    "width": "Gaussians far too narrow or too wide",
-    "level": "the level that shows it is not read",
-    "silent": "boxed, but its class is never given",
-    "unknown": "nothing in the model knows its class",
-    "class": "found under another class",
-    "loose": "found with a loose box",
-    "lost": "found by an earlier layer, then lost",
-    "score": "boxed, but scored too low",
-    "unboxed": "looked at, but not boxed",
-    "flat": "its annotated box has no area",
-}
-"""Why an object is missed, in the order in which it is asked."""
-FALSE = {
-    "class": "on an object of another class",
-    "loose": "a loose box on an object",
-    "duplicate": "a second box on a found object",
-    "unlabelled": "probably an object without a label",
-    "background": "background taken for an object",
-}
-"""What a false box is, likewise."""
-CORRECTED = ("class", "loose")
-"""Causes that are a miss and a false box in one: the box is about the object."""
+AT_LEAST = 5
+"""Objects of a class of which none is found, from which on the class as a whole is in question."""
+BOXED = 0.7
+"""Of them, the least part whose boxes fit, if it is the class output that fails."""
 
 
 @dataclass(frozen=True)
-class Error:
-    """A missed object or a false box."""
+class Cost:
+    """AP that would be gained if a cause were gone."""
 
-    kind: Literal["missed", "false"]
-    cause: str
-    """Of ``MISSED`` or ``FALSE``."""
-    evidence: str
-    image_id: int
-    label: int
-    box_xyxy: tuple[float, ...]
-    """In pixels of the image."""
-    score: float | None = None
-    """Of a false box."""
-    query: int | None = None
-    """Which made the false box, or should have found the object."""
-    query_box_xyxy: tuple[float, ...] | None = None
-    """Of a missed object: the box of that query in the end."""
-    query_label: int | None = None
-    """Its best class."""
-    query_score: float | None = None
-    """The score of that class."""
-    annotation: int | None = None
-    """The object that it is about, as numbered in ``Objects``."""
-    detection: int | None = None
-    """Number of the false box, or of the one that corrects the miss, among the results of the image."""
+    ap: float
+    ap50: float
 
 
 @dataclass(frozen=True)
-class Objects:
-    """What the ground truth has in an image, crowds beside."""
+class ErrorReport:
+    """What ``find_errors`` found."""
 
-    numbers: npt.NDArray[np.int64]
-    """[T] places among the annotations."""
-    boxes_xyxy: FloatArray
-    labels: npt.NDArray[np.int64]
-    crowds_xyxy: FloatArray
-    crowd_labels: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    objects: int
+    found: int
+    ap: float
+    ap50: float
+    errors: tuple[Error, ...]
+    costs: dict[tuple[str, str], Cost]
+    """(kind, cause) → what it costs; "class" and "loose" cost the same as a miss and as a false box, for they are one."""
+    indices: dict[int, int]
+    """Image id → its index in the data."""
+
+    def table(self) -> str:
+        """Causes with their numbers, their part and what they cost."""
+        counts: Counter[tuple[str, str]] = Counter((error.kind, error.cause) for error in self.errors)
+        lines: list[str] = []
+        for (kind, causes), title in zip(CAUSES.items(), ("missed objects", "false boxes"), strict=True):
+            total = sum(counts[kind, cause] for cause in causes)
+            of = f" of {self.objects}" if kind == "missed" else ""
+            lines += ["", f"{title + f': {total}{of}':<46}  number   part  costs AP  AP50"]
+            for cause in sorted(causes, key=lambda cause: -counts[kind, cause]):
+                if number := counts[kind, cause]:
+                    cost = self.costs[kind, cause]
+                    lines.append(
+                        f"  {causes[cause]:<44}  {number:6d}   {number / total:4.0%}    {cost.ap:.3f} {cost.ap50:.3f}"
+                    )
+        return "\n".join(lines[1:])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "objects": self.objects,
+            "found": self.found,
+            "ap": self.ap,
+            "ap50": self.ap50,
+            "thresholds": dict(zip(self.class_names, self.thresholds, strict=True)),
+            "costs": {f"{kind}: {cause}": asdict(cost) for (kind, cause), cost in self.costs.items()},
+            "errors": [{**asdict(error), "class": self.class_names[error.label]} for error in self.errors],
+        }
 
 
-@dataclass(frozen=True)
-class Found:
-    """Detections of an image, best first."""
+def find_errors(
+    model: SMCADETR,
+    data: DetectionDataset,
+    thresholds: Sequence[float],
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> ErrorReport:
+    """All errors, their causes and costs.
 
-    scores: FloatArray
-    labels: npt.NDArray[np.int64]
-    boxes_xyxy: FloatArray
-    queries: npt.NDArray[np.int64]
-
-    def __getitem__(self, keep: npt.NDArray[Any]) -> Found:
-        return Found(self.scores[keep], self.labels[keep], self.boxes_xyxy[keep], self.queries[keep])
-
-
-class ImageErrors:
-    """The errors of one image."""
-
-    def __init__(
-        self, image_id: int, encoded: EncodedImage, objects: Objects, found: Found, thresholds: FloatArray
-    ) -> None:
-        """thresholds [K]: from which score on a detection counts; `found` has those below them too."""
-        self.image_id, self.encoded, self.objects, self.thresholds = image_id, encoded, objects, thresholds
-        self.found = found
-        self.kept = np.flatnonzero(found.scores >= thresholds[found.labels])
-        self.why: Explanation = encoded.explain(queries=range(encoded.model.config.num_queries), maps=False)
-        self.overlaps = ious(self.why.boxes_xyxy, objects.boxes_xyxy)  # [M, N, T]
-        self.owner, self.ignored = self._match()
-        holders = [int(found.queries[d]) for d in self.owner.values()]
-        self.free = np.setdiff1d(np.arange(len(self.why.queries)), holders)
-
-    def _match(self) -> tuple[dict[int, int], set[int]]:
-        """Which detection finds each object, as COCO decides; and detections on crowds, which count neither way."""
-        owner: dict[int, int] = {}
-        ignored: set[int] = set()
-        overlaps = ious(self.found.boxes_xyxy, self.objects.boxes_xyxy)
-        for d in self.kept.tolist():
-            own_class = np.flatnonzero(self.objects.labels == self.found.labels[d]).tolist()
-            if same := [t for t in own_class if t not in owner and overlaps[d, t] >= IOU]:
-                owner[max(same, key=lambda t: overlaps[d, t])] = d
-            elif self._in_crowd(d):
-                ignored.add(d)
-        return owner, ignored
-
-    def _in_crowd(self, d: int) -> bool:
-        x0, y0, x1, y1 = self.found.boxes_xyxy[d]
-        crowds = self.objects.crowds_xyxy[self.objects.crowd_labels == self.found.labels[d]]
-        common = np.minimum(crowds[:, 2:], [x1, y1]) - np.maximum(crowds[:, :2], [x0, y0])
-        return bool((common.clip(0).prod(axis=1) >= IOU * (x1 - x0) * (y1 - y0)).any())
-
-    def errors(self) -> list[Error]:
-        """False boxes, best score first, then missed objects."""
-        false = [
-            self._false_box(d) for d in self.kept.tolist() if d not in self.owner.values() and d not in self.ignored
+    Args:
+        model: whose categories are those of the data, in the same order.
+        data: images with their objects.
+        thresholds: of each class, from which score on a detection counts.
+        track: shows progress over the numbers of images.
+    """
+    truth = data.ground_truth()
+    ids = model.config.category_ids or tuple(range(model.config.num_classes))
+    objects = _objects(truth, ids)
+    results: list[dict[str, Any]] = []
+    errors: list[Error] = []
+    classes = _Classes(len(ids))
+    found, indices = 0, {}
+    for index in track(range(len(data))):
+        sample = data[index]
+        indices[sample.image_id] = index
+        encoded = model.encode(sample.image)
+        detected, found_here = _detected(encoded, sample.image_id, ids)
+        image = ImageErrors(sample.image_id, encoded, objects(sample.image_id), detected, np.array(thresholds))
+        classes.add(image)
+        errors += [
+            error if error.detection is None else replace(error, detection=error.detection + len(results))
+            for error in image.errors()
         ]
-        corrected = {error.annotation: error for error in reversed(false) if error.cause in CORRECTED}
-        missed = [
-            self._missed(t, corrected.get(int(self.objects.numbers[t])))
-            for t in range(len(self.objects.labels))
-            if t not in self.owner
-        ]
-        return [*false, *missed]
+        results += found_here
+        found += len(image.owner)
+    errors = [classes.corrected(error) for error in errors]
+    measured = evaluate_detections(truth, results)
+    names = tuple(map(str, model.config.names))
+    costs = _costs(truth, results, errors, ids, measured)
+    total = sum(1 for annotation in truth["annotations"] if not annotation.get("iscrowd"))
+    return ErrorReport(
+        names, tuple(thresholds), total, found, measured.ap, measured.ap50, tuple(errors), costs, indices
+    )
 
-    # Missed objects
 
-    def _missed(self, t: int, corrected: Error | None) -> Error:
-        label, box = int(self.objects.labels[t]), self.objects.boxes_xyxy[t]
-        error = Error(
-            "missed", "", "", self.image_id, label, tuple(box.tolist()), annotation=int(self.objects.numbers[t])
-        )
-        if min(box[2:] - box[:2]) <= 0:
-            return replace(error, cause="flat", evidence="nobody can find it")
-        query = self._nearest(t)
-        for cause, evidence, named in self._causes(t, query, corrected):
-            detection = corrected.detection if corrected is not None and cause in CORRECTED else None
-            scores = self.why.scores[-1, named]
-            return replace(
-                error,
-                cause=cause,
-                evidence=evidence,
-                query=named,
-                query_box_xyxy=tuple(self.why.boxes_xyxy[-1, named].tolist()),
-                query_label=int(scores.argmax()),
-                query_score=float(scores.max()),
-                detection=detection,
-            )
-        raise AssertionError("the last cause is always given")
+class _Classes:
+    """What becomes of the objects of each class, over all images."""
 
-    def _nearest(self, t: int) -> int:
-        """The query that should have found an object: of those that found no other, the one with the best box, or the nearest."""
-        free = self.free if len(self.free) else np.arange(len(self.why.queries))
-        overlaps = self.overlaps[-1, free, t]
-        if overlaps.max() > 0:
-            return int(free[overlaps.argmax()])
-        boxes, box = self.why.boxes_xyxy[-1, free], self.objects.boxes_xyxy[t]
-        distance = boxes[:, :2] + boxes[:, 2:] - box[:2] - box[2:]
-        return int(free[np.square(distance).sum(axis=1).argmin()])
+    def __init__(self, classes: int) -> None:
+        self.objects, self.found, self.boxed = (np.zeros(classes, dtype=np.int64) for _ in range(3))
 
-    def _causes(self, t: int, query: int, corrected: Error | None) -> Iterator[tuple[str, str, int]]:
-        """The causes that hold, the one that explains most first: cause, evidence, query."""
-        label, box, why = int(self.objects.labels[t]), self.objects.boxes_xyxy[t], self.why
-        placed = self._ask([self.encoded.placed(_circle(box, why.image_size))], t) if self._can_place else []
-        seen = f"a query placed on it {self._says(placed[0], label)}" if placed else "its queries cannot be placed"
-        if why.centers_xy is not None and why.sigmas_xy is not None:
-            yield from self._widths(t, query)
-            worth = coverage(why.centers_xy[0], why.sigmas_xy[0], why.level_weights[0], box)  # [N]
-            if worth.max() < COVERED:
-                told = f"in the first layer no query's Gaussians are worth more than {worth.max():.2f} in its middle"
-                yield "uncovered", f"{told}; {seen}", int(worth.argmax())
-        yield from self._levels(t, query)
-        if corrected is not None:
-            assert corrected.query is not None
-            yield corrected.cause, corrected.evidence, corrected.query
-        earlier = (self.overlaps[:-1, :, t] >= IOU) & (why.scores[:-1, :, label] >= self.thresholds[label])
-        if earlier.any():
-            m, n = (int(index[-1]) for index in np.nonzero(earlier))
-            score = why.scores[m, n, label]
-            yield (
-                "lost",
-                f"after layer {m + 1} query {n} scores {score:.2f}, in the end {why.scores[-1, n, label]:.2f}",
-                n,
-            )
-        if self.overlaps[-1, query, t] >= IOU:
-            others = tuple(n for n in range(len(why.queries)) if n != query)
-            alone = self._ask([Change(query, without=others)], t)[0]
-            scored = (
-                f"the class scores {why.scores[-1, query, label]:.2f}, the threshold is {self.thresholds[label]:.2f}"
-            )
-            yield "score", f"{scored}; without the other queries it {self._says(alone, label)}", query
-        yield "unboxed", f"its best box overlaps it by {self.overlaps[-1, query, t]:.2f}; {seen}", query
+    def add(self, image: ImageErrors) -> None:
+        for t, label in enumerate(image.objects.labels.tolist()):
+            self.objects[label] += 1
+            self.found[label] += t in image.owner
+            self.boxed[label] += bool((image.overlaps[-1, :, t] >= IOU).any())
 
-    @property
-    def _can_place(self) -> bool:
-        return self.encoded.can_place
-
-    def _widths(self, t: int, query: int) -> Iterator[tuple[str, str, int]]:
-        assert self.why.sigmas_xy is not None
-        label, box = int(self.objects.labels[t]), self.objects.boxes_xyxy[t]
-        sigmas, weights = self.why.sigmas_xy[-1, query], self.why.level_weights[-1, query]  # [h, J, 2], [J]
-        share = float(np.exp(np.log(sigmas).mean(axis=(0, 2)) @ weights) / np.sqrt((box[2:] - box[:2]).prod()))
-        least, most = USUAL_WIDTHS
-        if least <= share <= most:
-            return
-        factors = WIDTHS["narrow" if share < least else "wide"]
-        for change, answer in self._first_that_finds(
-            [Change(n, sigma_factor=f) for n in (query, None) for f in factors], t
-        ):
-            factor, whose = change.sigma_factor, "it" if change.query is not None else "in all queries, one"
-            told = f"{factor:g} times as wide" if factor > 1 else f"{1 / factor:g} times as narrow"
-            measured = f"its Gaussians are {share:.3f} of the object's side wide"
-            yield "width", f"{measured}; {told}, {whose} {self._says(answer, label)}", query
-
-    def _levels(self, t: int, query: int) -> Iterator[tuple[str, str, int]]:
-        weights = self.why.level_weights[:, query]  # [M, J]
-        levels = weights.shape[1]
-        unread = np.flatnonzero(weights.max(axis=0) <= UNREAD)
-        if levels == 1 or not len(unread):
-            return
-        tried = [(1 / levels,) * levels, *(tuple(np.eye(levels)[j].tolist()) for j in unread)]
-        for change, answer in self._first_that_finds(
-            [Change(n, level_weights=w) for n in (query, None) for w in tried], t
-        ):
-            told = ", ".join(f"{weight:.2f}" for weight in change.level_weights or ())
-            whose = "it" if change.query is not None else "in all queries, one"
-            yield (
-                "level",
-                f"with levels weighed {told}, {whose} {self._says(answer, int(self.objects.labels[t]))}",
-                query,
-            )
-
-    # Asking the model
-
-    def _first_that_finds(self, changes: Sequence[Change], t: int) -> Iterator[tuple[Change, tuple[float, FloatArray]]]:
-        """The first change under which object t is found, by the changed query or, if all are, by any; or none."""
-        for change, answer in zip(changes, self._ask(changes, t), strict=True):
-            if self._finds(answer, int(self.objects.labels[t])):
-                yield change, answer
-                return
-
-    def _ask(self, changes: Sequence[Change], t: int) -> list[tuple[float, FloatArray]]:
-        """What the changed query says in the end, or of all the one that finds object t best: how its box overlaps the object, and
-        the scores of the classes."""
-        label, found = int(self.objects.labels[t]), []
-        for change, (scores, boxes) in zip(changes, self._answers(changes), strict=True):
-            overlaps = ious(boxes, self.objects.boxes_xyxy[t][None])[:, 0]  # [N]
-            n = int(((overlaps >= IOU) * scores[:, label]).argmax()) if change.query is None else change.query
-            found.append((float(overlaps[n]), scores[n]))
-        return found
-
-    def _answers(self, changes: Sequence[Change]) -> list[tuple[FloatArray, FloatArray]]:
-        """For each change the scores [N, K] and the boxes [N, 4] of all queries after the last layer."""
-        outcome: Outcome = self.encoded.decode(changes)
-        scores, boxes = (values[:, -1].double().cpu().numpy() for values in (outcome.scores, outcome.boxes_xyxy))
-        return list(zip(scores, boxes, strict=True))
-
-    def _finds(self, answer: tuple[float, FloatArray], label: int) -> bool:
-        return bool(answer[0] >= IOU and answer[1][label] >= self.thresholds[label])
-
-    def _says(self, answer: tuple[float, FloatArray], label: int) -> str:
-        verb = "finds it" if self._finds(answer, label) else "does not find it"
-        return f"{verb} (score {answer[1][label]:.2f}, overlap {answer[0]:.2f})"
-
-    # False boxes
-
-    def _false_box(self, d: int) -> Error:
-        query, label = int(self.found.queries[d]), int(self.found.labels[d])
-        box, score = self.found.boxes_xyxy[d], float(self.found.scores[d])
-        error = Error("false", "", "", self.image_id, label, tuple(box.tolist()), score=score, query=query, detection=d)
-        overlaps = ious(box[None], self.objects.boxes_xyxy)[0]  # [T]
-        same = self.objects.labels == label
-        missed = np.array([t not in self.owner for t in range(len(overlaps))], dtype=bool)
-
-        def about(cause: str, t: int, evidence: str) -> Error:
-            return replace(error, cause=cause, evidence=evidence, annotation=int(self.objects.numbers[t]))
-
-        if len(t := np.flatnonzero(~same & missed & (overlaps >= IOU))):
-            best = int(t[overlaps[t].argmax()])
-            right = self.why.scores[-1, query, self.objects.labels[best]]
-            return about("class", best, f"overlaps it by {overlaps[best]:.2f}; its own class scores {right:.2f}")
-        if len(t := np.flatnonzero(~missed & (overlaps >= IOU))):
-            best = int(t[overlaps[t].argmax()])
-            finder = int(self.found.queries[self.owner[best]])
-            who = "the same query" if finder == query else f"query {finder}"
-            return about("duplicate", best, f"overlaps it by {overlaps[best]:.2f}; {who} found it already")
-        if len(t := np.flatnonzero(same & missed & (overlaps >= TOUCHING))):
-            best = int(t[overlaps[t].argmax()])
-            return about("loose", best, f"overlaps it by {overlaps[best]:.2f}")
-        if len(t := np.flatnonzero(~missed & (overlaps >= TOUCHING))):
-            best = int(t[overlaps[t].argmax()])
-            finder = int(self.found.queries[self.owner[best]])
-            ((_, moved),) = self._answers([Change(query, without=(finder,))])
-            moved = moved[query]
-            fits = float(ious(moved[None], self.objects.boxes_xyxy[best][None])[0, 0])
-            if finder != query and fits >= IOU:
-                told = f"without query {finder}, which found it, this one does (overlap {fits:.2f})"
-                return about("duplicate", best, told)
-        return self._on_nothing(error, overlaps)
-
-    def _on_nothing(self, error: Error, overlaps: FloatArray) -> Error:
-        """Background, unless several queries see an object there over several layers."""
-        query, label, box = error.query, error.label, np.array(error.box_xyxy)
-        assert query is not None
-        near = ious(self.why.boxes_xyxy, box[None])[..., 0] >= IOU  # [M, N]
-        sure = near & (self.why.scores[..., label] >= self.thresholds[label])
-        layers = int(sure[:, query].sum())
-        others = set(np.flatnonzero(sure.any(axis=0)).tolist()) - {query}
-        for n in np.flatnonzero(near[-1]).tolist():
-            if n != query and n not in others:
-                ((scores, moved),) = self._answers([Change(n, without=(query,))])
-                scores, moved = scores[n], moved[n]
-                if scores[label] >= self.thresholds[label] and ious(moved[None], box[None])[0, 0] >= IOU:
-                    others.add(n)
+    def corrected(self, error: Error) -> Error:
+        """With the cause that a class as a whole has, if none of its objects is found."""
+        label = error.label
+        number = int(self.objects[label])
+        if error.kind == "false" or error.cause == "flat" or number < AT_LEAST or self.found[label]:
+            return error
         told = (
-            f"it overlaps no object by more than {overlaps.max(initial=0):.2f}; {layers} of {len(near)} layers score it above the "
-            f"threshold, and so do {len(others)} other queries" + (" if it is not there" if others else "")
+            f"none of {number} objects of the class is found, {self.boxed[label]} are boxed; this one: {error.evidence}"
         )
-        agreed = layers >= min(2, len(near)) and len(others) >= 1
-        return replace(error, cause="unlabelled" if agreed else "background", evidence=told)
+        cause = "silent" if self.boxed[label] >= BOXED * number else "unknown"
+        return replace(error, cause=cause, evidence=told)
 
 
-def _circle(box_xyxy: FloatArray, image_size: tuple[int, int]) -> tuple[float, float, float]:
-    """An object's centre, and half the side of a square of its area; within the image."""
-    height, width = image_size
-    (x, y), sides = (box_xyxy[:2] + box_xyxy[2:]) / 2, box_xyxy[2:] - box_xyxy[:2]
-    return float(np.clip(x, 0, width)), float(np.clip(y, 0, height)), float(np.sqrt(sides.prod()) / 2)
+def _objects(truth: CocoDict, ids: Sequence[int]) -> Callable[[int], Objects]:
+    labels = {category: label for label, category in enumerate(ids)}
+    by_image: dict[int, list[tuple[int, Mapping[str, Any]]]] = defaultdict(list)
+    for number, annotation in enumerate(truth["annotations"]):
+        by_image[annotation["image_id"]].append((number, annotation))
+
+    def of(image_id: int) -> Objects:
+        parts = []
+        for crowd in (False, True):
+            own = [(n, a) for n, a in by_image[image_id] if bool(a.get("iscrowd")) == crowd]
+            boxes = np.array([a["bbox"] for _, a in own], dtype=np.float64).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            numbers = np.array([n for n, _ in own], dtype=np.int64)
+            parts.append((numbers, boxes, np.array([labels[a["category_id"]] for _, a in own], dtype=np.int64)))
+        (numbers, boxes, own_labels), (_, crowds, crowd_labels) = parts
+        return Objects(numbers, boxes, own_labels, crowds, crowd_labels)
+
+    return of
+
+
+def _detected(encoded: EncodedImage, image_id: int, ids: tuple[int, ...]) -> tuple[Found, list[dict[str, Any]]]:
+    """The detections of an image, best first, as arrays and as COCO results."""
+    outcome, config = encoded.decode(), encoded.model.config
+    sizes = outcome.boxes.new_tensor([encoded.image_size])
+    most = max(100, config.num_queries)
+    (best,) = decode(outcome.logits[:, -1], outcome.boxes[:, -1], sizes, most, class_scores=config.class_scores)
+    scores, boxes = (each.double().cpu().numpy() for each in (best.scores, best.boxes_xyxy))
+    found = Found(scores, best.labels.cpu().numpy(), boxes, best.queries.cpu().numpy())
+    return found, coco_results(best.scores, best.labels, best.boxes_xyxy, image_id, ids)
+
+
+def _costs(
+    truth: CocoDict,
+    results: Sequence[Mapping[str, Any]],
+    errors: Sequence[Error],
+    ids: Sequence[int],
+    before: CocoMetrics,
+) -> dict[tuple[str, str], Cost]:
+    costs: dict[tuple[str, str], Cost] = {}
+    for kind, cause in sorted({(error.kind, error.cause) for error in errors}):
+        own = [error for error in errors if error.cause == cause and (error.kind == kind or cause in CORRECTED)]
+        after = evaluate_detections(*without(own, truth, results))
+        costs[kind, cause] = Cost(after.ap - before.ap, after.ap50 - before.ap50)
+    return costs
+
+
+def without(
+    errors: Sequence[Error], truth: CocoDict, results: Sequence[Mapping[str, Any]]
+) -> tuple[CocoDict, list[Mapping[str, Any]]]:
+    """Ground truth and results as they would be without some errors, as TIDE has it.
+
+    A box that is about an object is put right, once per object; any other false box is not there; an object that nothing finds does
+    not count, nor do boxes on it.
+    """
+    annotations = list(truth["annotations"])
+    mended: dict[int, Mapping[str, Any] | None] = {}
+    gone: set[int] = set()
+    right: set[int] = set()
+    for error in errors:
+        if error.cause in CORRECTED and error.annotation is not None:
+            if error.kind == "false" and error.detection is not None:
+                target = annotations[error.annotation]
+                corrected = {**results[error.detection], "category_id": target["category_id"], "bbox": target["bbox"]}
+                mended[error.detection] = None if error.annotation in right else corrected
+                right.add(error.annotation)
+        elif error.kind == "false":
+            assert error.detection is not None
+            mended[error.detection] = None
+        else:
+            assert error.annotation is not None
+            gone.add(error.annotation)
+    counted = [{**a, "iscrowd": 1} if n in gone else a for n, a in enumerate(annotations)]
+    kept = [mended.get(n, result) for n, result in enumerate(results)]
+    return {**truth, "annotations": counted}, [result for result in kept if result is not None]

@@ -1,7 +1,8 @@
-"""A contact sheet for each cause of errors: what was missed or false, and what is known about it."""
+"""The folder of ``smca evaluate --errors``: curves, confusions, and a contact sheet for each cause of errors."""
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 from collections import defaultdict
@@ -14,9 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from smca.datasets.batch import FloatArray, UInt8Array
-from smca.gpu.evaluation.errors import FALSE, MISSED, Error
+from smca.gpu.evaluation.errors import ErrorReport
+from smca.gpu.evaluation.image_errors import CAUSES, Error
+from smca.gpu.evaluation.operating_point import OperatingReport
 from smca.gpu.pictures.drawing import class_color
 from smca.gpu.pictures.fonts import figure_families, name_with_font
+from smca.gpu.pictures.operating_point import draw_confusion, draw_precision_recall
 
 SHOWN = 24
 """Errors on a sheet, at most: evenly from all of its cause."""
@@ -29,6 +33,29 @@ _LEAST = 24.0
 """Half the side of what is shown, in pixels of the image, at least."""
 _LETTERS, _LINES = 48, 5
 """Of the text below a picture: letters per line, and lines."""
+
+
+def write_errors(
+    operating: OperatingReport, report: ErrorReport, read: Callable[[int], UInt8Array], folder: Path
+) -> None:
+    """Write errors.json, precision_recall.png, confusion.png and the contact sheets into `folder`.
+
+    It is made if there is none; sheets of an earlier report are removed.
+
+    Args:
+        operating: curves, thresholds and confusions.
+        report: the errors and their causes.
+        read: image id → [H, W, 3] RGB.
+        folder: where to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for sheet in (folder / f"{kind}-{cause}.png" for kind, causes in CAUSES.items() for cause in causes):
+        sheet.unlink(missing_ok=True)
+    written = {**operating.as_dict(), "causes": report.as_dict()}
+    (folder / "errors.json").write_text(json.dumps(written, indent=1, allow_nan=False), encoding="utf-8")
+    draw_precision_recall(operating, folder / "precision_recall.png")
+    draw_confusion(operating, folder / "confusion.png")
+    draw_errors(report.errors, read, report.class_names, folder)
 
 
 def draw_errors(
@@ -66,7 +93,7 @@ def draw_errors(
 
 
 def _title(kind: str, cause: str, shown: int, of: int) -> str:
-    meaning = (MISSED if kind == "missed" else FALSE)[cause]
+    meaning = CAUSES[kind][cause]
     what, colors = {
         "missed": ("Missed objects", "white, dashed: the object; in colour: the box of its query"),
         "false": ("False boxes", "in colour: the box"),

@@ -1,9 +1,8 @@
-"""The pictures of an operating report: precision-recall curves and the confusion matrix; and the folder that has them."""
+"""The pictures of an operating report: precision-recall curves and the confusion matrix."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from smca.datasets.settings import shortened
-from smca.gpu.evaluation.operating_point import CURVES_AT, IOU, OperatingPoint, OperatingReport, operating_report
+from smca.gpu.evaluation.operating_point import CURVES_AT, IOU, OperatingPoint, OperatingReport
 from smca.gpu.pictures.fonts import figure_families, name_with_font
 
 _LABELLED = 12
@@ -25,25 +24,6 @@ _IN_MATRIX = 100
 """Classes with rows of their own; of more, the most frequent ones, and all others together."""
 _NAME_LENGTH = 24
 _LARGEST_INCHES = 24.0
-
-
-def write_errors(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """Write errors.json, precision_recall.png and confusion.png into `folder`, which is made if there is none.
-
-    Args:
-        ground_truth: as for ``evaluate_detections``.
-        detections: likewise.
-        folder: where to.
-
-    Returns:
-        The tables of errors.json as text.
-    """
-    report = operating_report(ground_truth, detections)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "errors.json").write_text(json.dumps(report.as_dict(), indent=1, allow_nan=False), encoding="utf-8")
-    draw_precision_recall(report, folder / "precision_recall.png")
-    draw_confusion(report, folder / "confusion.png")
-    return report.table()
 
 
 def draw_precision_recall(report: OperatingReport, path: Path) -> None:

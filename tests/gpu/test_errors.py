@@ -13,8 +13,8 @@ import torch
 
 from smca.gpu.evaluation import evaluate_detections
 from smca.gpu.evaluation.boxes import coverage, ious
-from smca.gpu.evaluation.errors import MISSED, Error, Found, ImageErrors, Objects
-from smca.gpu.evaluation.report import without
+from smca.gpu.evaluation.errors import without
+from smca.gpu.evaluation.image_errors import MISSED, Error, Found, ImageErrors, Objects
 from smca.gpu.model.encoded import EncodedImage
 from smca.gpu.model.explanation import Explanation
 from smca.gpu.model.intervention import Change
