@@ -13,7 +13,7 @@
 
 ``python gpu/train.py`` and ``smca train`` are the same. A run leaves in its --output folder: model/, of the best evaluation, and
 model_last/ (config.json + model.safetensors, what ``smca predict`` takes); metrics.jsonl, tensorboard/, curves.png and
-predictions.png; checkpoint.pt.
+predictions.png; priors.png (of priors.jsonl: where queries look and how wide, drawn anew at every evaluation); checkpoint.pt.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from smca.gpu.training.lock import only_run_in
 from smca.gpu.training.log import RunLog
 from smca.gpu.training.optimizer import learning_rate_factor, set_learning_rates
 from smca.gpu.training.order import seed_step
+from smca.gpu.training.priors import PRIORS_PICTURE, note_priors
 from smca.gpu.training.processes import (
     as_the_first_says,
     gather,
@@ -308,6 +309,8 @@ def _evaluate(run: Run, log: RunLog) -> None:
         run.trained.save_pretrained(output / LAST_FOLDER, state_dict=weights)
     with unsharded(run.trained):
         results = gather(detect(run.trained, run.val_loader), run.world)
+        if run.rank == 0:
+            note_priors(run, [line["step"] for line in log.metrics])
     if run.rank != 0:
         return
     evaluated = evaluate_detections(run.val_truth, results)
@@ -380,6 +383,10 @@ def _closing_message(run: Run, metrics: list[dict[str, Any]]) -> str:
     evaluate = f"  smca evaluate {config.output}/model{_held_out(config)}\n" if config.data or config.val_json else ""
     shards = "with checkpoint.shards.*: " if config.fsdp else ""
     of_best, board = "", ", tensorboard/" if (config.output / "tensorboard").is_dir() else ""
+    priors = (
+        "  priors.png        where the queries look, and how wide, by epoch\n"
+        * (config.output / PRIORS_PICTURE).is_file()
+    )
     if best is not None and best[config.best_by] is not None:
         name = config.best_by.upper().replace("_", " of ")
         of_best = f": the best, {name} {best[config.best_by]:.3f} after step {best['step']:,}"
@@ -389,7 +396,7 @@ def _closing_message(run: Run, metrics: list[dict[str, Any]]) -> str:
         f"  model/            config.json + model.safetensors{of_best}\n"
         f"  model_last/       likewise: the last\n"
         f"  predictions.png   detections of model/ beside the truth\n"
-        f"  curves.png        loss and AP by epoch (metrics.jsonl{board})\n"
+        f"  curves.png        loss and AP by epoch (metrics.jsonl{board})\n{priors}"
         f"  checkpoint.pt     {shards}everything that --resume needs\n"
         f"next:\n"
         f"{evaluate}"

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from smca.gpu.config_json import cut
 from smca.gpu.files import write_atomically
+from smca.gpu.training.priors import PRIORS_PICTURE, numbers_at
 from smca.gpu.training.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
@@ -107,12 +108,18 @@ class RunLog:
             self._tell("log", {f"train/{name}": value for name, value in values.items()}, step)
 
     def _draw_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        step, folder = metrics["step"], self._path.parent
         numbers = {f"eval/{name}": value for name, value in metrics.items() if isinstance(value, float)}
-        self._tell("log", numbers, metrics["step"])
+        priors = numbers_at(folder, step)
+        self._tell("log", {**numbers, **priors}, step)
+        if priors and (folder / PRIORS_PICTURE).is_file():
+            self._tell("picture", "priors", folder / PRIORS_PICTURE, step)
 
     def _tell(self, what: str, *values: Any) -> None:
-        """Call a method of every tracker; one that fails is left alone from then on."""
+        """Call a method of every tracker; one that fails is left alone from then on. Not every tracker takes pictures."""
         for tracker in tuple(self._trackers):
+            if what == "picture" and not hasattr(tracker, what):
+                continue
             try:
                 getattr(tracker, what)(*values)
             except Exception as error:  # whatever the tool of others raises

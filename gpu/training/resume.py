@@ -42,6 +42,7 @@ from smca.gpu.shards import (
     write_shards,
 )
 from smca.gpu.training.log import METRICS_FILE
+from smca.gpu.training.priors import PRIORS_FILE, PRIORS_PICTURE
 from smca.gpu.training.processes import as_the_first_says
 from smca.gpu.training.setup import Run
 from smca.gpu.training.sharding import sharded_like
@@ -54,6 +55,8 @@ _WRITTEN = (
     METRICS_FILE,
     "curves.png",
     "predictions.png",
+    PRIORS_FILE,
+    PRIORS_PICTURE,
     "pictures/*.png",
     "tensorboard/events.out.tfevents.*",
     TRACKERS_FILE,

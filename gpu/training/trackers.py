@@ -16,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
+
 from smca.datasets.settings import shortened
 from smca.gpu.files import write_atomically
 
@@ -28,7 +31,11 @@ _LONGEST_PARAMETER = 250
 
 
 class Tracker(Protocol):
-    """What a run tells, on its first process. What raises an error is told nothing more; training goes on."""
+    """What a run tells, on its first process. What raises an error is told nothing more; training goes on.
+
+    One that has a method ``picture(name: str, path: Path, step: int)`` is told of each picture, too: of priors.png, whenever it was
+    drawn anew.
+    """
 
     def start(self, first_step: int, settings: Mapping[str, Any]) -> None:
         """Before the first point.
@@ -39,7 +46,8 @@ class Tracker(Protocol):
         """
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """After some steps: "train/…", the terms of the loss and the rate. After an evaluation: "eval/…", its numbers."""
+        """After some steps: "train/…", the terms of the loss and the rate. After an evaluation: "eval/…", its numbers, and
+        "priors/…", where the queries' Gaussians are and how wide (``smca.gpu.training.priors``)."""
 
     def flush(self) -> None:
         """Before a checkpoint, after which nothing of before is told again: put everything on disk."""
@@ -67,6 +75,10 @@ class _TensorBoard:
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        with Image.open(path) as picture:
+            self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def flush(self) -> None:
         self._board.flush()

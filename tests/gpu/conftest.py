@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torch import distributed
 
 from smca.gpu import train
+from smca.gpu.pictures.priors import draw_priors
 from smca.gpu.pictures.run import draw_run
+from smca.gpu.training import priors
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_pictures() -> Iterator[None]:
-    """Training ends without drawings of its data and curves, which take longer than a run of a few steps."""
+    """Training leaves no drawings of its data, curves and queries, which take longer than a run of a few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "draw_run", lambda *_: None)
+        patch.setattr(priors, "draw_priors", lambda *given: Image.new("RGB", (8, 8)).save(given[-1], "PNG"))
         yield
 
 
@@ -24,6 +28,7 @@ def _no_pictures() -> Iterator[None]:
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are drawn after all."""
     monkeypatch.setattr(train, "draw_run", draw_run)
+    monkeypatch.setattr(priors, "draw_priors", draw_priors)
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from smca.gpu import train
-from smca.gpu.training import step
+from smca.gpu.training import priors, step
 from smca.gpu.training.log import RunLog
 from tiny_run import tiny
 
@@ -74,6 +75,7 @@ def child(output: str, workers: int, end: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
     steps = os.open(f"{output}.steps", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    priors.draw_priors = lambda *given: Image.new("RGB", (8, 8)).save(given[-1], "PNG")  # in a hundredth of the time
     step.update_average = counting(steps, step.update_average)
     if isinstance(end, list):
         owner, name = MOMENTS[end[0]]

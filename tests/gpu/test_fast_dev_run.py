@@ -44,6 +44,7 @@ def test_all_that_a_run_does_is_done_once_beside_it(
     assert set(tmp_path.iterdir()) == {output, own}
     models = {f"{model}/{file}" for model in ("model", "model_last") for file in ("config.json", "model.safetensors")}
     others = {"checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "curves.png", "predictions.png"}
+    others |= {"priors.jsonl", "priors.png"}
     assert {name for name in contents(own) if not name.startswith(("tensorboard", "pictures"))} == models | others
     assert len(list((own / "tensorboard").iterdir())) == 1
     assert len(list((own / "pictures").iterdir())) == 2

@@ -83,6 +83,7 @@ def contents(folder: Path) -> dict[str, Any]:
     flatten([without_times(line) for line in read_metrics(folder / "metrics.jsonl")], "metrics")
     flatten(board(folder), "board")
     for file in (
+        "priors.jsonl",
         "model/model.safetensors",
         "model/config.json",
         "model_last/model.safetensors",
