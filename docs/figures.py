@@ -1,6 +1,7 @@
 """Rebuild the pictures and tables of docs/ from the metrics kept in docs/results/ (`make figures`).
 
 docs/results/NAME-SEED.jsonl is the metrics.jsonl of one run; docs/convergence.md has the command of each.
+docs/results/priors.jsonl is the priors.jsonl of a run whose command is in docs/method.md §3.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import matplotlib
 import numpy as np
 import starts
 
+from smca.datasets import SyntheticShapes
 from smca.gpu.pictures.drawing import compare_curves
+from smca.gpu.pictures.priors import draw_priors
 from smca.gpu.training.log import read_metrics
+from smca.gpu.training.priors import read_priors
 from smca.reference.attention import gaussian_weight_map
 
 matplotlib.use("Agg")
@@ -103,6 +107,16 @@ def draw_prior(path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_trained_priors(path: Path) -> None:
+    """The Gaussians of docs/results/priors.jsonl on their held-out image of the built-in data."""
+    lines = read_priors(RESULTS)
+    data = SyntheticShapes(60, 1, image_size=128)
+    shown = next(
+        sample for sample in map(data.__getitem__, range(60)) if sample.image_id == lines[-1]["map"]["image_id"]
+    )
+    draw_priors(lines, shown.image, shown.boxes_xyxy, path)
+
+
 def draw_by_minute(runs: Runs, path: Path, title: str) -> None:
     """AP by minutes of training, without the evaluations: one line per run."""
     figure, axis = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
@@ -151,6 +165,7 @@ def draw_starts(path: Path) -> None:
 def main() -> None:
     """Write every picture; print every table."""
     draw_prior(DOCS / "prior.png")
+    draw_trained_priors(DOCS / "priors.png")
     demo = runs_of("demo")
     comparisons = {
         "demo": ("Built-in data, 4 epochs of 250 steps", demo),
