@@ -43,8 +43,8 @@ def draw_priors(
     """Write the picture as PNG.
 
     Args:
-        lines: of priors.jsonl, one for each evaluation, in order; ``smca.gpu.training.priors.measure`` says what they have. The
-            last one has a map. Of several of one epoch the last counts.
+        lines: of priors.jsonl, one for each evaluation, in order; ``smca.gpu.model.prior_statistics.measure`` says what they
+            have. The last one has a map. Of several of one epoch the last counts.
         image: [H, W, 3] RGB, that of the maps.
         boxes_xyxy: [T, 4] its objects, in its pixels.
         file: where to.

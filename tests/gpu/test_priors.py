@@ -22,9 +22,10 @@ from smca.datasets import SyntheticShapes
 from smca.gpu import train
 from smca.gpu.model import SMCADETR
 from smca.gpu.model.explanation import Explanation
+from smca.gpu.model.prior_statistics import measure
 from smca.gpu.pictures.priors import draw_priors
 from smca.gpu.training import priors
-from smca.gpu.training.priors import PRIORS_FILE, PRIORS_PICTURE, measure, read_priors
+from smca.gpu.training.priors import PRIORS_FILE, PRIORS_PICTURE, read_priors
 from smca.gpu.training.resume import clear
 from tiny_run import tiny
 
