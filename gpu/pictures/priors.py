@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from smca.datasets.batch import FloatArray, UInt8Array
-from smca.gpu.pictures.run import DRAW_THRESHOLD
+from smca.gpu.model import DRAW_THRESHOLD
 
 COLUMNS = 5
 """Evaluations whose queries are drawn one by one, at most."""
