@@ -19,8 +19,8 @@ def ious(a_xyxy: FloatArray, b_xyxy: FloatArray) -> FloatArray:
 def coverage(
     centers_xy: FloatArray, sigmas_xy: FloatArray, level_weights: FloatArray, box_xyxy: FloatArray
 ) -> FloatArray:
-    """What Gaussians, whose highest value is 1, are worth in the middle of a box: at the nearest point of its inner half, so that
-    one that lies there covers it however narrow it is. Of each query it is that of its best head, levels weighed.
+    """What Gaussians, whose highest value is 1, are worth in the middle of a box: at the nearest point of the box of a quarter
+    its sides, so that one that lies there covers it however narrow it is. Of each query it is that of its best head, levels weighed.
 
     Args:
         centers_xy, sigmas_xy: [..., h, J, 2]; level_weights: [..., J]; box_xyxy: [4], all in one unit.
@@ -28,8 +28,8 @@ def coverage(
     Returns:
         [...] in 0–1; a flat prior (σ = ∞) is worth 1 everywhere.
     """
-    quarter = (box_xyxy[2:] - box_xyxy[:2]) / 4
-    low, high = box_xyxy[:2] + quarter, box_xyxy[2:] - quarter
+    middle, side = (box_xyxy[:2] + box_xyxy[2:]) / 2, box_xyxy[2:] - box_xyxy[:2]
+    low, high = middle - side / 8, middle + side / 8
     away = np.maximum(low - centers_xy, centers_xy - high).clip(0) / sigmas_xy
     values = np.exp(-np.square(away).sum(axis=-1) / 2).max(axis=-2)  # [..., J]
     weighed: FloatArray = (values * level_weights).sum(axis=-1)

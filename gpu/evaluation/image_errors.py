@@ -25,13 +25,13 @@ from smca.gpu.model.intervention import Change
 
 TOUCHING = 0.1
 """Least overlap of a loose box with its object, as in TIDE (Bolya et al., ECCV 2020)."""
-COVERED = 0.4
+COVERED = 0.3
 """Least value in the middle of an object (``coverage``) of Gaussians that look at it. The first layer's decide: later ones follow
 what those saw."""
 USUAL_WIDTHS = (0.03, 0.6)
 """Standard deviations of Gaussians, as a fraction of their object's side, that are neither too narrow nor too wide. Models that
 train well have about 0.1."""
-WIDTHS = {"narrow": (4.0, 8.0), "wide": (1 / 4, 1 / 8)}
+WIDTHS = {"narrow": (4.0, 8.0, 16.0), "wide": (1 / 4, 1 / 8, 1 / 16)}
 """How many times as wide Gaussians that are too narrow or too wide are tried."""
 UNREAD = 0.02
 """Largest weight of a level that a query does not read."""

@@ -297,11 +297,11 @@ def test_a_cause_costs_what_ap_gains_without_it() -> None:
 def test_gaussians_cover_the_middle_of_a_box() -> None:
     centers, sigmas = np.array([[[10.0, 20.0]] * 2] * 2), np.array([[[2.0, 3.0]] * 2] * 2)  # [h, J, 2]
     alike = np.array([0.5, 0.5])
-    for box in ([8.0, 17.0, 12.0, 23.0], [9.5, 19.9, 10.5, 20.1], [8.0, 18.0, 12.0, 22.0]):
+    for box in ([8.0, 17.0, 12.0, 23.0], [9.5, 19.9, 10.5, 20.1], [9.0, 19.0, 13.0, 23.0]):
         assert coverage(centers, sigmas, alike, np.array(box)) == pytest.approx(1), box
-    beyond = np.array([11.0, 18.0, 15.0, 22.0])  # its inner half begins at x = 12, 1σ away
+    beyond = np.array([10.5, 18.0, 14.5, 22.0])  # a quarter of it begins at x = 12, 1σ away
     assert coverage(centers, sigmas, alike, beyond) == pytest.approx(np.exp(-0.5))
-    above = np.array([9.0, 10.0, 11.0, 18.0])  # and ends at y = 16, 4/3 σ away
+    above = np.array([9.0, 11.0, 11.0, 19.0])  # and ends at y = 16, 4/3 σ away
     assert coverage(centers, sigmas, alike, above) == pytest.approx(np.exp(-16 / 18))
     centers[0] += 1000  # the best head counts
     assert coverage(centers, sigmas, alike, above) == pytest.approx(np.exp(-16 / 18))
