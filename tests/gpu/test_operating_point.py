@@ -94,9 +94,9 @@ def test_detections_of_one_score_are_kept_together() -> None:
 
 def test_the_threshold_where_nothing_or_next_to_nothing_is_between() -> None:
     assert best_of_cats(TWO_CATS, cats((0.5, A))).threshold == 0.25, "nothing is below: midway to 0"
-    next_below = math.nextafter(0.5, 0)
-    point = best_of_cats(truth((1, CAT, A)), cats((0.5, A), (next_below, C)))
-    assert next_below < point.threshold <= 0.5
+    next_above = math.nextafter(0.5, 1)
+    assert (0.5 + next_above) / 2 == 0.5, "rounded to the lower one"
+    assert best_of_cats(truth((1, CAT, A)), cats((next_above, A), (0.5, C))).threshold == next_above
     assert best_of_cats(truth((1, CAT, A)), cats((0.0, A))).threshold == 0.0
 
 
@@ -114,11 +114,12 @@ def test_a_class_without_a_threshold() -> None:
 def test_detections_on_crowds_and_beyond_a_hundred_do_not_count() -> None:
     on_crowd = detection(1, CAT, (320.0, 220.0, 40.0, 40.0), 0.95)
     crowd = truth((1, CAT, A), crowds=((1, CAT, B),))
-    assert best_of_cats(crowd, [on_crowd, *cats((0.9, A))]).precision == 1.0
+    assert best_of_cats(crowd, [on_crowd, *cats((0.9, A))]) == OperatingPoint(0.45, 1.0, 1.0, 1.0)
     assert best_of_cats(truth((1, CAT, A)), [on_crowd, *cats((0.9, A))]).precision == 0.5
     late = cats(*((0.5 + i / 1000, C) for i in range(100)), (0.4, A))
     assert operating_points(truth((1, CAT, A)), late)[CAT] is None, "COCO counts a hundred per image and class"
-    assert best_of_cats(truth((1, CAT, A)), late[1:]).precision == 0.01
+    point = best_of_cats(truth((1, CAT, A)), [*late[1:], detection(1, CAT, C, 0.3)])
+    assert (point.threshold, point.precision) == (0.2, 0.01), "the one of 0.3 does not count"
 
 
 def test_thresholds_are_in_the_models_order() -> None:
