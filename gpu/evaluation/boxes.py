@@ -20,7 +20,7 @@ def coverage(
     centers_xy: FloatArray, sigmas_xy: FloatArray, level_weights: FloatArray, box_xyxy: FloatArray
 ) -> FloatArray:
     """What Gaussians, whose highest value is 1, are worth in the middle of a box: at the nearest point of the box of a quarter
-    its sides, so that one that lies there covers it however narrow it is. Of each query it is that of its best head, levels weighed.
+    its sides, so that one that lies there covers it however narrow it is. Of each query the best head counts, levels weighed.
 
     Args:
         centers_xy, sigmas_xy: [..., h, J, 2]; level_weights: [..., J]; box_xyxy: [4], all in one unit.

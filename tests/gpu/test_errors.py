@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from explained_photo import PHOTO, model
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+from smca.datasets import Category, DetectionDataset, Sample
 from smca.gpu.evaluation import evaluate_detections
 from smca.gpu.evaluation.boxes import coverage, ious
-from smca.gpu.evaluation.errors import without
-from smca.gpu.evaluation.image_errors import MISSED, Error, Found, ImageErrors, Objects
+from smca.gpu.evaluation.errors import find_errors, without
+from smca.gpu.evaluation.image_errors import FALSE, MISSED, Error, Found, ImageErrors, Objects
 from smca.gpu.model.encoded import EncodedImage
 from smca.gpu.model.explanation import Explanation
 from smca.gpu.model.intervention import Change
+from smca.gpu.pictures.errors import draw_errors
 
 OBJECT = (40.0, 40.0, 60.0, 60.0)
 """A missed object of class 0 in an image of 100 × 100 pixels."""
@@ -217,9 +224,6 @@ def test_an_unlabelled_object_is_what_several_queries_see_over_several_layers() 
 
 def test_matching_is_cocos() -> None:
     """On random boxes of one class, what is found and what is false are pycocotools' matches."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
     rng = np.random.default_rng(0)
     for _ in range(20):
         corners = np.concatenate([xy := rng.integers(0, 40, (12, 2)), xy + rng.integers(8, 30, (12, 2))], 1).astype(
@@ -297,7 +301,7 @@ def test_a_cause_costs_what_ap_gains_without_it() -> None:
 def test_gaussians_cover_the_middle_of_a_box() -> None:
     centers, sigmas = np.array([[[10.0, 20.0]] * 2] * 2), np.array([[[2.0, 3.0]] * 2] * 2)  # [h, J, 2]
     alike = np.array([0.5, 0.5])
-    for box in ([8.0, 17.0, 12.0, 23.0], [9.5, 19.9, 10.5, 20.1], [9.0, 19.0, 13.0, 23.0]):
+    for box in ([8.0, 17.0, 12.0, 23.0], [9.5, 19.9, 10.5, 20.1], [8.25, 18.25, 12.25, 22.25]):
         assert coverage(centers, sigmas, alike, np.array(box)) == pytest.approx(1), box
     beyond = np.array([10.5, 18.0, 14.5, 22.0])  # a quarter of it begins at x = 12, 1σ away
     assert coverage(centers, sigmas, alike, beyond) == pytest.approx(np.exp(-0.5))
@@ -315,3 +319,68 @@ def test_ious() -> None:
     assert ious(np.array([[0.0, 0, 2, 2]]), np.array([[1.0, 0, 3, 2], [5, 5, 5, 5]])).tolist() == [
         [pytest.approx(1 / 3), 0]
     ]
+
+
+class Photographs(DetectionDataset):
+    """Two photographs with six objects of a class that is never found, and one of another."""
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        return (Category(3, "a"), Category(5, "日本 $x$"), Category(9, "c"))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Sample:
+        boxes = np.array([[5.0, 5, 30, 30], [30, 10, 70, 45], [2, 20, 20, 49], [40, 0, 60, 20]])
+        labels = np.array([0, 1, 1, 1] if index == 0 else [1, 1, 1, 0])
+        return Sample(PHOTO, boxes, labels, image_id=11 + index, original_size=PHOTO.shape[:2])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strides": (4, 8), "num_classes": 3},
+        {
+            "query_init": "anchors",
+            "box_refinement": True,
+            "prior_unit": "box",
+            "num_classes": 3,
+            "class_scores": "softmax",
+        },
+        {"cross_attention": "dense", "num_classes": 3},
+    ],
+    ids=["published", "boxes", "DETR"],
+)
+def test_every_error_has_a_cause(changes: dict[str, Any], tmp_path: Path) -> None:
+    made, _ = model(changes)
+    made.config = replace(made.config, class_names=("a", "日本 $x$", "c"), category_ids=(3, 5, 9))
+    data = Photographs()
+    scores = made.predict([PHOTO], max_detections=4)[0].scores
+    report = find_errors(made, data, [float(scores[-1]), 1.0, 0.9])
+    missed, false = ([e for e in report.errors if e.kind == kind] for kind in ("missed", "false"))
+    assert report.objects == 8 == report.found + len(missed)
+    assert {e.cause for e in missed} <= MISSED.keys()
+    assert {e.cause for e in false} <= FALSE.keys()
+    assert {e.cause for e in missed if e.label == 1} <= {"silent", "unknown"}, "a class of which nothing is found"
+    assert sum(e.label == 1 for e in missed) == 6
+    assert {e.image_id for e in report.errors} == {11, 12}
+    assert report.indices == {11: 0, 12: 1}
+    truth = data.ground_truth()
+    for error in missed:
+        assert error.annotation is not None
+        annotation = truth["annotations"][error.annotation]
+        assert (annotation["image_id"], annotation["category_id"]) == (
+            error.image_id,
+            made.config.category_ids[error.label],
+        )
+        assert np.allclose(xywh(error.box_xyxy), annotation["bbox"])
+    assert report.costs.keys() == {(e.kind, e.cause) for e in report.errors}
+    written = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert len(written["errors"]) == len(report.errors)
+    for kind, cause in report.costs:
+        assert (MISSED if kind == "missed" else FALSE)[cause] in report.table()
+    sheets = draw_errors(
+        report.errors, lambda image_id: data[report.indices[image_id]].image, made.config.names, tmp_path
+    )
+    assert sorted(path.name for path in sheets) == sorted(f"{kind}-{cause}.png" for kind, cause in report.costs)

@@ -19,6 +19,7 @@ from smca.gpu.config import ModelConfig
 from smca.gpu.evaluation.operating_point import operating_points
 from smca.gpu.files import write_thresholds
 from smca.gpu.model import DRAW_THRESHOLD, SMCADETR, draw_thresholds
+from smca.gpu.model.encoded import EncodedImage
 from smca.gpu.pictures import run as run_pictures
 from smca.gpu.training.setup import set_up
 from tiny_run import tiny
@@ -149,13 +150,13 @@ def test_evaluate_saves_thresholds_only_when_asked(
     before = {path: path.read_bytes() for path in model.iterdir()}
     evaluate.main([str(model), *DATA, "--errors", str(tmp_path / "new" / "errors")])
     assert {path: path.read_bytes() for path in model.iterdir()} == before
-    assert {path.name for path in (tmp_path / "new/errors").iterdir()} == {
-        "errors.json",
-        "precision_recall.png",
-        "confusion.png",
-    }
+    written = {path.name for path in (tmp_path / "new/errors").iterdir()}
+    assert {"errors.json", "precision_recall.png", "confusion.png"} <= written
     errors = json.loads((tmp_path / "new/errors/errors.json").read_text())
-    assert errors.keys() == {"thresholds", "precision_recall", "confusion"}
+    assert errors.keys() == {"thresholds", "precision_recall", "confusion", "causes"}
+    sheets = {f"{error['kind']}-{error['cause']}.png" for error in errors["causes"]["errors"]}
+    assert sheets
+    assert written == {"errors.json", "precision_recall.png", "confusion.png", *sheets}
     said = capsys.readouterr().out
     assert "at the score of best F1, IoU 0.50:" in said
     assert f"errors written to {tmp_path / 'new/errors'}/" in said
@@ -230,17 +231,17 @@ def test_explain_shows_from_the_models_thresholds(model: Path, tmp_path: Path, m
         explain.main([str(model), str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), *options])
         return pages[-1]
 
-    whole = SMCADETR.explain
+    whole = EncodedImage.explain
     scores, labels = np.linspace(0.9, 0.2, 8)[[3, 0, 7, 5, 1, 6, 2, 4]], np.array([0, 1, 2, 3, 1, 0, 4, 2])
 
-    def with_scores(self: SMCADETR, *args: Any, **options: Any) -> Any:
+    def with_scores(self: EncodedImage, *args: Any, **options: Any) -> Any:
         """In place of a model that is hardly trained and calls everything by one name."""
         found = whole(self, *args, **options)
         if not options.get("maps", True):
             found.scores[-1] = np.where(labels[:, None] == range(5), scores[:, None], 0.0)
         return found
 
-    monkeypatch.setattr(SMCADETR, "explain", with_scores)
+    monkeypatch.setattr(EncodedImage, "explain", with_scores)
     order, best = [int(n) for n in (-scores).argsort()], labels[scores.argmax()]
     write_thresholds(model, tuple(1.0 if label == best else 0.0 for label in range(5)))
     others = [n for n in order if labels[n] != best]
