@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,23 +33,25 @@ USUAL_WIDTHS = (0.03, 0.6)
 train well have about 0.1."""
 WIDTHS = {"narrow": (4.0, 8.0, 16.0), "wide": (1 / 4, 1 / 8, 1 / 16)}
 """How many times as wide Gaussians that are too narrow or too wide are tried."""
+_FLAT = 1e9
+"""Standard deviation in pixels that stands for that of a flat Gaussian."""
 UNREAD = 0.02
 """Largest weight of a level that a query does not read."""
 
 MISSED = {
-    "uncovered": "no query looked there",
     "width": "Gaussians far too narrow or too wide",
+    "uncovered": "no query looked there",
     "level": "the level that shows it is not read",
-    "silent": "boxed, but its class is never given",
-    "unknown": "nothing in the model knows its class",
     "class": "found under another class",
     "loose": "found with a loose box",
     "lost": "found by an earlier layer, then lost",
     "score": "boxed, but scored too low",
     "unboxed": "looked at, but not boxed",
+    "silent": "boxed, but its class is never given",
+    "unknown": "nothing in the model knows its class",
     "flat": "its annotated box has no area",
 }
-"""Why an object is missed, in the order in which it is asked."""
+"""Why an object is missed, in the order in which it is asked; "silent" and "unknown" of a class as a whole, by ``find_errors``."""
 FALSE = {
     "class": "on an object of another class",
     "loose": "a loose box on an object",
@@ -112,12 +114,9 @@ class Found:
     boxes_xyxy: FloatArray
     queries: npt.NDArray[np.int64]
 
-    def __getitem__(self, keep: npt.NDArray[Any]) -> Found:
-        return Found(self.scores[keep], self.labels[keep], self.boxes_xyxy[keep], self.queries[keep])
-
 
 class ImageErrors:
-    """The errors of one image."""
+    """The errors of one image, and the questions that find their causes."""
 
     def __init__(
         self, image_id: int, encoded: EncodedImage, objects: Objects, found: Found, thresholds: FloatArray
@@ -202,7 +201,7 @@ class ImageErrors:
     def _causes(self, t: int, query: int, corrected: Error | None) -> Iterator[tuple[str, str, int]]:
         """The causes that hold, the one that explains most first: cause, evidence, query."""
         label, box, why = int(self.objects.labels[t]), self.objects.boxes_xyxy[t], self.why
-        placed = self._ask([self.encoded.placed(_circle(box, why.image_size))], t) if self._can_place else []
+        placed = self._ask([self.encoded.placed(_circle(box, why.image_size))], t) if self.encoded.can_place else []
         seen = f"a query placed on it {self._says(placed[0], label)}" if placed else "its queries cannot be placed"
         if why.centers_xy is not None and why.sigmas_xy is not None:
             yield from self._widths(t, query)
@@ -232,15 +231,13 @@ class ImageErrors:
             yield "score", f"{scored}; without the other queries it {self._says(alone, label)}", query
         yield "unboxed", f"its best box overlaps it by {self.overlaps[-1, query, t]:.2f}; {seen}", query
 
-    @property
-    def _can_place(self) -> bool:
-        return self.encoded.can_place
-
     def _widths(self, t: int, query: int) -> Iterator[tuple[str, str, int]]:
         assert self.why.sigmas_xy is not None
         label, box = int(self.objects.labels[t]), self.objects.boxes_xyxy[t]
         sigmas, weights = self.why.sigmas_xy[-1, query], self.why.level_weights[-1, query]  # [h, J, 2], [J]
-        share = float(np.exp(np.log(sigmas).mean(axis=(0, 2)) @ weights) / np.sqrt((box[2:] - box[:2]).prod()))
+        share = float(
+            np.exp(np.log(np.minimum(sigmas, _FLAT)).mean(axis=(0, 2)) @ weights) / np.sqrt((box[2:] - box[:2]).prod())
+        )
         least, most = USUAL_WIDTHS
         if least <= share <= most:
             return
@@ -331,9 +328,8 @@ class ImageErrors:
         if len(t := np.flatnonzero(~missed & (overlaps >= TOUCHING))):
             best = int(t[overlaps[t].argmax()])
             finder = int(self.found.queries[self.owner[best]])
-            ((_, moved),) = self._answers([Change(query, without=(finder,))])
-            moved = moved[query]
-            fits = float(ious(moved[None], self.objects.boxes_xyxy[best][None])[0, 0])
+            ((_, boxes),) = self._answers([Change(query, without=(finder,))])
+            fits = float(ious(boxes[query][None], self.objects.boxes_xyxy[best][None])[0, 0])
             if finder != query and fits >= IOU:
                 told = f"without query {finder}, which found it, this one does (overlap {fits:.2f})"
                 return about("duplicate", best, told)
@@ -347,15 +343,16 @@ class ImageErrors:
         sure = near & (self.why.scores[..., label] >= self.thresholds[label])
         layers = int(sure[:, query].sum())
         others = set(np.flatnonzero(sure.any(axis=0)).tolist()) - {query}
-        for n in np.flatnonzero(near[-1]).tolist():
-            if n != query and n not in others:
-                ((scores, moved),) = self._answers([Change(n, without=(query,))])
-                scores, moved = scores[n], moved[n]
-                if scores[label] >= self.thresholds[label] and ious(moved[None], box[None])[0, 0] >= IOU:
-                    others.add(n)
+        asked = [n for n in np.flatnonzero(near[-1]).tolist() if n != query and n not in others]
+        answers = self._answers([Change(n, without=(query,)) for n in asked]) if asked else []
+        for n, (scores, boxes) in zip(asked, answers, strict=True):
+            if scores[n, label] >= self.thresholds[label] and ious(boxes[n][None], box[None])[0, 0] >= IOU:
+                others.add(n)
         told = (
             f"it overlaps no object by more than {overlaps.max(initial=0):.2f}; {layers} of {len(near)} layers score it above the "
-            f"threshold, and so do {len(others)} other queries" + (" if it is not there" if others else "")
+            f"threshold, and so {'does 1 other query' if len(others) == 1 else f'do {len(others)} other queries'}"
+            + " if it is not there"
+            * bool(others)
         )
         agreed = layers >= min(2, len(near)) and len(others) >= 1
         return replace(error, cause="unlabelled" if agreed else "background", evidence=told)
