@@ -140,10 +140,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{what}\n{report.table()}", end="\n\n", flush=True)
         made = [e for n, e in missed(report).items() if n not in before and (spoil is not None or e.label == UNKNOWN)]
         named = Counter(error.cause for error in made)
+        share = named[cause] / max(1, len(made))
         others = ", ".join(f"{number} {MISSED[other]}" for other, number in named.most_common() if other != cause)
         part = sum(error.cause == cause for error in before.values()) / max(1, len(before))
         lines.append(
-            f"| {what} | {len(made)} | {MISSED[cause]} | {named[cause] / max(1, len(made)):.0%}{f' ({others})' * bool(others)} "
+            f"| {what} | {len(made)} | {MISSED[cause]} | {share:.1%}{f' ({others})' * bool(others)} "
             f"| {part:.1%} of {len(before)} |"
         )
     print("\n".join(lines))

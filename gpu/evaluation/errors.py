@@ -18,17 +18,16 @@ import numpy as np
 
 from smca.datasets import DetectionDataset
 from smca.datasets.batch import CocoDict
+from smca.gpu.config import ModelConfig
 from smca.gpu.evaluation.coco import CocoMetrics, evaluate_detections
 from smca.gpu.evaluation.detect import coco_results
 from smca.gpu.evaluation.image_errors import CAUSES, CORRECTED, Error, Found, ImageErrors, Objects
-from smca.gpu.evaluation.operating_point import IOU
 from smca.gpu.model import SMCADETR, decode
 from smca.gpu.model.encoded import EncodedImage
+from smca.gpu.model.layers import CLASS_PRIOR
 
 AT_LEAST = 5
 """Objects of a class of which none is found, from which on the class as a whole is in question."""
-BOXED = 0.7
-"""Of them, the least part whose boxes fit, if it is the class output that fails."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def find_errors(
     objects = _objects(truth, ids)
     results: list[dict[str, Any]] = []
     errors: list[Error] = []
-    classes = _Classes(len(ids))
+    classes = _Classes(model.config)
     found, indices = 0, {}
     for index in track(range(len(data))):
         sample = data[index]
@@ -131,26 +130,32 @@ def find_errors(
 class _Classes:
     """What becomes of the objects of each class, over all images."""
 
-    def __init__(self, classes: int) -> None:
-        self.objects, self.found, self.boxed = (np.zeros(classes, dtype=np.int64) for _ in range(3))
+    def __init__(self, config: ModelConfig) -> None:
+        self.start = CLASS_PRIOR if config.class_scores == "sigmoid" else 1 / config.class_outputs
+        self.found: Counter[int] = Counter()
+        self.scores: dict[int, list[float]] = defaultdict(list)
 
     def add(self, image: ImageErrors) -> None:
+        """With what the best box on each object scores for its class."""
         for t, label in enumerate(image.objects.labels.tolist()):
-            self.objects[label] += 1
             self.found[label] += t in image.owner
-            self.boxed[label] += bool((image.overlaps[-1, :, t] >= IOU).any())
+            self.scores[label].append(float(image.why.scores[-1, image.overlaps[-1, :, t].argmax(), label]))
 
     def corrected(self, error: Error) -> Error:
-        """With the cause that a class as a whole has, if none of its objects is found."""
-        label = error.label
-        number = int(self.objects[label])
+        """With the cause that a class as a whole has, if none of its objects is found.
+
+        Every class starts from one score. Objects with labels raise it where they are; background, and objects without labels,
+        lower it; and what is not trained stays.
+        """
+        number, label = len(self.scores[error.label]), error.label
         if error.kind == "false" or error.cause == "flat" or number < AT_LEAST or self.found[label]:
             return error
+        usual = float(np.median(self.scores[label]))
         told = (
-            f"none of {number} objects of the class is found, {self.boxed[label]} are boxed; this one: {error.evidence}"
+            f"none of {number} objects of the class is found, and on them it scores {usual:.3f} (before training "
+            f"{self.start:.3f}); this one: {error.evidence}"
         )
-        cause = "silent" if self.boxed[label] >= BOXED * number else "unknown"
-        return replace(error, cause=cause, evidence=told)
+        return replace(error, cause="unknown" if usual < self.start else "silent", evidence=told)
 
 
 def _objects(truth: CocoDict, ids: Sequence[int]) -> Callable[[int], Objects]:

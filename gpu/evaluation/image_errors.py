@@ -25,7 +25,7 @@ from smca.gpu.model.intervention import Change
 
 TOUCHING = 0.1
 """Least overlap of a loose box with its object, as in TIDE (Bolya et al., ECCV 2020)."""
-COVERED = 0.3
+COVERED = 0.4
 """Least value in the middle of an object (``coverage``) of Gaussians that look at it. The first layer's decide: later ones follow
 what those saw."""
 USUAL_WIDTHS = (0.03, 0.6)
@@ -47,8 +47,8 @@ MISSED = {
     "lost": "found by an earlier layer, then lost",
     "score": "boxed, but scored too low",
     "unboxed": "looked at, but not boxed",
-    "silent": "boxed, but its class is never given",
-    "unknown": "nothing in the model knows its class",
+    "silent": "its class output is as before training",
+    "unknown": "its class was learned as background",
     "flat": "its annotated box has no area",
 }
 """Why an object is missed, in the order in which it is asked; "silent" and "unknown" of a class as a whole, by ``find_errors``."""

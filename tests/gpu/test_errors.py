@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from smca.datasets import Category, DetectionDataset, Sample
 from smca.gpu.evaluation import evaluate_detections
 from smca.gpu.evaluation.boxes import coverage, ious
-from smca.gpu.evaluation.errors import find_errors, without
+from smca.gpu.evaluation.errors import _Classes, find_errors, without
 from smca.gpu.evaluation.image_errors import FALSE, MISSED, Error, Found, ImageErrors, Objects
 from smca.gpu.model.encoded import EncodedImage
 from smca.gpu.model.explanation import Explanation
@@ -95,11 +95,16 @@ class Photograph:
         return SimpleNamespace(scores=scores, boxes_xyxy=boxes)
 
 
-def errors_of(
+def errors_of(*of: Any) -> list[Error]:
+    """Those of ``image_of``."""
+    return image_of(*of).errors()
+
+
+def image_of(
     photograph: Photograph,
     objects: Sequence[tuple[tuple[float, ...], int]] = ((OBJECT, 0),),
     crowds: Sequence[tuple[float, ...]] = (),
-) -> list[Error]:
+) -> ImageErrors:
     """With thresholds of 0.5, all pairs of query and class being detections."""
     why = photograph.explain(queries=None, maps=False)
     scores, boxes = why.scores[-1], why.boxes_xyxy[-1]
@@ -113,7 +118,7 @@ def errors_of(
         np.array(crowds).reshape(-1, 4),
         np.zeros(len(crowds), dtype=np.int64),
     )
-    return ImageErrors(3, cast(EncodedImage, photograph), truth, found, np.array([0.5, 0.5])).errors()
+    return ImageErrors(3, cast(EncodedImage, photograph), truth, found, np.array([0.5, 0.5]))
 
 
 def only(errors: list[Error]) -> Error:
@@ -220,7 +225,9 @@ def test_an_unlabelled_object_is_what_several_queries_see_over_several_layers() 
     late = Query((AWAY, AWAY), (LOW, SURE))
     for nobody_else in (Photograph([found, steady, second]), Photograph([found, steady])):
         assert only(errors_of(nobody_else)).cause == "background"
-    assert only(errors_of(replace(agree, queries=[found, late, second]))).cause == "background", "one layer is not several"
+    assert only(errors_of(replace(agree, queries=[found, late, second]))).cause == "background", (
+        "one layer is not several"
+    )
 
 
 def test_matching_is_cocos() -> None:
@@ -320,6 +327,35 @@ def test_ious() -> None:
     assert ious(np.array([[0.0, 0, 2, 2]]), np.array([[1.0, 0, 3, 2], [5, 5, 5, 5]])).tolist() == [
         [pytest.approx(1 / 3), 0]
     ]
+
+
+@pytest.mark.parametrize(
+    ("score", "objects", "found", "kind", "cause"),
+    [
+        (0.02, 5, False, "sigmoid", "silent"),
+        (0.003, 5, False, "sigmoid", "unknown"),
+        (0.02, 5, False, "softmax", "unknown"),  # of two classes and none, each starts from a third
+        (0.4, 5, False, "softmax", "silent"),
+        (0.003, 4, False, "sigmoid", "score"),
+        (0.003, 5, True, "sigmoid", "score"),
+    ],
+)
+def test_a_class_as_a_whole(score: float, objects: int, found: bool, kind: Any, cause: str) -> None:
+    """None of its objects is found: then its scores tell an output that was not trained from one that was trained to say no."""
+    made, _ = model({"num_classes": 2})
+    classes = _Classes(replace(made.config, class_scores=kind))
+    error = only(errors_of(Photograph([Query(scores=(LOW, (score, 0.0)))])))
+    assert error.cause == "score"
+    for number in range(objects):
+        scores = SURE if found and number == 0 else (score, 0.0)
+        classes.add(image_of(Photograph([Query(scores=(LOW, scores))])))
+    got = classes.corrected(error)
+    assert got.cause == cause
+    if cause != "score":
+        assert got.evidence.startswith(
+            f"none of {objects} objects of the class is found, and on them it scores {score:.3f} ("
+        )
+        assert got.evidence.endswith(f"; this one: {error.evidence}")
 
 
 class Photographs(DetectionDataset):
