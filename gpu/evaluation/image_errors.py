@@ -38,10 +38,17 @@ _FLAT = 1e9
 UNREAD = 0.02
 """Largest weight of a level that a query does not read."""
 
+SEVERAL = 2
+"""Layers in which a query must see an object where none is labelled, and queries besides its own."""
+WITNESSES = 3
+"""Queries that are asked."""
+ALONE = 0.7
+"""Of the threshold, what they must score: a query that looks alone scores less than it would among others."""
+
 MISSED = {
     "width": "Gaussians far too narrow or too wide",
-    "uncovered": "no query looked there",
     "level": "the level that shows it is not read",
+    "uncovered": "no query looked there",
     "class": "found under another class",
     "loose": "found with a loose box",
     "lost": "found by an earlier layer, then lost",
@@ -203,13 +210,13 @@ class ImageErrors:
         label, box, why = int(self.objects.labels[t]), self.objects.boxes_xyxy[t], self.why
         placed = self._ask([self.encoded.placed(_circle(box, why.image_size))], t) if self.encoded.can_place else []
         seen = f"a query placed on it {self._says(placed[0], label)}" if placed else "its queries cannot be placed"
+        yield from self._widths(t, query)
+        yield from self._levels(t, query)
         if why.centers_xy is not None and why.sigmas_xy is not None:
-            yield from self._widths(t, query)
             worth = coverage(why.centers_xy[0], why.sigmas_xy[0], why.level_weights[0], box)  # [N]
             if worth.max() < COVERED:
                 told = f"in the first layer no query's Gaussians are worth more than {worth.max():.2f} in its middle"
                 yield "uncovered", f"{told}; {seen}", int(worth.argmax())
-        yield from self._levels(t, query)
         if corrected is not None:
             assert corrected.query is not None
             yield corrected.cause, corrected.evidence, corrected.query
@@ -232,7 +239,8 @@ class ImageErrors:
         yield "unboxed", f"its best box overlaps it by {self.overlaps[-1, query, t]:.2f}; {seen}", query
 
     def _widths(self, t: int, query: int) -> Iterator[tuple[str, str, int]]:
-        assert self.why.sigmas_xy is not None
+        if self.why.sigmas_xy is None:
+            return
         label, box = int(self.objects.labels[t]), self.objects.boxes_xyxy[t]
         sigmas, weights = self.why.sigmas_xy[-1, query], self.why.level_weights[-1, query]  # [h, J, 2], [J]
         share = float(
@@ -336,26 +344,39 @@ class ImageErrors:
         return self._on_nothing(error, overlaps)
 
     def _on_nothing(self, error: Error, overlaps: FloatArray) -> Error:
-        """Background, unless several queries see an object there over several layers."""
+        """Background, unless the box touches no object and several queries see one there over several layers: this one, and others
+        that are placed there, each alone."""
         query, label, box = error.query, error.label, np.array(error.box_xyxy)
         assert query is not None
-        near = ious(self.why.boxes_xyxy, box[None])[..., 0] >= IOU  # [M, N]
-        sure = near & (self.why.scores[..., label] >= self.thresholds[label])
-        layers = int(sure[:, query].sum())
-        others = set(np.flatnonzero(sure.any(axis=0)).tolist()) - {query}
-        asked = [n for n in np.flatnonzero(near[-1]).tolist() if n != query and n not in others]
-        answers = self._answers([Change(n, without=(query,)) for n in asked]) if asked else []
-        for n, (scores, boxes) in zip(asked, answers, strict=True):
-            if scores[n, label] >= self.thresholds[label] and ious(boxes[n][None], box[None])[0, 0] >= IOU:
-                others.add(n)
+        layers, touches = len(self.why.scores), float(overlaps.max(initial=0))
+        several = min(SEVERAL, layers)
+
+        def agreeing(scores: FloatArray, boxes_xyxy: FloatArray, least: float) -> int:
+            """In how many layers a query, [M, K] and [M, 4], sees the object; 0 if not in the last."""
+            sees = (scores[:, label] >= least) & (ious(boxes_xyxy, box[None])[:, 0] >= IOU)
+            return int(sees.sum()) if sees[-1] else 0
+
+        threshold = float(self.thresholds[label])
+        own = agreeing(self.why.scores[:, query], self.why.boxes_xyxy[:, query], threshold)
         told = (
-            f"it overlaps no object by more than {overlaps.max(initial=0):.2f}; {layers} of {len(near)} layers score it above the "
-            f"threshold, and so {'does 1 other query' if len(others) == 1 else f'do {len(others)} other queries'}"
-            + " if it is not there"
-            * bool(others)
+            f"it overlaps no object by more than {touches:.2f}; {own} of {layers} layers score it above the threshold"
         )
-        agreed = layers >= min(2, len(near)) and len(others) >= 1
-        return replace(error, cause="unlabelled" if agreed else "background", evidence=told)
+        enough = len(self.why.queries) > WITNESSES and self.encoded.can_place
+        if touches >= TOUCHING or own < several or not enough:
+            return replace(error, cause="background", evidence=told)
+        asked: list[Change] = []
+        for _ in range(WITNESSES):
+            known = [query, *(change.query for change in asked if change.query is not None)]
+            asked.append(self.encoded.placed(_circle(box, self.why.image_size), known))
+        outcome = self.encoded.decode(asked)
+        witnesses = 0
+        for row, change in enumerate(asked):
+            scores, boxes = (
+                x[row, :, change.query].double().cpu().numpy() for x in (outcome.scores, outcome.boxes_xyxy)
+            )
+            witnesses += agreeing(scores, boxes, ALONE * threshold) >= several
+        told += f"; of {WITNESSES} other queries that are placed there {witnesses} see it too"
+        return replace(error, cause="unlabelled" if witnesses >= SEVERAL else "background", evidence=told)
 
 
 def _circle(box_xyxy: FloatArray, image_size: tuple[int, int]) -> tuple[float, float, float]:

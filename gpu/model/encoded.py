@@ -87,7 +87,7 @@ class EncodedImage:
         logits, boxes = (torch.cat(part) for part in zip(*parts, strict=True))
         return Outcome(logits, boxes, self.image_size)
 
-    def placed(self, where: tuple[float, float, float]) -> Change:
+    def placed(self, where: tuple[float, float, float], skip: Sequence[int] = ()) -> Change:
         """A query that looks at one place: the nearest one starts on a square around it, without the others.
 
         Its Gaussians lie around that centre as the model's heads arrange them. Where widths follow the box they follow the square;
@@ -95,6 +95,7 @@ class EncodedImage:
 
         Args:
             where: x, y and half the side, in pixels of the image.
+            skip: queries that are not to be the one.
 
         Raises:
             ValueError: a place outside the image, no size, or a model whose queries have no place.
@@ -109,7 +110,9 @@ class EncodedImage:
         if not self.can_place:
             raise ValueError('a DETR\'s queries cannot be placed: their places are learned (cross_attention="dense")')
         distance = (self._first_centers() - torch.tensor([x / width, y / height])) * torch.tensor([width, height])
-        config, nearest = self.model.config, int(distance.square().sum(-1).argmin())
+        squares = distance.square().sum(-1)
+        squares[list(skip)] = torch.inf
+        config, nearest = self.model.config, int(squares.argmin())
         sigma = None if config.prior_unit == "box" else (radius / width, radius / height)
         return Change(
             nearest,

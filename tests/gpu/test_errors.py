@@ -78,9 +78,10 @@ class Photograph:
             sigmas_xy=np.broadcast_to(sigmas, shape),
         )
 
-    def placed(self, where: tuple[float, float, float]) -> Change:
+    def placed(self, where: tuple[float, float, float], skip: Sequence[int] = ()) -> Change:
         x, y, radius = where
-        return Change(0, box_cxcywh=(x / 100, y / 100, radius / 50, radius / 50))
+        first = min(n for n in range(len(self.queries)) if n not in skip)
+        return Change(first, box_cxcywh=(x / 100, y / 100, radius / 50, radius / 50))
 
     def decode(self, changes: Sequence[Change]) -> Any:
         self.asked += changes
@@ -213,21 +214,46 @@ def test_duplicates() -> None:
 
 
 def test_an_unlabelled_object_is_what_several_queries_see_over_several_layers() -> None:
-    steady, second = Query((AWAY, AWAY), (SURE, SURE)), Query((AWAY, AWAY), (LOW, LOW))
-    found = Query(scores=(LOW, SURE))
-    agree = Photograph([found, steady, second], lambda c: (AWAY, SURE) if c.without == (1,) else None)
-    error = only(errors_of(agree))
+    found, steady, other = (
+        Query(scores=(LOW, SURE)),
+        Query((AWAY, AWAY), (SURE, SURE)),
+        Query((OBJECT, AWAY), (SURE, LOW)),
+    )
+    queries, placed = [found, steady, other, other, other], (AWAY, (0.36, 0.0))  # over 0.7 of the threshold
+
+    def seen_by(*witnesses: int) -> Callable[[Change], Any]:
+        return lambda change: placed if change.box_cxcywh and change.query in witnesses else None
+
+    def with_layers(photograph: Photograph) -> Photograph:
+        """What a witness says is the same in both layers."""
+        decode = photograph.decode
+
+        def same(changes: Sequence[Change]) -> Any:
+            outcome = decode(changes)
+            for row, change in enumerate(changes):
+                for values in (outcome.scores, outcome.boxes_xyxy):
+                    values[row, 0, change.query] = values[row, -1, change.query]
+            return outcome
+
+        photograph.decode = same  # type: ignore[method-assign]
+        return photograph
+
+    error = only(errors_of(with_layers(Photograph(queries, seen_by(2, 3)))))
     assert (error.cause, error.query) == ("unlabelled", 1)
     assert error.evidence == (
-        "it overlaps no object by more than 0.00; 2 of 2 layers score it above the threshold, and so does 1 other query if it is "
-        "not there"
+        "it overlaps no object by more than 0.00; 2 of 2 layers score it above the threshold; of 3 other queries that are placed "
+        "there 2 see it too"
     )
-    late = Query((AWAY, AWAY), (LOW, SURE))
-    for nobody_else in (Photograph([found, steady, second]), Photograph([found, steady])):
-        assert only(errors_of(nobody_else)).cause == "background"
-    assert only(errors_of(replace(agree, queries=[found, late, second]))).cause == "background", (
-        "one layer is not several"
-    )
+    asked = with_layers(Photograph(queries, seen_by(2)))
+    assert only(errors_of(asked)).cause == "background", "one witness is not several"
+    assert [change.query for change in asked.asked] == [0, 2, 3], "not itself, and each once"
+    assert only(errors_of(Photograph(queries, seen_by(2, 3)))).cause == "background", "they see it in one layer alone"
+    late = replace(steady, scores=(LOW, SURE))
+    assert only(errors_of(with_layers(Photograph([found, late, *queries[2:]], seen_by(2, 3))))).cause == "background"
+    beside = replace(steady, boxes=((50.0, 50.0, 70.0, 70.0),) * 2)  # touches the object that was found
+    photograph = with_layers(Photograph([found, beside, *queries[2:]], seen_by(2, 3)))
+    assert only(errors_of(photograph)).cause == "background"
+    assert not any(change.box_cxcywh for change in photograph.asked)
 
 
 def test_matching_is_cocos() -> None:
