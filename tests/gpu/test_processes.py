@@ -98,6 +98,7 @@ def test_several_processes_take_the_steps_of_one(many: Path, tmp_path: Path) -> 
     assert evaluate_detections(data.ground_truth(), results).ap == pytest.approx(lines[many][-1]["ap"], abs=1e-9)
 
 
+@NIGHTLY
 def test_several_processes_in_parts_take_the_step_of_one(tmp_path: Path) -> None:
     """Where norms do not learn."""
     more = ["--model.backbone.frozen-norm", "--epochs", "1"]

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smca.gpu.training.log import read_metrics
 
-KILLS = int(os.environ.get("SMCA_KILLS", "2"))
+KILLS = int(os.environ.get("SMCA_KILLS", "1"))
 """At random moments, for each of two numbers of workers; the nightly profile has a hundred."""
 SCRIPT = Path(__file__).with_name("killed_run.py")
 
