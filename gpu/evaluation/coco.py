@@ -68,20 +68,20 @@ class CocoMetrics:
     def table(self) -> str:
         """The twelve numbers, AP by class and the notes as text, one per line."""
         width = max(len(text) for text in (*_MEANING.values(), *self.per_class))
-        lines = [f"{text:<{width}}  {_number(getattr(self, name))}" for name, text in _MEANING.items()]
+        lines = [f"{text:<{width}}  {or_dash(getattr(self, name))}" for name, text in _MEANING.items()]
         if self.per_class:
             lines += ["", f"{'class':<{width}}     AP   AP50"]
-            lines += [f"{name:<{width}}  {_number(ap)}  {_number(ap50)}" for name, (ap, ap50) in self.per_class.items()]
+            lines += [f"{name:<{width}}  {or_dash(ap)}  {or_dash(ap50)}" for name, (ap, ap50) in self.per_class.items()]
         lines += ["", *(f"note: {note}" for note in self.notes)] if self.notes else []
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers as plain values that ``json.dumps`` takes as strict JSON: NaN becomes None."""
         numbers: dict[str, Any] = {
-            f.name: _or_none(getattr(self, f.name)) for f in fields(self) if f.name not in ("per_class", "notes")
+            f.name: none_if_nan(getattr(self, f.name)) for f in fields(self) if f.name not in ("per_class", "notes")
         }
         numbers["per_class"] = {
-            name: {"ap": _or_none(ap), "ap50": _or_none(ap50)} for name, (ap, ap50) in self.per_class.items()
+            name: {"ap": none_if_nan(ap), "ap50": none_if_nan(ap50)} for name, (ap, ap50) in self.per_class.items()
         }
         return numbers
 
@@ -158,7 +158,7 @@ def _notes_of_crowded(crowded: Mapping[Any, int], indices: tuple[COCO, COCO]) ->
     return [
         f"{_count(len(crowded), 'image has', 'images have')} more than {COUNTED} objects of a class, {most} at "
         f"most, and COCO counts {COUNTED} detections per image and class: the others are missed by rule. With as many as there "
-        f"are objects, AP is {_number(every).strip()}"
+        f"are objects, AP is {or_dash(every).strip()}"
     ]
 
 
@@ -267,9 +267,11 @@ def _defined(value: float) -> float:
     return math.nan if value < 0 else float(value)
 
 
-def _or_none(value: float) -> float | None:
+def none_if_nan(value: float) -> float | None:
+    """As strict JSON has a number that is not defined."""
     return None if math.isnan(value) else value
 
 
-def _number(value: float) -> str:
+def or_dash(value: float) -> str:
+    """Three decimals; a dash, as wide, for a number that is not defined."""
     return "    –" if math.isnan(value) else f"{value:.3f}"

@@ -19,7 +19,7 @@ import numpy as np
 from smca.datasets import DetectionDataset
 from smca.datasets.batch import CocoDict
 from smca.gpu.config import ModelConfig
-from smca.gpu.evaluation.coco import CocoMetrics, evaluate_detections
+from smca.gpu.evaluation.coco import CocoMetrics, evaluate_detections, none_if_nan, or_dash
 from smca.gpu.evaluation.detect import coco_results
 from smca.gpu.evaluation.image_errors import CAUSES, CORRECTED, Error, Found, ImageErrors, Objects
 from smca.gpu.model import SMCADETR, decode
@@ -32,7 +32,7 @@ AT_LEAST = 5
 
 @dataclass(frozen=True)
 class Cost:
-    """AP that would be gained if a cause were gone."""
+    """AP that would be gained if a cause were gone; NaN if AP is not defined, or would not be: if no object were left."""
 
     ap: float
     ap50: float
@@ -66,7 +66,7 @@ class ErrorReport:
                 if number := counts[kind, cause]:
                     cost = self.costs[kind, cause]
                     lines.append(
-                        f"  {causes[cause]:<44}  {number:6d}   {number / total:4.0%}    {cost.ap:.3f} {cost.ap50:.3f}"
+                        f"  {causes[cause]:<44}  {number:6d}   {number / total:4.0%}    {or_dash(cost.ap)} {or_dash(cost.ap50)}"
                     )
         return "\n".join(lines[1:])
 
@@ -75,10 +75,13 @@ class ErrorReport:
         return {
             "objects": self.objects,
             "found": self.found,
-            "ap": self.ap,
-            "ap50": self.ap50,
+            "ap": none_if_nan(self.ap),
+            "ap50": none_if_nan(self.ap50),
             "thresholds": dict(zip(self.class_names, self.thresholds, strict=True)),
-            "costs": {f"{kind}: {cause}": asdict(cost) for (kind, cause), cost in self.costs.items()},
+            "costs": {
+                f"{kind}: {cause}": {"ap": none_if_nan(cost.ap), "ap50": none_if_nan(cost.ap50)}
+                for (kind, cause), cost in self.costs.items()
+            },
             "errors": [{**asdict(error), "class": self.class_names[error.label]} for error in self.errors],
         }
 

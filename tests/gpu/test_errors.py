@@ -385,7 +385,10 @@ def test_a_class_as_a_whole(score: float, objects: int, found: bool, kind: Any, 
 
 
 class Photographs(DetectionDataset):
-    """Two photographs with six objects of a class that is never found, and one of another."""
+    """Two photographs with six objects of a class that is never found, and two of another; or without objects."""
+
+    def __init__(self, *, empty: bool = False) -> None:
+        self.kept = slice(0, 0) if empty else slice(None)
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -397,7 +400,7 @@ class Photographs(DetectionDataset):
     def __getitem__(self, index: int) -> Sample:
         boxes = np.array([[5.0, 5, 30, 30], [30, 10, 70, 45], [2, 20, 20, 49], [40, 0, 60, 20]])
         labels = np.array([0, 1, 1, 1] if index == 0 else [1, 1, 1, 0])
-        return Sample(PHOTO, boxes, labels, image_id=11 + index, original_size=PHOTO.shape[:2])
+        return Sample(PHOTO, boxes[self.kept], labels[self.kept], image_id=11 + index, original_size=PHOTO.shape[:2])
 
 
 @pytest.mark.parametrize(
@@ -448,3 +451,15 @@ def test_every_error_has_a_cause(changes: dict[str, Any], tmp_path: Path) -> Non
         report.errors, lambda image_id: data[report.indices[image_id]].image, made.config.names, tmp_path
     )
     assert sorted(path.name for path in sheets) == sorted(f"{kind}-{cause}.png" for kind, cause in report.costs)
+
+
+@pytest.mark.parametrize(("empty", "threshold"), [(True, 0.0), (True, 1.0), (False, 1.0)])
+def test_where_ap_is_not_defined(empty: bool, threshold: float) -> None:
+    """Without objects; and if nothing is found, and every miss has one cause, none is left without it."""
+    made, _ = model({"num_classes": 3})
+    made.config = replace(made.config, class_names=("a", "b", "c"), category_ids=(3, 5, 9))
+    report = find_errors(made, Photographs(empty=empty), [threshold] * 3)
+    assert (report.objects, report.found) == (0 if empty else 8, 0)
+    json.dumps(report.as_dict(), allow_nan=False)
+    assert ("–" in report.table()) == bool(empty and report.errors)
+    assert "nan" not in report.table()
