@@ -333,6 +333,11 @@ class ModelConfig:
         """Class names in label order, made up where the data gave none."""
         return self.class_names or tuple(f"class {label}" for label in range(self.num_classes))
 
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """COCO category ids in label order, the labels themselves where the data gave none."""
+        return self.category_ids or tuple(range(self.num_classes))
+
     def to_json(self) -> str:
         """JSON text from which ``from_json`` rebuilds the configuration."""
         return json.dumps(dataclasses.asdict(self), indent=2)

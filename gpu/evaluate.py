@@ -109,8 +109,7 @@ def _report_errors(
     """At the thresholds that are saved with the model; without any, at those of best F1 in these data."""
     operating, config = operating_report(ground_truth, results), model.config
     if config.score_thresholds is None:
-        best = tuple(None if point is None else point.threshold for point in operating.points)
-        config = replace(config, score_thresholds=best)
+        config = replace(config, score_thresholds=operating.thresholds)
     watched = partial(track, description="looking for causes", disable=not sys.stdout.isatty())
     report = find_errors(model, data, draw_thresholds(config).tolist(), watched)
     write_errors(operating, report, lambda image_id: data[report.indices[image_id]].image, folder)

@@ -106,8 +106,7 @@ def _detect(model: SMCADETR, image: UInt8Array, args: PredictArgs) -> Detections
 
 
 def _results(model: SMCADETR, detected: Detections, image_id: int, path: Path) -> Iterator[dict[str, Any]]:
-    category_ids = model.config.category_ids or tuple(range(model.config.num_classes))
-    for result in coco_results(detected.scores, detected.labels, detected.boxes_xyxy, image_id, category_ids):
+    for result in coco_results(detected.scores, detected.labels, detected.boxes_xyxy, image_id, model.config.ids):
         yield {**result, "file_name": str(path)}
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from smca.datasets import Batch
-from smca.gpu.model import SMCADETR, decode
+from smca.gpu.config import ModelConfig
+from smca.gpu.evaluation.coco import COUNTED
+from smca.gpu.model import SMCADETR, Detections, decode
+from smca.gpu.model.encoded import evaluating
 
 
 @torch.inference_mode()
@@ -17,25 +20,24 @@ def detect(model: SMCADETR, loader: Iterable[Batch]) -> list[dict[str, Any]]:
 
     It keeps as many detections per image as the model has queries, at least 100: COCO counts the best 100 of each class.
     """
-    training = model.training
-    model.eval()
-    device = model.pixel_mean.device
-    category_ids = model.config.category_ids or tuple(range(model.config.num_classes))
+    device, ids = model.pixel_mean.device, model.config.ids
     results: list[dict[str, Any]] = []
-    for host_batch in loader:
-        batch = host_batch.to(device)
-        outputs = model(batch.images, batch.padding_mask if host_batch.padding_mask.any() else None)
-        detected = decode(
-            outputs["logits"][-1],
-            outputs["boxes"][-1],
-            batch.original_sizes,
-            max(100, model.config.num_queries),
-            class_scores=model.config.class_scores,
-        )
-        for image_id, detections in zip(host_batch.image_ids.tolist(), detected, strict=True):
-            results += coco_results(detections.scores, detections.labels, detections.boxes_xyxy, image_id, category_ids)
-    model.train(training)
+    with evaluating(model):
+        for host_batch in loader:
+            batch = host_batch.to(device)
+            outputs = model(batch.images, batch.padding_mask if host_batch.padding_mask.any() else None)
+            detected = decode_counted(outputs["logits"][-1], outputs["boxes"][-1], batch.original_sizes, model.config)
+            for image_id, found in zip(host_batch.image_ids.tolist(), detected, strict=True):
+                results += coco_results(found.scores, found.labels, found.boxes_xyxy, image_id, ids)
     return results
+
+
+def decode_counted(
+    logits: torch.Tensor, boxes: torch.Tensor, original_sizes: torch.Tensor, config: ModelConfig
+) -> list[Detections]:
+    """``decode``, with as many detections per image as the model has queries, at least COUNTED."""
+    most = max(COUNTED, config.num_queries)
+    return decode(logits, boxes, original_sizes, most, class_scores=config.class_scores)
 
 
 def coco_results(

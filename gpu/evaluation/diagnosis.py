@@ -23,6 +23,7 @@ from smca.datasets.batch import Category, CocoDict, FloatArray
 from smca.datasets.findings import named
 from smca.datasets.table import AnnotationTable
 from smca.gpu.config import OptimConfig, RunConfig
+from smca.gpu.evaluation.boxes import ious
 from smca.gpu.evaluation.coco import evaluate_detections
 from smca.gpu.evaluation.fit import Resize, find_in_settings
 from smca.gpu.model import DRAW_THRESHOLD
@@ -220,8 +221,8 @@ def _wrong_names(truth: CocoDict, images: Sequence[_Image], names: Mapping[Any, 
         return
     called: dict[Any, Counter[Any]] = defaultdict(Counter)
     for image in images:
-        ious = _ious(image.truth_xyxy, image.boxes_xyxy)
-        for row, category in zip(ious, image.truth_classes, strict=True):
+        overlaps = ious(image.truth_xyxy, image.boxes_xyxy)
+        for row, category in zip(overlaps, image.truth_classes, strict=True):
             if row.max(initial=0) >= 0.5:
                 called[category][image.classes[int(row.argmax())]] += 1
     told = [
@@ -239,15 +240,6 @@ def _wrong_names(truth: CocoDict, images: Sequence[_Image], names: Mapping[Any, 
 def _entry(image_id: Any, box_xyxy: FloatArray) -> dict[str, Any]:
     x0, y0, x1, y1 = (1000 * box_xyxy).tolist()  # of fractions, COCO's limits of sizes would make nothing of
     return {"image_id": image_id, "category_id": 1, "bbox": [x0, y0, x1 - x0, y1 - y0]}
-
-
-def _ious(a_xyxy: FloatArray, b_xyxy: FloatArray) -> FloatArray:
-    """[A, B]."""
-    a, b = a_xyxy[:, None], b_xyxy[None]
-    common = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0).prod(axis=-1)
-    union = (a[..., 2:] - a[..., :2]).prod(axis=-1) + (b[..., 2:] - b[..., :2]).prod(axis=-1) - common
-    ious: FloatArray = common / np.maximum(union, 1e-12)
-    return ious
 
 
 def _one_place(images: Sequence[_Image]) -> Iterator[str]:

@@ -20,9 +20,9 @@ from smca.datasets import DetectionDataset
 from smca.datasets.batch import CocoDict
 from smca.gpu.config import ModelConfig
 from smca.gpu.evaluation.coco import CocoMetrics, evaluate_detections, none_if_nan, or_dash
-from smca.gpu.evaluation.detect import coco_results
+from smca.gpu.evaluation.detect import coco_results, decode_counted
 from smca.gpu.evaluation.image_errors import CAUSES, CORRECTED, Error, Found, ImageErrors, Objects
-from smca.gpu.model import SMCADETR, decode
+from smca.gpu.model import SMCADETR
 from smca.gpu.model.encoded import EncodedImage
 from smca.gpu.model.layers import CLASS_PRIOR
 
@@ -101,7 +101,7 @@ def find_errors(
         track: shows progress over the numbers of images.
     """
     truth = data.ground_truth()
-    ids = model.config.category_ids or tuple(range(model.config.num_classes))
+    ids, least = model.config.ids, np.array(thresholds)
     objects = _objects(truth, ids)
     results: list[dict[str, Any]] = []
     errors: list[Error] = []
@@ -112,7 +112,7 @@ def find_errors(
         indices[sample.image_id] = index
         encoded = model.encode(sample.image)
         detected, found_here = _detected(encoded, sample.image_id, ids)
-        image = ImageErrors(sample.image_id, encoded, objects(sample.image_id), detected, np.array(thresholds))
+        image = ImageErrors(sample.image_id, encoded, objects(sample.image_id), detected, least)
         classes.add(image)
         errors += [
             error if error.detection is None else replace(error, detection=error.detection + len(results))
@@ -123,7 +123,7 @@ def find_errors(
     errors = [classes.corrected(error) for error in errors]
     measured = evaluate_detections(truth, results)
     names = tuple(map(str, model.config.names))
-    costs = _costs(truth, results, errors, ids, measured)
+    costs = _costs(truth, results, errors, measured)
     total = sum(1 for annotation in truth["annotations"] if not annotation.get("iscrowd"))
     return ErrorReport(
         names, tuple(thresholds), total, found, measured.ap, measured.ap50, tuple(errors), costs, indices
@@ -183,10 +183,9 @@ def _objects(truth: CocoDict, ids: Sequence[int]) -> Callable[[int], Objects]:
 
 def _detected(encoded: EncodedImage, image_id: int, ids: tuple[int, ...]) -> tuple[Found, list[dict[str, Any]]]:
     """The detections of an image, best first, as arrays and as COCO results."""
-    outcome, config = encoded.decode(), encoded.model.config
+    outcome = encoded.outcome
     sizes = outcome.boxes.new_tensor([encoded.image_size])
-    most = max(100, config.num_queries)
-    (best,) = decode(outcome.logits[:, -1], outcome.boxes[:, -1], sizes, most, class_scores=config.class_scores)
+    (best,) = decode_counted(outcome.logits[:, -1], outcome.boxes[:, -1], sizes, encoded.model.config)
     scores, boxes = (each.double().cpu().numpy() for each in (best.scores, best.boxes_xyxy))
     found = Found(scores, best.labels.cpu().numpy(), boxes, best.queries.cpu().numpy())
     return found, coco_results(best.scores, best.labels, best.boxes_xyxy, image_id, ids)
@@ -196,15 +195,17 @@ def _costs(
     truth: CocoDict,
     results: Sequence[Mapping[str, Any]],
     errors: Sequence[Error],
-    ids: Sequence[int],
     before: CocoMetrics,
 ) -> dict[tuple[str, str], Cost]:
+    by_cause: dict[tuple[str, ...], list[Error]] = defaultdict(list)
+    for error in errors:  # a miss and the false box that corrects it are one
+        by_cause[(error.cause,) if error.cause in CORRECTED else (error.kind, error.cause)].append(error)
     costs: dict[tuple[str, str], Cost] = {}
-    for kind, cause in sorted({(error.kind, error.cause) for error in errors}):
-        own = [error for error in errors if error.cause == cause and (error.kind == kind or cause in CORRECTED)]
+    for own in by_cause.values():
         after = evaluate_detections(*without(own, truth, results))
-        costs[kind, cause] = Cost(after.ap - before.ap, after.ap50 - before.ap50)
-    return costs
+        cost = Cost(after.ap - before.ap, after.ap50 - before.ap50)
+        costs.update({(error.kind, error.cause): cost for error in own})
+    return dict(sorted(costs.items()))
 
 
 def without(

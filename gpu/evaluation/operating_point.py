@@ -60,6 +60,11 @@ class OperatingReport:
     confusion: NDArray[np.int64]
     """[K + 1, K + 1], from ``confusion_matrix``."""
 
+    @property
+    def thresholds(self) -> tuple[float | None, ...]:
+        """As ``thresholds_of`` has them."""
+        return thresholds_of(dict(enumerate(self.points)), range(len(self.points)))
+
     def table(self) -> str:
         """Operating points and confusions as text, a class per line."""
         width = max(len(name) for name in (*self.names, "background"))

@@ -32,7 +32,7 @@ from smca.gpu.model.decoder import Decoder
 from smca.gpu.model.denoising import FurtherQueries, draw_noise, noised_queries
 from smca.gpu.model.dense_head import DenseHead, select_queries
 from smca.gpu.model.detections import Detections, decode
-from smca.gpu.model.encoded import EncodedImage
+from smca.gpu.model.encoded import EncodedImage, evaluating
 from smca.gpu.model.encoder import Encoder
 from smca.gpu.model.explanation import Explanation
 from smca.gpu.model.layers import Attention, Grid, log_odds, map_of_tokens, split_levels, tokens_of_map
@@ -239,10 +239,8 @@ class SMCADETR(nn.Module):
         if where is not None:
             return [self.encode(image).look(where, max_detections) for image in images]
         images_on_device, padding_mask, original_sizes = self._prepared(images)
-        training = self.training
-        self.eval()
-        outputs = self(images_on_device, padding_mask)
-        self.train(training)
+        with evaluating(self):
+            outputs = self(images_on_device, padding_mask)
         scores = self.config.class_scores
         return decode(outputs["logits"][-1], outputs["boxes"][-1], original_sizes, max_detections, class_scores=scores)
 

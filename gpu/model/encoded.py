@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smca.gpu.model.detections import Detections, decode
 from smca.gpu.model.explanation import Explanation, explained
@@ -65,6 +65,8 @@ class EncodedImage:
     grids: list[Grid]
     selected: Tensor | None
     """[1, N, 4] logits of the boxes that queries start on, with query_init="selected"."""
+    outcome: Outcome
+    """What the decoder makes of it as it is: of one row."""
 
     @classmethod
     def of(cls, model: SMCADETR, images: Tensor, padding_mask: Tensor | None, original_sizes: Tensor) -> EncodedImage:
@@ -73,12 +75,13 @@ class EncodedImage:
         noted: list[Any] = []
         hook = model.decoder.register_forward_pre_hook(lambda _, inputs: noted.extend(inputs))
         try:
-            with _evaluating(model), torch.inference_mode():
-                model(images, padding_mask)
+            with evaluating(model), torch.inference_mode():
+                outputs = model(images, padding_mask)
         finally:
             hook.remove()
         memory, pos, grids, selected, *_ = noted
-        return cls(model, (height, width), memory, pos, list(grids), selected)
+        outcome = Outcome(outputs["logits"].transpose(0, 1), outputs["boxes"].transpose(0, 1), (height, width))
+        return cls(model, (height, width), memory, pos, list(grids), selected, outcome)
 
     @torch.inference_mode()
     def decode(self, changes: Sequence[Change] = ()) -> Outcome:
@@ -141,8 +144,7 @@ class EncodedImage:
         """[N, 2] in 0–1: where queries start."""
         if self.first_boxes is not None:
             return self.first_boxes[0, :, :2].sigmoid().cpu()
-        outcome = self.decode()
-        return outcome.boxes[0, 0, :, :2].cpu()
+        return self.outcome.boxes[0, 0, :, :2].cpu()
 
     @torch.inference_mode()
     def explain(self, *, queries: Sequence[int] | None = None, most: int = 10, maps: bool = True) -> Explanation:
@@ -163,7 +165,7 @@ class EncodedImage:
         selected = self.selected
         if changes and self.first_boxes is not None:
             selected = start_boxes(self.first_boxes, changes)
-        with _evaluating(self.model), changed(decoder, grids, changes):
+        with evaluating(self.model), changed(decoder, grids, changes):
             logits, boxes = decoder(memory, pos, grids, selected)
         if self.model.config.class_scores == "softmax":
             logits = log_odds(logits)
@@ -171,7 +173,8 @@ class EncodedImage:
 
 
 @contextmanager
-def _evaluating(model: SMCADETR) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While it is open, `model` is in evaluation mode; then in that which it had."""
     training = model.training
     model.eval()
     try:
